@@ -1,0 +1,888 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * kuf.h - guest page faults served for virtual machine monitors
+ *
+ * A VMM that restores a snapshot lazily, receives a post-copy migration or keeps guest memory elsewhere has to catch the
+ * guest's first touch of each page, get the page, put it in place and let the guest go on. This library does that:
+ *
+ *     struct kuf_options options = { .size = sizeof(options), .fill = my_fill, .opaque = my_image };
+ *     struct kuf *kuf;
+ *     if (kuf_open(&options, &kuf) < 0)
+ *         errx(1, "%s", kuf_error());
+ *
+ *     struct kuf_memory ram = { .size = sizeof(ram), .gpa = 0, .len = len, .hva = (uintptr_t)mapping };
+ *     kuf_add_memory(kuf, &ram);
+ *     ... run the guest: my_fill is called for each page it touches first ...
+ *     kuf_close(&kuf, KUF_CLOSE_POPULATE);
+ *
+ * Words: a memory slot is a guest physical range (gpa) with the host mapping (hva) behind it. Its granule is the page
+ * size of that mapping, the unit of everything here. A page is absent, being filled, present, or removed (the guest gave
+ * it back: it reads as zero). To resolve a page is to make it present and wake whoever waits for it. A demand fault has somebody
+ * waiting; populate fills with nobody waiting. A poisoned page raises SIGBUS when touched.
+ *
+ * Rules that always hold:
+ *   - The guest never sees bytes that are not its own: a page that could not be filled stays closed or is poisoned.
+ *   - Calls return 0 or a count, else -errno, and kuf_error() says in words what to do. errno itself is not used.
+ *   - A call that fails for its arguments has changed nothing.
+ *   - Each struct that the caller passes starts with its size. Set the rest to zero for defaults: memset, or { .size = sizeof(x) }.
+ *   - The library starts threads named kuf-*, which block all signals and end with kuf_close. It never exits, aborts,
+ *     prints, or installs signal handlers, and stays loaded after dlclose.
+ *   - gpa, hva and lengths are in bytes. Times are in nanoseconds unless the name says otherwise.
+ *
+ * Link with `pkg-config --cflags --libs kuf`, or dlopen libkuf.so.0. This file is generated from the library's source.
+ */
+
+#ifndef KUF_H
+#define KUF_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+
+/* Major version of this header. The soname changes with it. */
+#define KUF_VERSION_MAJOR 0
+
+/* Minor version of this header: calls, flags or fields were added. */
+#define KUF_VERSION_MINOR 1
+
+/* Patch version of this header: nothing a caller can name has changed. */
+#define KUF_VERSION_PATCH 0
+
+/* In place of a gpa: every memory slot of the handle. */
+#define KUF_ALL 18446744073709551615ull
+
+/* Let the library choose: the best mechanism whose behaviour it can establish on this kernel. */
+#define KUF_MECHANISM_AUTO 0
+
+/* userfaultfd(2). Every Linux; catches vCPUs, KVM itself, vhost and the VMM's own threads alike. */
+#define KUF_MECHANISM_USERFAULTFD 1
+
+/* KVM userfault bitmap (KVM_MEM_USERFAULT). Named here so that programs can ask; not served by this version. */
+#define KUF_MECHANISM_KVM_BITMAP 2
+
+/* KVM asynchronous userfault (KVM_READ_USERFAULT). Named here so that programs can ask; not served by this version. */
+#define KUF_MECHANISM_KVM_ASYNC 3
+
+/* Number of mechanism names, KUF_MECHANISM_AUTO included: the length of the arrays in struct kuf_probe. */
+#define KUF_MECHANISM_COUNT 4
+
+/* kuf_options.vm_fd holds a KVM VM file descriptor. */
+#define KUF_OPEN_VM_FD (1 << 0)
+
+/*
+ * Accept a userfaultfd that catches user-mode accesses only (UFFD_USER_MODE_ONLY). It needs no privilege and cannot
+ * serve a KVM guest: KVM's accesses are kernel accesses and would fail with EFAULT. For tests and emulators.
+ */
+#define KUF_OPEN_USER_MODE_ONLY (1 << 1)
+
+/*
+ * Serve children too: when the process forks, the child's unfilled guest memory is filled from the same source
+ * (UFFD_FEATURE_EVENT_FORK; needs CAP_SYS_PTRACE). Without it a child that touches an unfilled page of memory that
+ * was not set MADV_DONTFORK reads zeroes: the kernel drops the registration at fork.
+ */
+#define KUF_OPEN_FOLLOW_FORK (1 << 2)
+
+/*
+ * Caller-driven with no service thread: kuf_read reads the kernel itself, which saves one thread wake-up a fault.
+ * Only without a fill callback. The library's own userfaultfd then reports no REMOVE, REMAP, UNMAP or FORK events
+ * (a host thread that gives memory back would wait for the very loop it may be running in): report memory that the
+ * guest gives back with kuf_discard(..., KUF_DISCARD_REMOVED), and do not mremap or munmap it before
+ * kuf_remove_memory. kuf_populate is not available.
+ */
+#define KUF_OPEN_DIRECT (1 << 3)
+
+/* Somebody stands still until this run is resolved. */
+#define KUF_FILL_DEMAND (1 << 0)
+
+/*
+ * kuf_fill.buf is the guest page itself, reached through a second mapping that the guest cannot see through yet.
+ * Nothing is copied afterwards. The buffer's content is undefined at the start. When the callback returns
+ * KUF_DEFERRED the buffer stays valid until the run is resolved, so data may be received straight into it and
+ * published with KUF_RESOLVE_IN_PLACE; such a run must be resolved (or poisoned) in the end.
+ */
+#define KUF_FILL_IN_PLACE (1 << 1)
+
+/* The fault is a forked child's (KUF_OPEN_FOLLOW_FORK); gpa is that of the parent's slot. */
+#define KUF_FILL_FORKED (1 << 2)
+
+/* Fill callback: kuf_fill.buf holds the bytes of the first kuf_fill.filled bytes of the run. */
+#define KUF_FILLED 0
+
+/* Fill callback: the first kuf_fill.filled bytes of the run are zero; buf was not written. */
+#define KUF_ZERO 1
+
+/* Fill callback: the host will call kuf_resolve for every page of the run later, from any thread, in any pieces. */
+#define KUF_DEFERRED 2
+
+/*
+ * kuf_memory.fd and fd_offset name the shared file (memfd, tmpfs, hugetlbfs) that is mapped MAP_SHARED at hva.
+ * Pages are then filled in place where the kernel supports minor faults.
+ */
+#define KUF_MEMORY_FD (1 << 0)
+
+/*
+ * kuf_memory.uffd is a userfaultfd the host has opened (UFFDIO_API done). The library duplicates it, sets O_NONBLOCK
+ * on it and is from then on its only reader.
+ */
+#define KUF_MEMORY_UFFD (1 << 1)
+
+/* kuf_memory.hva is an address of another process, the one that opened kuf_memory.uffd. Needs KUF_MEMORY_UFFD. */
+#define KUF_MEMORY_REMOTE (1 << 2)
+
+/*
+ * Ask the source for every page, whatever the file already holds. Without it, ranges of a KUF_MEMORY_FD file that
+ * hold data when the slot is added count as present and keep their bytes. Use it when a handler that died may have
+ * left half-filled pages behind, and mark pages known to be whole with KUF_RESOLVE_IN_PLACE.
+ */
+#define KUF_MEMORY_FILL_ALL (1 << 3)
+
+/* A write caused the fault. */
+#define KUF_FAULT_WRITE (1 << 0)
+
+/* The page is in the page cache of a shared file but not mapped (UFFD_PAGEFAULT_FLAG_MINOR). */
+#define KUF_FAULT_MINOR (1 << 1)
+
+/* Somebody waits for this page now; not set for pages that only kuf_populate asked for. */
+#define KUF_FAULT_DEMAND (1 << 2)
+
+/* The fault is a forked child's (KUF_OPEN_FOLLOW_FORK). Resolve it like any other: kuf_resolve serves parent and child. */
+#define KUF_FAULT_FORKED (1 << 3)
+
+/* kuf_resolve: src is NULL and the range is zero. */
+#define KUF_RESOLVE_ZERO (1 << 0)
+
+/*
+ * kuf_resolve: src is NULL and the bytes are in the shared file already (written through another mapping, pwrite,
+ * or kuf_fill.buf / kuf_fault.place). Only for slots that are filled in place.
+ */
+#define KUF_RESOLVE_IN_PLACE (1 << 1)
+
+/*
+ * kuf_resolve: src is NULL and the bytes are lost. Touching these pages raises SIGBUS (in a guest: KVM_RUN fails with
+ * EHWPOISON or a machine check); an event is raised. Undone by kuf_discard.
+ */
+#define KUF_RESOLVE_POISON (1 << 2)
+
+/*
+ * kuf_discard: the guest gave the range back (balloon, free page reporting): it reads as zero from now on. Without
+ * it, the range refills from the source.
+ */
+#define KUF_DISCARD_REMOVED (1 << 0)
+
+/* kuf_populate: stop every populate request that is still running; gpa and len are ignored. */
+#define KUF_POPULATE_STOP (1 << 0)
+
+/* kuf_close, kuf_remove_memory: poison what is still unresolved, so that touching it raises SIGBUS. */
+#define KUF_CLOSE_POISON (1 << 0)
+
+/*
+ * kuf_close, kuf_remove_memory: fill what is still unresolved first. A page that cannot be filled makes the call fail
+ * with -EIO and leaves the handle open, unless KUF_CLOSE_POISON is given too.
+ */
+#define KUF_CLOSE_POPULATE (1 << 1)
+
+/*
+ * kuf_close: do not wait for fill callbacks that are still running. Their results are dropped;
+ * kuf_options.release is called when the last one has returned, and opaque must stay valid until then.
+ */
+#define KUF_CLOSE_NOWAIT (1 << 2)
+
+/*
+ * kuf_close: leave unresolved pages closed and registered, because the host hands its own descriptor of the
+ * userfaultfd to another handler. Only when every slot was added with KUF_MEMORY_UFFD.
+ */
+#define KUF_CLOSE_HANDOVER (1 << 3)
+
+/*
+ * kuf_progress.flags: every page of the range is present or removed. The slot can be taken off the library with
+ * kuf_remove_memory, and no cost stays behind.
+ */
+#define KUF_PROGRESS_COMPLETE (1 << 0)
+
+/* kuf_progress.flags: the process or the mapping behind the slot is gone (ESRCH, ENOENT). */
+#define KUF_PROGRESS_GONE (1 << 1)
+
+/* Pages gpa..gpa+len could not be filled (error says why) and are poisoned: touching them raises SIGBUS. */
+#define KUF_EVENT_POISONED 1
+
+/*
+ * Pages gpa..gpa+len could not be filled and the kernel cannot poison them (before Linux 6.6). In the own process they
+ * were made PROT_NONE (touching raises SIGSEGV); in another process whoever touches them stays blocked.
+ */
+#define KUF_EVENT_CLOSED_OFF 2
+
+/* Every page of the slot gpa..gpa+len is present or removed. */
+#define KUF_EVENT_COMPLETE 3
+
+/* A kuf_populate request over gpa..gpa+len has ended; error is 0, or the -errno of the fill that stopped it. */
+#define KUF_EVENT_POPULATED 4
+
+/* The process or the mapping behind the slot gpa..gpa+len went away (error: -ESRCH, -ENOENT). */
+#define KUF_EVENT_GONE 5
+
+/*
+ * The service of this handle is dead after a failure inside the library. Unresolved pages stay closed; every call but
+ * kuf_close fails with -EIO; kuf_close poisons them.
+ */
+#define KUF_EVENT_FATAL 6
+
+/* The process forked and the child's memory is served as well (KUF_OPEN_FOLLOW_FORK). */
+#define KUF_EVENT_FORKED 7
+
+/* Log levels, most urgent first. A record is passed on when its level is at most kuf_options.log_level. */
+#define KUF_LOG_ERROR 1
+
+/* Something the host may want to act on. */
+#define KUF_LOG_WARN 2
+
+/* Once per open, slot or request. */
+#define KUF_LOG_INFO 3
+
+/* Once per kernel event other than a page fault. */
+#define KUF_LOG_DEBUG 4
+
+/*
+ * Latency histograms have one bucket per power of two nanoseconds: bucket i counts values in [2^i, 2^(i+1)), bucket 0
+ * also those below 1 ns, the last one everything longer.
+ */
+#define KUF_HISTOGRAM_BUCKETS 40
+
+/* Features to ask kuf_has_feature about: UFFDIO_POISON works on this kernel. */
+#define KUF_FEATURE_POISON 1
+
+/* Shared memory can be filled in place on this kernel (minor faults). */
+#define KUF_FEATURE_MINOR 2
+
+/* The kernel names the faulting thread: kuf_block_times works. */
+#define KUF_FEATURE_THREAD_ID 3
+
+/* userfaultfd serves KVM guests for this process (kernel-mode faults are allowed). */
+#define KUF_FEATURE_KERNEL_FAULTS 4
+
+/*
+ * One VM's fault service. Opaque; made by kuf_open, ended by kuf_close.
+ *
+ * Every call may be made from any thread at any time unless its text says otherwise. A handle that was closed is
+ * recognised for as long as the process lives and answered with -EBADF. The handle belongs to the process that
+ * opened it: in a forked child every call answers -ECHILD.
+ */
+struct kuf;
+
+/* What this host can do. Filled by kuf_probe. */
+struct kuf_probe {
+    /* sizeof(struct kuf_probe), set by the caller. Fields the library does not know are zeroed. */
+    uint32_t size;
+    /* The KUF_MECHANISM_* that KUF_MECHANISM_AUTO would choose; KUF_MECHANISM_AUTO (0) when none works. */
+    uint32_t recommended;
+    /* Bit (1 << KUF_MECHANISM_*) for each mechanism that kuf_open would accept now. */
+    uint32_t mechanisms;
+    /* The granule of ordinary memory: the host's page size in bytes. */
+    uint32_t page_size;
+    /* UFFD_FEATURE_* bits the kernel offers; 0 when userfaultfd cannot be opened. */
+    uint64_t uffd_features;
+    /* For each mechanism: 0 when it works, else the -errno that kuf_open would return. */
+    int32_t error[KUF_MECHANISM_COUNT];
+    /*
+     * For each mechanism: in words, how it works here (which way userfaultfd was opened) or why it does not and what
+     * to do about it. NUL-terminated.
+     */
+    char why[KUF_MECHANISM_COUNT][256];
+};
+
+/* A run of pages to be filled, as handed to the fill callback. Valid until the callback returns. */
+struct kuf_fill {
+    /* sizeof(struct kuf_fill) as the library knows it: fields beyond it are not there. */
+    uint32_t size;
+    /* KUF_FILL_*. */
+    uint32_t flags;
+    /* First guest physical address of the run; a multiple of granule. */
+    uint64_t gpa;
+    /* Bytes wanted; a multiple of granule. Never holds a page that is present. */
+    uint64_t len;
+    /* Where to write len bytes. Page-aligned. Content undefined at the start. */
+    void *buf;
+    /*
+     * len at the start. A callback that got only part may lower it, to a multiple of granule above 0, and return
+     * KUF_FILLED or KUF_ZERO: the rest is asked for again when it is wanted. Ignored for KUF_DEFERRED.
+     */
+    uint64_t filled;
+    /* Page size of the slot in bytes. */
+    uint64_t granule;
+    /* kuf_memory.opaque of the slot. */
+    void *memory_opaque;
+    /* gpa minus the slot's gpa: the offset in an image of this slot. */
+    uint64_t memory_offset;
+};
+
+/*
+ * Fills pages. Returns KUF_FILLED, KUF_ZERO, KUF_DEFERRED, or -errno: the source has failed for good. A run is then
+ * asked for again page by page where somebody waits; a single page that fails is poisoned and KUF_EVENT_POISONED is
+ * raised. Any other value is a failure with -EPROTO.
+ *
+ * Called on a service thread ("kuf-serve-N", "kuf-populate"), or on the host thread that is inside kuf_ensure,
+ * kuf_vcpu_fault, kuf_close or kuf_remove_memory with KUF_CLOSE_POPULATE; by several threads at once for different
+ * runs. No lock is held. It may block and take its time: other pages are served while a fill thread is free. It may call
+ * kuf_resolve (also for its own run, then return KUF_DEFERRED), kuf_discard, kuf_pending, kuf_populate, kuf_progress,
+ * kuf_stats, kuf_error and kuf_version; everything else returns -EDEADLK. It must not touch unresolved guest memory
+ * (it would wait for itself). A Rust panic is caught and counts as -ENOTRECOVERABLE; a C++ exception or longjmp must not leave it.
+ */
+typedef int (*kuf_fill_fn)(void *opaque, struct kuf_fill *fill);
+
+/* Something the host should know, as handed to the event callback. Valid until the callback returns. */
+struct kuf_event {
+    /* sizeof(struct kuf_event) as the library knows it. */
+    uint32_t size;
+    /* KUF_EVENT_*. */
+    uint32_t kind;
+    /* Range concerned, in guest physical bytes; 0 and 0 when the event concerns the handle. */
+    uint64_t gpa;
+    /* Length of the range in bytes. */
+    uint64_t len;
+    /* 0, or the -errno behind the event. */
+    int32_t error;
+    /* Zero. */
+    uint32_t reserved;
+    /* The same in words. Never NULL. */
+    const char *text;
+};
+
+/*
+ * Told about what happened. Called on whichever thread found out, with no lock held, after the state has changed.
+ * May call what a fill callback may call, and kuf_remove_memory. Should return soon: the thread serves faults.
+ */
+typedef void (*kuf_event_fn)(void *opaque, const struct kuf_event *event);
+
+/*
+ * Given log records: level is KUF_LOG_*, text one line without newline, valid during the call. Called on any thread.
+ * Must not call the library. The library prints nothing itself.
+ */
+typedef void (*kuf_log_fn)(void *opaque, uint32_t level, const char *text);
+
+/*
+ * Called exactly once, when the library will never again use opaque or call any callback: before a kuf_close that waits
+ * returns, or on a service thread after KUF_CLOSE_NOWAIT. Not called when kuf_open fails. Must not call the library.
+ */
+typedef void (*kuf_release_fn)(void *opaque);
+
+/* How to open a service. Zero means the default in every field. */
+struct kuf_options {
+    /* sizeof(struct kuf_options), set by the caller. */
+    uint32_t size;
+    /* KUF_MECHANISM_*. */
+    uint32_t mechanism;
+    /* KUF_OPEN_*. */
+    uint64_t flags;
+    /* The VM's file descriptor with KUF_OPEN_VM_FD (duplicated; the host keeps its own), else 0. */
+    int32_t vm_fd;
+    /*
+     * Threads that may be inside a fill callback at once, besides the one that always watches for faults:
+     * 1 to 256, 0 for 2. With kuf_populate, one more. Ignored without a fill callback.
+     */
+    uint32_t fill_threads;
+    /*
+     * Longest run, in bytes, that one fill callback is asked for when somebody waits: 0 for 64 KiB, at most 64 MiB.
+     * Rounded to whole granules, at least one.
+     */
+    uint64_t demand_run;
+    /* The same for kuf_populate: 0 for 256 KiB. */
+    uint64_t populate_run;
+    /* Bytes of deferred kuf_populate runs that may be outstanding at once: 0 for 16 MiB. */
+    uint64_t populate_inflight;
+    /*
+     * Faults the library holds unserved before it stops reading more from the kernel: 0 for 4096, at least 1.
+     * What is not read waits in the kernel's queue.
+     */
+    uint32_t queue_max;
+    /* Highest KUF_LOG_* that is passed to log. */
+    uint32_t log_level;
+    /* Fills pages; NULL: caller-driven (kuf_poll, kuf_read, kuf_resolve). */
+    kuf_fill_fn fill;
+    /* Told about events; may be NULL. */
+    kuf_event_fn event;
+    /* Given log records; may be NULL. */
+    kuf_log_fn log;
+    /* Told when the callbacks are done for good; may be NULL. */
+    kuf_release_fn release;
+    /* First argument of the four callbacks. */
+    void *opaque;
+};
+
+/* A memory slot: a guest physical range and the host mapping behind it. */
+struct kuf_memory {
+    /* sizeof(struct kuf_memory), set by the caller. */
+    uint32_t size;
+    /* KUF_MEMORY_*. */
+    uint32_t flags;
+    /* First guest physical address; a multiple of the granule. */
+    uint64_t gpa;
+    /* Length in bytes; a multiple of the granule, not 0. */
+    uint64_t len;
+    /*
+     * Host virtual address that backs gpa, in this process or, with KUF_MEMORY_REMOTE, in the other one; a multiple of
+     * the granule. The whole range must be mapped.
+     */
+    uint64_t hva;
+    /*
+     * Page size of the mapping in bytes: 0 to have it found out (not with KUF_MEMORY_REMOTE without KUF_MEMORY_FD, where
+     * 0 means the host's page size).
+     */
+    uint64_t granule;
+    /* The shared file with KUF_MEMORY_FD (duplicated), else 0. */
+    int32_t fd;
+    /* The userfaultfd with KUF_MEMORY_UFFD (duplicated), else 0. One userfaultfd may back many slots. */
+    int32_t uffd;
+    /* Offset in fd that is mapped at hva; a multiple of the granule. */
+    uint64_t fd_offset;
+    /* KVM memory attributes other than USERFAULT that the host keeps on this range. 0 with userfaultfd. */
+    uint64_t kvm_attributes;
+    /* Handed back in kuf_fill and kuf_fault. */
+    void *opaque;
+};
+
+/* A page fault, as given by kuf_read and kuf_pending. Always 64 bytes. */
+struct kuf_fault {
+    /* Guest physical address; a multiple of the slot's granule. */
+    uint64_t gpa;
+    /* Bytes to resolve: one granule from kuf_read, a run of pages in the same state from kuf_pending. */
+    uint64_t len;
+    /* KUF_FAULT_*. */
+    uint32_t flags;
+    /* Thread id of the first toucher, where the kernel names it (KUF_FEATURE_THREAD_ID); else 0. */
+    uint32_t thread;
+    /* Nanoseconds since the fault was read from the kernel, or since the page was asked for. */
+    uint64_t age_ns;
+    /* kuf_memory.opaque of the slot. */
+    void *memory_opaque;
+    /* gpa minus the slot's gpa. */
+    uint64_t memory_offset;
+    /*
+     * Where the page's bytes may be written before kuf_resolve(..., KUF_RESOLVE_IN_PLACE); NULL when the slot is not
+     * filled in place. Valid until the page is resolved. NULL from kuf_pending.
+     */
+    void *place;
+    /* Zero. */
+    uint64_t reserved;
+};
+
+/* A request to fill ahead of demand. */
+struct kuf_populate {
+    /* sizeof(struct kuf_populate), set by the caller. */
+    uint32_t size;
+    /* KUF_POPULATE_*. */
+    uint32_t flags;
+    /* First guest physical address, or KUF_ALL for every slot there is when the request starts. */
+    uint64_t gpa;
+    /* Bytes; must be 0 with KUF_ALL. May span slots and holes between them. */
+    uint64_t len;
+    /* Bytes per second at most; 0: no limit. */
+    uint64_t rate;
+};
+
+/* How far a range is. Filled by kuf_progress. All in bytes; present + removed + absent + filling + deferred + poisoned = total. */
+struct kuf_progress {
+    /* sizeof(struct kuf_progress), set by the caller. Fields the library does not know are zeroed. */
+    uint32_t size;
+    /* KUF_PROGRESS_*. */
+    uint32_t flags;
+    /* The slot's gpa; 0 with KUF_ALL. */
+    uint64_t gpa;
+    /* Bytes of the slot, or of all slots. */
+    uint64_t total;
+    /* Holds its bytes. */
+    uint64_t present;
+    /* Given back by the guest or unmapped: reads as zero, needs no source. */
+    uint64_t removed;
+    /* Not asked for yet. */
+    uint64_t absent;
+    /* Being filled now. */
+    uint64_t filling;
+    /* Asked for, to be resolved by the host (deferred, or read with kuf_read). */
+    uint64_t deferred;
+    /* Could not be filled. */
+    uint64_t poisoned;
+};
+
+/* log2 latency histogram, in nanoseconds. */
+struct kuf_histogram {
+    /* Values recorded. */
+    uint64_t count;
+    /* Sum of the values. */
+    uint64_t sum_ns;
+    /* Largest value. */
+    uint64_t max_ns;
+    /* Values per bucket: see KUF_HISTOGRAM_BUCKETS. */
+    uint64_t bucket[KUF_HISTOGRAM_BUCKETS];
+};
+
+/* Counters since kuf_open. Filled by kuf_stats; each is read on its own, so sums may be off by what is in flight. */
+struct kuf_stats {
+    /* sizeof(struct kuf_stats), set by the caller. Fields the library does not know are zeroed. */
+    uint32_t size;
+    /* Zero. */
+    uint32_t reserved;
+    /* Page faults read from the kernel. */
+    uint64_t faults;
+    /* Of these, for pages of a shared file that were in its page cache already. */
+    uint64_t faults_minor;
+    /* Of these, write accesses. */
+    uint64_t faults_write;
+    /* Of these, for a page that another fault was already waiting for. */
+    uint64_t faults_joined;
+    /* Of these, for a page that had become present in the meantime. */
+    uint64_t faults_late;
+    /* Of these, for an address in no slot (it was unmapped, moved or removed meanwhile); woken and left to the kernel. */
+    uint64_t faults_unknown;
+    /* Exits given to kuf_vcpu_fault. */
+    uint64_t vcpu_faults;
+    /* Fill callbacks made. */
+    uint64_t fills;
+    /* Fill callbacks that returned -errno. */
+    uint64_t fills_failed;
+    /* Fill callbacks that returned KUF_DEFERRED. */
+    uint64_t fills_deferred;
+    /* Bytes made present with data copied from a buffer. */
+    uint64_t bytes_copied;
+    /* Bytes made present as zeroes. */
+    uint64_t bytes_zeroed;
+    /* Bytes made present in place, with no copy. */
+    uint64_t bytes_in_place;
+    /* Of all bytes made present, those that kuf_populate asked for. */
+    uint64_t bytes_populated;
+    /* Bytes poisoned or closed off. */
+    uint64_t bytes_poisoned;
+    /* Bytes dropped by kuf_discard. */
+    uint64_t bytes_discarded;
+    /* Bytes reported removed or unmapped by the kernel or by kuf_discard(..., KUF_DISCARD_REMOVED). */
+    uint64_t bytes_removed;
+    /* REMOVE events read. */
+    uint64_t events_remove;
+    /* UNMAP events read. */
+    uint64_t events_unmap;
+    /* REMAP events read. */
+    uint64_t events_remap;
+    /* FORK events read. */
+    uint64_t events_fork;
+    /* Installs put off because an event was unread (EAGAIN). */
+    uint64_t install_again;
+    /* Pages found present at install (EEXIST); their waiters were woken by hand. */
+    uint64_t install_exists;
+    /* Installs retried for want of memory (ENOMEM, ENOSPC). */
+    uint64_t install_no_memory;
+    /* Times reading stopped because queue_max faults were held. */
+    uint64_t queue_full;
+    /* From reading a fault until its fill began. Caller-driven: until kuf_read returned it. */
+    struct kuf_histogram queueing;
+    /* Inside the fill callback, or from the request to kuf_resolve for deferred and caller-driven faults. */
+    struct kuf_histogram filling;
+    /* Making a run present. */
+    struct kuf_histogram installing;
+    /* From reading a fault until its page was present: what the library added to the toucher's wait. */
+    struct kuf_histogram blocked;
+};
+
+/* How long one thread was kept waiting by page faults. */
+struct kuf_block_time {
+    /* Thread id as in gettid(2), in the pid namespace of the process that opened the userfaultfd. */
+    uint32_t thread;
+    /* Zero. */
+    uint32_t reserved;
+    /* Faults of this thread that ended. */
+    uint64_t faults;
+    /* Sum of their waiting times, from reading the fault until the page was present. */
+    uint64_t total_ns;
+    /* Longest of them. */
+    uint64_t max_ns;
+};
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/*
+ * The version of the library that is loaded: KUF_VERSION_MAJOR << 16 | KUF_VERSION_MINOR << 8 | KUF_VERSION_PATCH.
+ * Any thread, any time.
+ */
+uint32_t kuf_version(void);
+
+/*
+ * The calling thread's last failure in words: what was wrong and what to do about it. Never NULL; "" when no call of
+ * this thread has failed. Calls that succeed leave it alone. Valid until the next failing call of this thread.
+ */
+const char *kuf_error(void);
+
+/*
+ * Whether a feature (KUF_FEATURE_*) works in this process on this kernel.
+ *
+ * Returns 1 or 0; -EINVAL for a feature this version does not know. Opens a userfaultfd for a moment at the first call.
+ * Any thread.
+ */
+int kuf_has_feature(uint32_t feature);
+
+/*
+ * Finds out which mechanisms work here and, for each that does not, why. Changes nothing.
+ *
+ * vm_fd: a KVM VM file descriptor, or -1 to learn only what does not need one.
+ * out: out->size set by the caller.
+ *
+ * Returns 0, also when nothing works (out->mechanisms is 0 then).
+ * -EINVAL: out is NULL or its size is below that of the first version; vm_fd is neither -1 nor a KVM VM.
+ * -EBADF: vm_fd is not an open descriptor. Any thread.
+ * Kernel: userfaultfd(2), ioctl_userfaultfd(2), KVM_CHECK_EXTENSION.
+ */
+int kuf_probe(int vm_fd, struct kuf_probe *out);
+
+/*
+ * Opens a fault service: duplicates the VM descriptor if one is given, opens the mechanism and starts the service
+ * threads. Memory is added afterwards with kuf_add_memory.
+ *
+ * With options->fill the handle is *serviced*: service threads read faults, call it and place the pages. Without, it is
+ * *caller-driven*: the host reads faults with kuf_read and answers with kuf_resolve. kuf_resolve works on both.
+ *
+ * Returns 0 and sets *out; on failure *out is NULL. Any thread.
+ * -EINVAL: options or out is NULL, size is below that of the first version, an unknown flag or mechanism, a field out of
+ *   its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback.
+ * -E2BIG: options has non-zero bytes that this version does not know.
+ * -EBADF: vm_fd is not an open descriptor.
+ * -ENOTSUP: the mechanism asked for by name does not work here.
+ * -EPERM: userfaultfd is refused; the text names the ways to grant it: /dev/userfaultfd, CAP_SYS_PTRACE,
+ *   vm.unprivileged_userfaultfd. Also KUF_OPEN_FOLLOW_FORK without CAP_SYS_PTRACE.
+ * -ENOSYS: the kernel has no userfaultfd.
+ * -EMFILE, -ENFILE, -ENOMEM, -EAGAIN: no descriptor, memory or thread to be had.
+ */
+int kuf_open(const struct kuf_options *options, struct kuf **out);
+
+/*
+ * Ends a service and sets *kuf to NULL. No page that was not filled is ever released onto zeroes: with unresolved pages
+ * the call is refused, or does what flags say.
+ *
+ * flags: KUF_CLOSE_*.
+ *
+ * Once it has begun every other call on the handle fails with -EBADF, and those that wait in kuf_poll, kuf_ensure or
+ * kuf_vcpu_fault return -ECANCELED. It then waits for fill callbacks that are running, unless KUF_CLOSE_NOWAIT is given;
+ * pages are poisoned before that wait. A handle whose service died (KUF_EVENT_FATAL) is always closed, and poisons.
+ *
+ * Returns 0. Any thread.
+ * -EINVAL: kuf or *kuf is NULL, an unknown flag, KUF_CLOSE_HANDOVER with other flags or with a slot whose userfaultfd is
+ *   the library's own. -EBADF: closed already, or being closed.
+ * -EBUSY: unresolved pages, and no flag says what to do; the handle goes on as before.
+ * -EIO: KUF_CLOSE_POPULATE could not fill everything; the handle goes on as before.
+ * -EDEADLK: called from a callback. -ECHILD: called in a forked child.
+ */
+int kuf_close(struct kuf **kuf, uint32_t flags);
+
+/*
+ * Puts a memory slot under the service: from its return on, no absent page of it can be touched without being served.
+ * Pages that exist already keep their bytes. May be called while other slots are in use.
+ *
+ * memory: memory->size set by the caller; the descriptors in it stay the host's.
+ *
+ * Returns 0. Any thread but not from a callback (-EDEADLK).
+ * -EINVAL: kuf or memory is NULL, size below that of the first version, an unknown flag; gpa, len, hva or fd_offset is 0 where
+ *   it may not be, is not a multiple of the granule or overflows; the granule is not the mapping's page size; fd or uffd
+ *   given without its flag; KUF_MEMORY_REMOTE without KUF_MEMORY_UFFD; a kind of mapping userfaultfd cannot serve.
+ * -E2BIG: memory has non-zero bytes that this version does not know.
+ * -EEXIST: gpa..gpa+len overlaps a slot, or hva..hva+len one with the same userfaultfd.
+ * -EFAULT: part of hva..hva+len is not mapped.
+ * -EBADF: fd or uffd is not an open descriptor. -EBADFD: fd is not a shared memory file, is not the one mapped at hva, or
+ *   uffd is not a userfaultfd.
+ * -EBUSY: another userfaultfd has the range. -ESRCH: the remote process is gone.
+ * -ENOTSUP: the kernel cannot serve this kind of memory. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
+ * Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file).
+ */
+int kuf_add_memory(struct kuf *kuf,
+                   const struct kuf_memory *memory);
+
+/*
+ * Takes the slot that starts at gpa off the service; its memory stays mapped and is the host's alone: unregistered, huge
+ * pages possible again, no cost left.
+ *
+ * flags: 0, KUF_CLOSE_POISON, KUF_CLOSE_POPULATE or both.
+ *
+ * Returns 0. Any thread, also from an event callback; from a fill callback -EDEADLK.
+ * -EINVAL: kuf is NULL, an unknown flag. -ENOENT: no slot starts at gpa.
+ * -EBUSY: unresolved pages and no flag; a fill of this slot is running (retry when it has ended).
+ * -EIO: KUF_CLOSE_POPULATE could not fill everything; the slot goes on as before.
+ * Kernel: UFFDIO_UNREGISTER.
+ */
+int kuf_remove_memory(struct kuf *kuf, uint64_t gpa, uint32_t flags);
+
+/*
+ * A descriptor that polls readable (POLLIN) when kuf_read has something to return: for the host's own poll, epoll or
+ * GSource, level-triggered. Do not read, write or close it; it lives as long as the handle.
+ *
+ * Returns the descriptor (0 or above). Any thread.
+ * -EINVAL: kuf is NULL. -ENOTSUP: the handle has a fill callback.
+ */
+int kuf_fd(struct kuf *kuf);
+
+/*
+ * Waits until kuf_read has something to return.
+ *
+ * timeout_ms: milliseconds at most; 0 looks without waiting; -1 waits for ever.
+ *
+ * Returns 1: faults to read; 0: timed out. Any thread but not from a callback (-EDEADLK).
+ * -EINVAL: kuf is NULL, timeout_ms below -1. -ENOTSUP: the handle has a fill callback.
+ * -ECANCELED: kuf_close has begun. -EIO: the service is dead.
+ * A signal does not end the wait.
+ */
+int kuf_poll(struct kuf *kuf, int timeout_ms);
+
+/*
+ * Takes up to n faults, oldest first, without waiting. From then on the host owes each of them a kuf_resolve; kuf_pending lists
+ * those still owed. A page is given once however many threads wait for it, and never when it is present.
+ *
+ * faults: room for n entries. n: 1 or more.
+ *
+ * Returns the number taken. Any thread; several may read at once and get different faults.
+ * -EAGAIN: none now. -EINVAL: kuf or faults is NULL, n is 0. -ENOTSUP: the handle has a fill callback.
+ * -EIO: the service is dead.
+ */
+ssize_t kuf_read(struct kuf *kuf,
+                 struct kuf_fault *faults,
+                 size_t n);
+
+/*
+ * Makes gpa..gpa+len present and wakes whoever waits for it: with data from src, or as flags say. Asked for or not, from
+ * any thread, in any order, in any pieces, twice: pages that are present keep their bytes, and pages that the guest
+ * has given back stay given back.
+ *
+ * gpa, len: multiples of the granule, len not 0, within one slot.
+ * src: len readable bytes, any alignment, not unresolved guest memory; NULL with KUF_RESOLVE_ZERO, _IN_PLACE or _POISON. Not kept.
+ * flags: 0 or one KUF_RESOLVE_*.
+ *
+ * Never waits for host code: a page whose fill callback is running at this moment in place takes the bytes when the
+ * callback returns KUF_DEFERRED or fails.
+ *
+ * Returns the bytes that this call made present (or poisoned); bytes that were present, given back, or are being made present by another
+ * thread do not count. Any thread, also from callbacks.
+ * -EINVAL: kuf is NULL, src is NULL or not as flags say, an unknown flag or two of them, misaligned, len is 0, overflow;
+ *   KUF_RESOLVE_IN_PLACE on a slot that is not filled in place. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
+ * -EFAULT: src is not readable over len bytes; what could be read up to there may be present (the call can be repeated).
+ * -ENOMEM: the kernel has no memory for the pages. -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
+ * Kernel: UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE.
+ */
+ssize_t kuf_resolve(struct kuf *kuf,
+                    uint64_t gpa,
+                    const void *src,
+                    size_t len,
+                    uint32_t flags);
+
+/*
+ * For the KVM_RUN loop: serves the fault behind a KVM_EXIT_MEMORY_FAULT on the calling vCPU thread, with no hand-off. The page is filled
+ * here, or waited for when another thread is filling it. With userfaultfd such exits do not occur, and the call is a
+ * legal kuf_ensure over the granules that gpa..gpa+len touches.
+ *
+ * gpa, len: kvm_run->memory_fault.gpa and .size, of any alignment. exit_flags: kvm_run->memory_fault.flags.
+ *
+ * Returns 0: run the vCPU again. Any thread but not from a callback (-EDEADLK); calls the fill callback.
+ * -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot: not a fault of the library's; handle it as without it.
+ * -ERANGE: the range leaves its slot. -EHWPOISON: the page could not be filled: inject a machine check or stop the guest.
+ * -ECANCELED: kuf_close has begun. -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
+ * Kernel: KVM_EXIT_MEMORY_FAULT (KVM API, 5).
+ */
+int kuf_vcpu_fault(struct kuf *kuf,
+                   uint64_t gpa,
+                   uint64_t len,
+                   uint64_t exit_flags);
+
+/*
+ * Returns when gpa..gpa+len is present, filling it at demand priority: for host threads that touch guest memory where the
+ * mechanism does not catch them, or that must not be stopped by a fault later (device models, vhost set-up, gdb stubs).
+ *
+ * gpa, len: of any alignment, within one slot; len not 0. timeout_ms: milliseconds at most, -1 for ever, 0 does not wait
+ * for others but still fills what nobody has begun.
+ *
+ * Returns 0: present or given back by the guest. Any thread but not from a callback (-EDEADLK); calls the fill callback
+ * on the calling thread, so hold no lock that it takes.
+ * -EINVAL: kuf is NULL, len is 0, overflow, timeout_ms below -1. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
+ * -ETIMEDOUT: not in time. -EHWPOISON: part of the range could not be filled. -ECANCELED: kuf_close has begun.
+ * -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
+ */
+int kuf_ensure(struct kuf *kuf,
+               uint64_t gpa,
+               uint64_t len,
+               int timeout_ms);
+
+/*
+ * Fills a range in the background, behind all demand, in address order, at no more than a given rate. Requests queue up. KUF_EVENT_POPULATED
+ * ends each one; a fill that fails ends it early and poisons nothing, for nobody has touched those pages.
+ *
+ * request: request->size set by the caller.
+ *
+ * Returns 0: queued (or stopped, with KUF_POPULATE_STOP). Any thread, also from callbacks.
+ * -EINVAL: kuf or request is NULL, size below that of the first version, an unknown flag, gpa or len not a multiple of the host's page size, len is 0
+ *   (or not 0 with KUF_ALL), overflow. -E2BIG: request has non-zero bytes that this version does not know.
+ * -ENOENT: no slot in the range. -ENOTSUP: the handle has no fill callback. -EIO: the service is dead.
+ */
+int kuf_populate(struct kuf *kuf,
+                 const struct kuf_populate *request);
+
+/*
+ * Drops the pages of gpa..gpa+len and arms them again: the next touch refills them from the source or, with
+ * KUF_DISCARD_REMOVED, with zeroes. Poisoned pages become ordinary absent ones. A fill of such a page that is running is
+ * not used: it is asked for again. The host sees to it that the guest does not use the range meanwhile; what it writes
+ * during the call may be lost.
+ *
+ * gpa, len: multiples of the granule, len not 0, within one slot. flags: 0 or KUF_DISCARD_REMOVED.
+ *
+ * Returns 0. Any thread, also from callbacks.
+ * -EINVAL: kuf is NULL, an unknown flag, misaligned, len is 0, overflow. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
+ * -ENOTSUP: memory of another process that is not filled in place: only that process can drop it.
+ * -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
+ * Kernel: madvise(MADV_DONTNEED), fallocate(FALLOC_FL_PUNCH_HOLE) for shared files.
+ */
+int kuf_discard(struct kuf *kuf,
+                uint64_t gpa,
+                uint64_t len,
+                uint32_t flags);
+
+/*
+ * Lists what the host has been asked for and has not resolved: deferred runs and faults taken with kuf_read (or waiting to be). To be
+ * asked for again from a source that has come back after its connection was lost.
+ *
+ * faults: room for n entries, in order of gpa; may be NULL when n is 0.
+ *
+ * Returns the number of runs pending, which may be more than n. Any thread, also from callbacks.
+ * -EINVAL: kuf is NULL, faults is NULL and n is not 0.
+ */
+ssize_t kuf_pending(struct kuf *kuf,
+                    struct kuf_fault *faults,
+                    size_t n);
+
+/*
+ * How far the slot that holds gpa is, or all slots with KUF_ALL.
+ *
+ * out: out->size set by the caller.
+ *
+ * Returns 0. Any thread, also from callbacks.
+ * -EINVAL: kuf or out is NULL, size below that of the first version. -ENOENT: gpa is in no slot.
+ */
+int kuf_progress(struct kuf *kuf, uint64_t gpa, struct kuf_progress *out);
+
+/*
+ * Counters and latency histograms since kuf_open.
+ *
+ * out: out->size set by the caller.
+ *
+ * Returns 0. Any thread, also from callbacks.
+ * -EINVAL: kuf or out is NULL, size below that of the first version.
+ */
+int kuf_stats(struct kuf *kuf, struct kuf_stats *out);
+
+/*
+ * How long each thread was kept waiting, longest sum first; empty where the kernel does not name threads
+ * (KUF_FEATURE_THREAD_ID).
+ *
+ * times: room for n entries; may be NULL when n is 0.
+ *
+ * Returns the number of threads known, which may be more than n. Any thread, also from callbacks.
+ * -EINVAL: kuf is NULL, times is NULL and n is not 0.
+ */
+ssize_t kuf_block_times(struct kuf *kuf, struct kuf_block_time *times, size_t n);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* KUF_H */

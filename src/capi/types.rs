@@ -1,0 +1,490 @@
+//! The types of the C ABI. Their documentation is the header's: it is written for somebody who reads `kuf.h` first
+//! and nothing else.
+//!
+//! Growth rule: a struct that the caller fills starts with `size`; fields are only ever added at the end.
+
+#![allow(non_camel_case_types)]
+
+use std::ffi::{c_char, c_int, c_void};
+
+/// Major version of this header. The soname changes with it.
+pub const KUF_VERSION_MAJOR: u32 = 0;
+/// Minor version of this header: calls, flags or fields were added.
+pub const KUF_VERSION_MINOR: u32 = 1;
+/// Patch version of this header: nothing a caller can name has changed.
+pub const KUF_VERSION_PATCH: u32 = 0;
+
+/// In place of a gpa: every memory slot of the handle.
+pub const KUF_ALL: u64 = 0xffff_ffff_ffff_ffff;
+
+/// Let the library choose: the best mechanism whose behaviour it can establish on this kernel.
+pub const KUF_MECHANISM_AUTO: u32 = 0;
+/// userfaultfd(2). Every Linux; catches vCPUs, KVM itself, vhost and the VMM's own threads alike.
+pub const KUF_MECHANISM_USERFAULTFD: u32 = 1;
+/// KVM userfault bitmap (KVM_MEM_USERFAULT). Named here so that programs can ask; not served by this version.
+pub const KUF_MECHANISM_KVM_BITMAP: u32 = 2;
+/// KVM asynchronous userfault (KVM_READ_USERFAULT). Named here so that programs can ask; not served by this version.
+pub const KUF_MECHANISM_KVM_ASYNC: u32 = 3;
+/// Number of mechanism names, KUF_MECHANISM_AUTO included: the length of the arrays in struct kuf_probe.
+pub const KUF_MECHANISM_COUNT: usize = 4;
+
+/// kuf_options.vm_fd holds a KVM VM file descriptor.
+pub const KUF_OPEN_VM_FD: u64 = 1 << 0;
+/// Accept a userfaultfd that catches user-mode accesses only (UFFD_USER_MODE_ONLY). It needs no privilege and cannot
+/// serve a KVM guest: KVM's accesses are kernel accesses and would fail with EFAULT. For tests and emulators.
+pub const KUF_OPEN_USER_MODE_ONLY: u64 = 1 << 1;
+/// Serve children too: when the process forks, the child's unfilled guest memory is filled from the same source
+/// (UFFD_FEATURE_EVENT_FORK; needs CAP_SYS_PTRACE). Without it a child that touches an unfilled page of memory that
+/// was not set MADV_DONTFORK reads zeroes: the kernel drops the registration at fork.
+pub const KUF_OPEN_FOLLOW_FORK: u64 = 1 << 2;
+/// Caller-driven with no service thread: kuf_read reads the kernel itself, which saves one thread wake-up a fault.
+/// Only without a fill callback. The library's own userfaultfd then reports no REMOVE, REMAP, UNMAP or FORK events
+/// (a host thread that gives memory back would wait for the very loop it may be running in): report memory that the
+/// guest gives back with kuf_discard(..., KUF_DISCARD_REMOVED), and do not mremap or munmap it before
+/// kuf_remove_memory. kuf_populate is not available.
+pub const KUF_OPEN_DIRECT: u64 = 1 << 3;
+
+/// Somebody stands still until this run is resolved.
+pub const KUF_FILL_DEMAND: u32 = 1 << 0;
+/// kuf_fill.buf is the guest page itself, reached through a second mapping that the guest cannot see through yet.
+/// Nothing is copied afterwards. The buffer's content is undefined at the start. When the callback returns
+/// KUF_DEFERRED the buffer stays valid until the run is resolved, so data may be received straight into it and
+/// published with KUF_RESOLVE_IN_PLACE; such a run must be resolved (or poisoned) in the end.
+pub const KUF_FILL_IN_PLACE: u32 = 1 << 1;
+/// The fault is a forked child's (KUF_OPEN_FOLLOW_FORK); gpa is that of the parent's slot.
+pub const KUF_FILL_FORKED: u32 = 1 << 2;
+
+/// Fill callback: kuf_fill.buf holds the bytes of the first kuf_fill.filled bytes of the run.
+pub const KUF_FILLED: c_int = 0;
+/// Fill callback: the first kuf_fill.filled bytes of the run are zero; buf was not written.
+pub const KUF_ZERO: c_int = 1;
+/// Fill callback: the host will call kuf_resolve for every page of the run later, from any thread, in any pieces.
+pub const KUF_DEFERRED: c_int = 2;
+
+/// kuf_memory.fd and fd_offset name the shared file (memfd, tmpfs, hugetlbfs) that is mapped MAP_SHARED at hva.
+/// Pages are then filled in place where the kernel supports minor faults.
+pub const KUF_MEMORY_FD: u32 = 1 << 0;
+/// kuf_memory.uffd is a userfaultfd the host has opened (UFFDIO_API done). The library duplicates it, sets O_NONBLOCK
+/// on it and is from then on its only reader.
+pub const KUF_MEMORY_UFFD: u32 = 1 << 1;
+/// kuf_memory.hva is an address of another process, the one that opened kuf_memory.uffd. Needs KUF_MEMORY_UFFD.
+pub const KUF_MEMORY_REMOTE: u32 = 1 << 2;
+/// Ask the source for every page, whatever the file already holds. Without it, ranges of a KUF_MEMORY_FD file that
+/// hold data when the slot is added count as present and keep their bytes. Use it when a handler that died may have
+/// left half-filled pages behind, and mark pages known to be whole with KUF_RESOLVE_IN_PLACE.
+pub const KUF_MEMORY_FILL_ALL: u32 = 1 << 3;
+
+/// A write caused the fault.
+pub const KUF_FAULT_WRITE: u32 = 1 << 0;
+/// The page is in the page cache of a shared file but not mapped (UFFD_PAGEFAULT_FLAG_MINOR).
+pub const KUF_FAULT_MINOR: u32 = 1 << 1;
+/// Somebody waits for this page now; not set for pages that only kuf_populate asked for.
+pub const KUF_FAULT_DEMAND: u32 = 1 << 2;
+/// The fault is a forked child's (KUF_OPEN_FOLLOW_FORK). Resolve it like any other: kuf_resolve serves parent and child.
+pub const KUF_FAULT_FORKED: u32 = 1 << 3;
+
+/// kuf_resolve: src is NULL and the range is zero.
+pub const KUF_RESOLVE_ZERO: u32 = 1 << 0;
+/// kuf_resolve: src is NULL and the bytes are in the shared file already (written through another mapping, pwrite,
+/// or kuf_fill.buf / kuf_fault.place). Only for slots that are filled in place.
+pub const KUF_RESOLVE_IN_PLACE: u32 = 1 << 1;
+/// kuf_resolve: src is NULL and the bytes are lost. Touching these pages raises SIGBUS (in a guest: KVM_RUN fails with
+/// EHWPOISON or a machine check); an event is raised. Undone by kuf_discard.
+pub const KUF_RESOLVE_POISON: u32 = 1 << 2;
+
+/// kuf_discard: the guest gave the range back (balloon, free page reporting): it reads as zero from now on. Without
+/// it, the range refills from the source.
+pub const KUF_DISCARD_REMOVED: u32 = 1 << 0;
+
+/// kuf_populate: stop every populate request that is still running; gpa and len are ignored.
+pub const KUF_POPULATE_STOP: u32 = 1 << 0;
+
+/// kuf_close, kuf_remove_memory: poison what is still unresolved, so that touching it raises SIGBUS.
+pub const KUF_CLOSE_POISON: u32 = 1 << 0;
+/// kuf_close, kuf_remove_memory: fill what is still unresolved first. A page that cannot be filled makes the call fail
+/// with -EIO and leaves the handle open, unless KUF_CLOSE_POISON is given too.
+pub const KUF_CLOSE_POPULATE: u32 = 1 << 1;
+/// kuf_close: do not wait for fill callbacks that are still running. Their results are dropped;
+/// kuf_options.release is called when the last one has returned, and opaque must stay valid until then.
+pub const KUF_CLOSE_NOWAIT: u32 = 1 << 2;
+/// kuf_close: leave unresolved pages closed and registered, because the host hands its own descriptor of the
+/// userfaultfd to another handler. Only when every slot was added with KUF_MEMORY_UFFD.
+pub const KUF_CLOSE_HANDOVER: u32 = 1 << 3;
+
+/// kuf_progress.flags: every page of the range is present or removed. The slot can be taken off the library with
+/// kuf_remove_memory, and no cost stays behind.
+pub const KUF_PROGRESS_COMPLETE: u32 = 1 << 0;
+/// kuf_progress.flags: the process or the mapping behind the slot is gone (ESRCH, ENOENT).
+pub const KUF_PROGRESS_GONE: u32 = 1 << 1;
+
+/// Pages gpa..gpa+len could not be filled (error says why) and are poisoned: touching them raises SIGBUS.
+pub const KUF_EVENT_POISONED: u32 = 1;
+/// Pages gpa..gpa+len could not be filled and the kernel cannot poison them (before Linux 6.6). In the own process they
+/// were made PROT_NONE (touching raises SIGSEGV); in another process whoever touches them stays blocked.
+pub const KUF_EVENT_CLOSED_OFF: u32 = 2;
+/// Every page of the slot gpa..gpa+len is present or removed.
+pub const KUF_EVENT_COMPLETE: u32 = 3;
+/// A kuf_populate request over gpa..gpa+len has ended; error is 0, or the -errno of the fill that stopped it.
+pub const KUF_EVENT_POPULATED: u32 = 4;
+/// The process or the mapping behind the slot gpa..gpa+len went away (error: -ESRCH, -ENOENT).
+pub const KUF_EVENT_GONE: u32 = 5;
+/// The service of this handle is dead after a failure inside the library. Unresolved pages stay closed; every call but
+/// kuf_close fails with -EIO; kuf_close poisons them.
+pub const KUF_EVENT_FATAL: u32 = 6;
+/// The process forked and the child's memory is served as well (KUF_OPEN_FOLLOW_FORK).
+pub const KUF_EVENT_FORKED: u32 = 7;
+
+/// Log levels, most urgent first. A record is passed on when its level is at most kuf_options.log_level.
+pub const KUF_LOG_ERROR: u32 = 1;
+/// Something the host may want to act on.
+pub const KUF_LOG_WARN: u32 = 2;
+/// Once per open, slot or request.
+pub const KUF_LOG_INFO: u32 = 3;
+/// Once per kernel event other than a page fault.
+pub const KUF_LOG_DEBUG: u32 = 4;
+
+/// Latency histograms have one bucket per power of two nanoseconds: bucket i counts values in [2^i, 2^(i+1)), bucket 0
+/// also those below 1 ns, the last one everything longer.
+pub const KUF_HISTOGRAM_BUCKETS: usize = 40;
+
+/// Features to ask kuf_has_feature about: UFFDIO_POISON works on this kernel.
+pub const KUF_FEATURE_POISON: u32 = 1;
+/// Shared memory can be filled in place on this kernel (minor faults).
+pub const KUF_FEATURE_MINOR: u32 = 2;
+/// The kernel names the faulting thread: kuf_block_times works.
+pub const KUF_FEATURE_THREAD_ID: u32 = 3;
+/// userfaultfd serves KVM guests for this process (kernel-mode faults are allowed).
+pub const KUF_FEATURE_KERNEL_FAULTS: u32 = 4;
+
+/// One VM's fault service. Opaque; made by kuf_open, ended by kuf_close.
+///
+/// Every call may be made from any thread at any time unless its text says otherwise. A handle that was closed is
+/// recognised for as long as the process lives and answered with -EBADF. The handle belongs to the process that
+/// opened it: in a forked child every call answers -ECHILD.
+pub struct kuf {
+    _opaque: [u8; 0],
+}
+
+/// What this host can do. Filled by kuf_probe.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kuf_probe {
+    /// sizeof(struct kuf_probe), set by the caller. Fields the library does not know are zeroed.
+    pub size: u32,
+    /// The KUF_MECHANISM_* that KUF_MECHANISM_AUTO would choose; KUF_MECHANISM_AUTO (0) when none works.
+    pub recommended: u32,
+    /// Bit (1 << KUF_MECHANISM_*) for each mechanism that kuf_open would accept now.
+    pub mechanisms: u32,
+    /// The granule of ordinary memory: the host's page size in bytes.
+    pub page_size: u32,
+    /// UFFD_FEATURE_* bits the kernel offers; 0 when userfaultfd cannot be opened.
+    pub uffd_features: u64,
+    /// For each mechanism: 0 when it works, else the -errno that kuf_open would return.
+    pub error: [i32; KUF_MECHANISM_COUNT],
+    /// For each mechanism: in words, how it works here (which way userfaultfd was opened) or why it does not and what
+    /// to do about it. NUL-terminated.
+    pub why: [[c_char; 256]; KUF_MECHANISM_COUNT],
+}
+
+/// A run of pages to be filled, as handed to the fill callback. Valid until the callback returns.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kuf_fill {
+    /// sizeof(struct kuf_fill) as the library knows it: fields beyond it are not there.
+    pub size: u32,
+    /// KUF_FILL_*.
+    pub flags: u32,
+    /// First guest physical address of the run; a multiple of granule.
+    pub gpa: u64,
+    /// Bytes wanted; a multiple of granule. Never holds a page that is present.
+    pub len: u64,
+    /// Where to write len bytes. Page-aligned. Content undefined at the start.
+    pub buf: *mut c_void,
+    /// len at the start. A callback that got only part may lower it, to a multiple of granule above 0, and return
+    /// KUF_FILLED or KUF_ZERO: the rest is asked for again when it is wanted. Ignored for KUF_DEFERRED.
+    pub filled: u64,
+    /// Page size of the slot in bytes.
+    pub granule: u64,
+    /// kuf_memory.opaque of the slot.
+    pub memory_opaque: *mut c_void,
+    /// gpa minus the slot's gpa: the offset in an image of this slot.
+    pub memory_offset: u64,
+}
+
+/// A page fault, as given by kuf_read and kuf_pending. Always 64 bytes.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kuf_fault {
+    /// Guest physical address; a multiple of the slot's granule.
+    pub gpa: u64,
+    /// Bytes to resolve: one granule from kuf_read, a run of pages in the same state from kuf_pending.
+    pub len: u64,
+    /// KUF_FAULT_*.
+    pub flags: u32,
+    /// Thread id of the first toucher, where the kernel names it (KUF_FEATURE_THREAD_ID); else 0.
+    pub thread: u32,
+    /// Nanoseconds since the fault was read from the kernel, or since the page was asked for.
+    pub age_ns: u64,
+    /// kuf_memory.opaque of the slot.
+    pub memory_opaque: *mut c_void,
+    /// gpa minus the slot's gpa.
+    pub memory_offset: u64,
+    /// Where the page's bytes may be written before kuf_resolve(..., KUF_RESOLVE_IN_PLACE); NULL when the slot is not
+    /// filled in place. Valid until the page is resolved. NULL from kuf_pending.
+    pub place: *mut c_void,
+    /// Zero.
+    pub reserved: u64,
+}
+
+/// Something the host should know, as handed to the event callback. Valid until the callback returns.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kuf_event {
+    /// sizeof(struct kuf_event) as the library knows it.
+    pub size: u32,
+    /// KUF_EVENT_*.
+    pub kind: u32,
+    /// Range concerned, in guest physical bytes; 0 and 0 when the event concerns the handle.
+    pub gpa: u64,
+    /// Length of the range in bytes.
+    pub len: u64,
+    /// 0, or the -errno behind the event.
+    pub error: i32,
+    /// Zero.
+    pub reserved: u32,
+    /// The same in words. Never NULL.
+    pub text: *const c_char,
+}
+
+/// Fills pages. Returns KUF_FILLED, KUF_ZERO, KUF_DEFERRED, or -errno: the source has failed for good. A run is then
+/// asked for again page by page where somebody waits; a single page that fails is poisoned and KUF_EVENT_POISONED is
+/// raised. Any other value is a failure with -EPROTO.
+///
+/// Called on a service thread ("kuf-serve-N", "kuf-populate"), or on the host thread that is inside kuf_ensure,
+/// kuf_vcpu_fault, kuf_close or kuf_remove_memory with KUF_CLOSE_POPULATE; by several threads at once for different
+/// runs. No lock is held. It may block and take its time: other pages are served while a fill thread is free. It may call
+/// kuf_resolve (also for its own run, then return KUF_DEFERRED), kuf_discard, kuf_pending, kuf_populate, kuf_progress,
+/// kuf_stats, kuf_error and kuf_version; everything else returns -EDEADLK. It must not touch unresolved guest memory
+/// (it would wait for itself). A Rust panic is caught and counts as -ENOTRECOVERABLE; a C++ exception or longjmp must not leave it.
+pub type kuf_fill_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void, fill: *mut kuf_fill) -> c_int>;
+
+/// Told about what happened. Called on whichever thread found out, with no lock held, after the state has changed.
+/// May call what a fill callback may call, and kuf_remove_memory. Should return soon: the thread serves faults.
+pub type kuf_event_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void, event: *const kuf_event)>;
+
+/// Given log records: level is KUF_LOG_*, text one line without newline, valid during the call. Called on any thread.
+/// Must not call the library. The library prints nothing itself.
+pub type kuf_log_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void, level: u32, text: *const c_char)>;
+
+/// Called exactly once, when the library will never again use opaque or call any callback: before a kuf_close that waits
+/// returns, or on a service thread after KUF_CLOSE_NOWAIT. Not called when kuf_open fails. Must not call the library.
+pub type kuf_release_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void)>;
+
+/// How to open a service. Zero means the default in every field.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kuf_options {
+    /// sizeof(struct kuf_options), set by the caller.
+    pub size: u32,
+    /// KUF_MECHANISM_*.
+    pub mechanism: u32,
+    /// KUF_OPEN_*.
+    pub flags: u64,
+    /// The VM's file descriptor with KUF_OPEN_VM_FD (duplicated; the host keeps its own), else 0.
+    pub vm_fd: i32,
+    /// Threads that may be inside a fill callback at once, besides the one that always watches for faults:
+    /// 1 to 256, 0 for 2. With kuf_populate, one more. Ignored without a fill callback.
+    pub fill_threads: u32,
+    /// Longest run, in bytes, that one fill callback is asked for when somebody waits: 0 for 64 KiB, at most 64 MiB.
+    /// Rounded to whole granules, at least one.
+    pub demand_run: u64,
+    /// The same for kuf_populate: 0 for 256 KiB.
+    pub populate_run: u64,
+    /// Bytes of deferred kuf_populate runs that may be outstanding at once: 0 for 16 MiB.
+    pub populate_inflight: u64,
+    /// Faults the library holds unserved before it stops reading more from the kernel: 0 for 4096, at least 1.
+    /// What is not read waits in the kernel's queue.
+    pub queue_max: u32,
+    /// Highest KUF_LOG_* that is passed to log.
+    pub log_level: u32,
+    /// Fills pages; NULL: caller-driven (kuf_poll, kuf_read, kuf_resolve).
+    pub fill: kuf_fill_fn,
+    /// Told about events; may be NULL.
+    pub event: kuf_event_fn,
+    /// Given log records; may be NULL.
+    pub log: kuf_log_fn,
+    /// Told when the callbacks are done for good; may be NULL.
+    pub release: kuf_release_fn,
+    /// First argument of the four callbacks.
+    pub opaque: *mut c_void,
+}
+
+/// A memory slot: a guest physical range and the host mapping behind it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kuf_memory {
+    /// sizeof(struct kuf_memory), set by the caller.
+    pub size: u32,
+    /// KUF_MEMORY_*.
+    pub flags: u32,
+    /// First guest physical address; a multiple of the granule.
+    pub gpa: u64,
+    /// Length in bytes; a multiple of the granule, not 0.
+    pub len: u64,
+    /// Host virtual address that backs gpa, in this process or, with KUF_MEMORY_REMOTE, in the other one; a multiple of
+    /// the granule. The whole range must be mapped.
+    pub hva: u64,
+    /// Page size of the mapping in bytes: 0 to have it found out (not with KUF_MEMORY_REMOTE without KUF_MEMORY_FD, where
+    /// 0 means the host's page size).
+    pub granule: u64,
+    /// The shared file with KUF_MEMORY_FD (duplicated), else 0.
+    pub fd: i32,
+    /// The userfaultfd with KUF_MEMORY_UFFD (duplicated), else 0. One userfaultfd may back many slots.
+    pub uffd: i32,
+    /// Offset in fd that is mapped at hva; a multiple of the granule.
+    pub fd_offset: u64,
+    /// KVM memory attributes other than USERFAULT that the host keeps on this range. 0 with userfaultfd.
+    pub kvm_attributes: u64,
+    /// Handed back in kuf_fill and kuf_fault.
+    pub opaque: *mut c_void,
+}
+
+/// A request to fill ahead of demand.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kuf_populate {
+    /// sizeof(struct kuf_populate), set by the caller.
+    pub size: u32,
+    /// KUF_POPULATE_*.
+    pub flags: u32,
+    /// First guest physical address, or KUF_ALL for every slot there is when the request starts.
+    pub gpa: u64,
+    /// Bytes; must be 0 with KUF_ALL. May span slots and holes between them.
+    pub len: u64,
+    /// Bytes per second at most; 0: no limit.
+    pub rate: u64,
+}
+
+/// How far a range is. Filled by kuf_progress. All in bytes; present + removed + absent + filling + deferred + poisoned = total.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kuf_progress {
+    /// sizeof(struct kuf_progress), set by the caller. Fields the library does not know are zeroed.
+    pub size: u32,
+    /// KUF_PROGRESS_*.
+    pub flags: u32,
+    /// The slot's gpa; 0 with KUF_ALL.
+    pub gpa: u64,
+    /// Bytes of the slot, or of all slots.
+    pub total: u64,
+    /// Holds its bytes.
+    pub present: u64,
+    /// Given back by the guest or unmapped: reads as zero, needs no source.
+    pub removed: u64,
+    /// Not asked for yet.
+    pub absent: u64,
+    /// Being filled now.
+    pub filling: u64,
+    /// Asked for, to be resolved by the host (deferred, or read with kuf_read).
+    pub deferred: u64,
+    /// Could not be filled.
+    pub poisoned: u64,
+}
+
+/// log2 latency histogram, in nanoseconds.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kuf_histogram {
+    /// Values recorded.
+    pub count: u64,
+    /// Sum of the values.
+    pub sum_ns: u64,
+    /// Largest value.
+    pub max_ns: u64,
+    /// Values per bucket: see KUF_HISTOGRAM_BUCKETS.
+    pub bucket: [u64; KUF_HISTOGRAM_BUCKETS],
+}
+
+/// Counters since kuf_open. Filled by kuf_stats; each is read on its own, so sums may be off by what is in flight.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kuf_stats {
+    /// sizeof(struct kuf_stats), set by the caller. Fields the library does not know are zeroed.
+    pub size: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Page faults read from the kernel.
+    pub faults: u64,
+    /// Of these, for pages of a shared file that were in its page cache already.
+    pub faults_minor: u64,
+    /// Of these, write accesses.
+    pub faults_write: u64,
+    /// Of these, for a page that another fault was already waiting for.
+    pub faults_joined: u64,
+    /// Of these, for a page that had become present in the meantime.
+    pub faults_late: u64,
+    /// Of these, for an address in no slot (it was unmapped, moved or removed meanwhile); woken and left to the kernel.
+    pub faults_unknown: u64,
+    /// Exits given to kuf_vcpu_fault.
+    pub vcpu_faults: u64,
+    /// Fill callbacks made.
+    pub fills: u64,
+    /// Fill callbacks that returned -errno.
+    pub fills_failed: u64,
+    /// Fill callbacks that returned KUF_DEFERRED.
+    pub fills_deferred: u64,
+    /// Bytes made present with data copied from a buffer.
+    pub bytes_copied: u64,
+    /// Bytes made present as zeroes.
+    pub bytes_zeroed: u64,
+    /// Bytes made present in place, with no copy.
+    pub bytes_in_place: u64,
+    /// Of all bytes made present, those that kuf_populate asked for.
+    pub bytes_populated: u64,
+    /// Bytes poisoned or closed off.
+    pub bytes_poisoned: u64,
+    /// Bytes dropped by kuf_discard.
+    pub bytes_discarded: u64,
+    /// Bytes reported removed or unmapped by the kernel or by kuf_discard(..., KUF_DISCARD_REMOVED).
+    pub bytes_removed: u64,
+    /// REMOVE events read.
+    pub events_remove: u64,
+    /// UNMAP events read.
+    pub events_unmap: u64,
+    /// REMAP events read.
+    pub events_remap: u64,
+    /// FORK events read.
+    pub events_fork: u64,
+    /// Installs put off because an event was unread (EAGAIN).
+    pub install_again: u64,
+    /// Pages found present at install (EEXIST); their waiters were woken by hand.
+    pub install_exists: u64,
+    /// Installs retried for want of memory (ENOMEM, ENOSPC).
+    pub install_no_memory: u64,
+    /// Times reading stopped because queue_max faults were held.
+    pub queue_full: u64,
+    /// From reading a fault until its fill began. Caller-driven: until kuf_read returned it.
+    pub queueing: kuf_histogram,
+    /// Inside the fill callback, or from the request to kuf_resolve for deferred and caller-driven faults.
+    pub filling: kuf_histogram,
+    /// Making a run present.
+    pub installing: kuf_histogram,
+    /// From reading a fault until its page was present: what the library added to the toucher's wait.
+    pub blocked: kuf_histogram,
+}
+
+/// How long one thread was kept waiting by page faults.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kuf_block_time {
+    /// Thread id as in gettid(2), in the pid namespace of the process that opened the userfaultfd.
+    pub thread: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Faults of this thread that ended.
+    pub faults: u64,
+    /// Sum of their waiting times, from reading the fault until the page was present.
+    pub total_ns: u64,
+    /// Longest of them.
+    pub max_ns: u64,
+}
