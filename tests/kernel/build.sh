@@ -1,0 +1,144 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT OR Apache-2.0
+#
+# Build the patched kernel of the rig, unless that has been done already, and
+# print the path of the image on standard output.  Everything else that there
+# is to say goes to standard error.
+#
+#   build.sh [-d]
+#
+#   -d  the debug variant (lockdep and the like)
+#
+# LIBKUF_KERNEL_CACHE   directory to build and keep kernels in
+# LIBKUF_KERNEL_JOBS    jobs for make, instead of one for each processor
+
+set -eu
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+cache=${LIBKUF_KERNEL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/libkuf}
+jobs=${LIBKUF_KERNEL_JOBS:-$(nproc)}
+source_package=linux-source-6.12
+tarball=/usr/src/$source_package.tar.xz
+variant=
+
+while getopts d opt; do
+	case $opt in
+	d) variant=debug ;;
+	*) exit 2 ;;
+	esac
+done
+
+say() {
+	echo "build.sh: $*" >&2
+}
+
+installed() {
+	dpkg-query -W -f '${db:Status-Abbrev}' "$1" 2>/dev/null | grep -q '^ii'
+}
+
+# Quiet if there is nothing to do, which must not cost the time that apt takes
+# to find that out, nor need the right to install anything.
+need_packages() {
+	missing=
+	for package; do
+		installed "$package" || missing="$missing $package"
+	done
+	[ -n "$missing" ] || return 0
+
+	say "installing$missing"
+	sudo=
+	[ "$(id -u)" = 0 ] || sudo=sudo
+	log=$(mktemp)
+	# shellcheck disable=SC2086 # words on purpose
+	if ! { $sudo apt-get update &&
+	       DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y \
+			--no-install-recommends $missing; } >"$log" 2>&1; then
+		tail -n 30 "$log" >&2
+		rm -f "$log"
+		say "cannot install$missing"
+		exit 1
+	fi
+	rm -f "$log"
+}
+
+need_packages "$source_package"
+
+# The variant's fragment counts only for the variant: changing it does not
+# make the other one be built again.
+hash=$({
+	dpkg-query -W -f '${Version}\n' "$source_package"
+	cat "$here/config"
+	[ -z "$variant" ] || cat "$here/config.$variant"
+	cat "$here"/patches/*.patch
+} | sha256sum | cut -c1-16)
+
+dir=$cache/kernel-$hash
+image=$dir/bzImage
+
+if [ -f "$image" ]; then
+	echo "$image"
+	exit 0
+fi
+
+need_packages build-essential bc bison flex libelf-dev libssl-dev kmod cpio \
+	xz-utils patch perl
+
+mkdir -p "$cache"
+log=$cache/kernel-$hash.log
+temp=$(mktemp -d "$cache/build.XXXXXX")
+trap 'rm -rf "$temp"' EXIT
+trap 'exit 130' INT TERM HUP
+
+fail() {
+	say "$1; the end of $log:"
+	tail -n 40 "$log" >&2
+	exit 1
+}
+
+start=$(date +%s)
+say "building ${variant:+$variant }kernel $hash, log in $log"
+: >"$log"
+
+tar -C "$temp" -xf "$tarball" >>"$log" 2>&1 || fail "cannot unpack the source"
+src=$temp/$source_package
+
+for p in "$here"/patches/*.patch; do
+	patch -d "$src" -p1 -s -f --no-backup-if-mismatch <"$p" >>"$log" 2>&1 ||
+		fail "${p##*/} does not apply"
+done
+
+# Whatever the environment of our caller has for his own builds is not ours.
+unset MAKEFLAGS MFLAGS MAKELEVEL CFLAGS LDFLAGS ARCH CROSS_COMPILE
+
+run_make() {
+	nice -n 10 make -s -C "$src" "$@" >>"$log" 2>&1
+}
+
+run_make tinyconfig || fail "cannot configure"
+set -- "$here/config"
+[ -z "$variant" ] || set -- "$@" "$here/config.$variant"
+(cd "$src" && scripts/kconfig/merge_config.sh -m .config "$@") >>"$log" 2>&1 ||
+	fail "cannot merge the configuration"
+run_make olddefconfig || fail "cannot configure"
+
+# An option that has silently been dropped would make tests pass or be skipped
+# for the wrong reason.
+cat "$@" | grep '^CONFIG_[A-Z0-9_]*=[^n]' | grep -v '^CONFIG_LOCALVERSION=' \
+	>"$temp/wanted"
+grep -xvFf "$src/.config" "$temp/wanted" >"$temp/missing" || :
+if [ -s "$temp/missing" ]; then
+	sed 's/^/not in .config: /' "$temp/missing" >>"$log"
+	fail "the configuration does not hold"
+fi
+
+# The image is to depend on nothing but what the hash covers.
+KBUILD_BUILD_TIMESTAMP='@1' KBUILD_BUILD_USER=libkuf KBUILD_BUILD_HOST=libkuf \
+	run_make -j"$jobs" bzImage || fail "cannot build"
+
+# Only what is whole ever has the name that is looked for.
+mkdir "$temp/out"
+cp "$src/arch/x86/boot/bzImage" "$src/.config" "$src/System.map" "$temp/out"
+mv -T "$temp/out" "$dir" 2>/dev/null || [ -f "$image" ] || fail "cannot keep the image"
+
+say "built in $(($(date +%s) - start)) s"
+echo "$image"

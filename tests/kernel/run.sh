@@ -1,0 +1,283 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT OR Apache-2.0
+#
+# Run programs on the patched kernel, in an emulated machine.
+#
+#   run.sh [-dnv] [-k IMAGE] [-L DIR]... [-f FILE]... [-l LIST] [-t SECONDS]
+#          [-T SECONDS] [-m MIB] [-o DIR] [PROGRAM | DIRECTORY]...
+#
+#   -d          the debug variant of the kernel (lockdep and the like)
+#   -n          not the kernel's selftests, only what is given
+#   -s PATTERN  only the selftests whose name matches the shell pattern
+#   -v          show the console
+#   -k IMAGE    this kernel, instead of the one that build.sh makes
+#   -L DIR      look here for shared libraries first (more than one: -L again)
+#   -f FILE     pack this file too, as /tests/NAME
+#   -l LIST     run what the file lists, see below
+#   -t SECONDS  for a program, unless the list says otherwise (60; -d: 240)
+#   -T SECONDS  for everything together, boot included (900; -d: 2700)
+#   -m MIB      memory of the machine (1536)
+#   -o DIR      keep console.log, results.log and the initramfs here
+#
+# Programs are packed with the shared libraries that ldd names; of a directory,
+# all executable files in it.  A program passes by exit status 0, is skipped by
+# 77 and fails otherwise; one that prints lines "ok NAME", "ok NAME # SKIP why"
+# and "not ok NAME: why" has those counted instead.
+#
+# A line of LIST: [timeout=SECONDS] [NAME=VALUE]... PROGRAM [ARGUMENT]...
+# PROGRAM is relative to where the list is.  "#" starts a comment line.
+
+set -eu
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+debug=
+selftests='*'
+verbose=
+image=
+libdirs=
+files=
+list=
+timeout=
+total=
+memory=1536
+out=
+nl='
+'
+
+usage() {
+	sed -n '3,/^$/s/^# \{0,1\}//p' "$0" >&2
+	exit 2
+}
+
+while getopts dns:vk:L:f:l:t:T:m:o:h opt; do
+	case $opt in
+	d) debug=-d ;;
+	n) selftests= ;;
+	s) selftests=$OPTARG ;;
+	v) verbose=1 ;;
+	k) image=$OPTARG ;;
+	L) libdirs=${libdirs:+$libdirs:}$(CDPATH='' cd -- "$OPTARG" && pwd) ;;
+	f) files=$files$OPTARG$nl ;;
+	l) list=$OPTARG ;;
+	t) timeout=$OPTARG ;;
+	T) total=$OPTARG ;;
+	m) memory=$OPTARG ;;
+	o) out=$OPTARG ;;
+	*) usage ;;
+	esac
+done
+shift $((OPTIND - 1))
+
+timeout=${timeout:-$([ -n "$debug" ] && echo 240 || echo 60)}
+total=${total:-$([ -n "$debug" ] && echo 2700 || echo 900)}
+
+die() {
+	echo "run.sh: $*" >&2
+	exit 1
+}
+
+for tool in qemu-system-x86_64:qemu-system-x86 cpio:cpio cc:build-essential; do
+	command -v "${tool%%:*}" >/dev/null && continue
+	sudo=
+	[ "$(id -u)" = 0 ] || sudo=sudo
+	echo "run.sh: installing ${tool#*:}" >&2
+	{ $sudo apt-get update &&
+	  DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y \
+		--no-install-recommends "${tool#*:}"; } >/dev/null 2>&1 ||
+		die "cannot install ${tool#*:}"
+done
+
+[ -n "$image" ] || image=$("$here/build.sh" $debug)
+
+work=$(mktemp -d)
+qemu=
+cleanup() {
+	[ -z "$qemu" ] || kill "$qemu" 2>/dev/null || :
+	rm -rf "$work"
+}
+trap cleanup EXIT
+trap 'exit 130' INT TERM HUP
+
+root=$work/root
+mkdir -p "$root/tests" "$root/lib" "$root/lib64" "$root/dev" "$root/proc" \
+	"$root/sys" "$root/tmp" "$root/bin"
+: >"$root/tests/list"
+
+warnings='-std=c11 -D_GNU_SOURCE -O2 -g -Wall -Wextra -Werror -Wshadow
+	-Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith -Wvla'
+# shellcheck disable=SC2086 # words on purpose
+compile() {
+	cc $warnings -static -pthread -o "$1" "$2" || die "cannot compile ${2##*/}"
+}
+
+pack_libraries() {
+	LD_LIBRARY_PATH=$libdirs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
+		ldd "$1" 2>/dev/null >"$work/ldd" || return 0 # static
+	if grep 'not found' "$work/ldd" >&2; then
+		die "${1##*/} lacks libraries; -L says where to look"
+	fi
+	while read -r name arrow path _; do
+		case $name in
+		/*) [ -e "$root$name" ] || cp -L "$name" "$root/lib64/${name##*/}" ;;
+		*)
+			[ "$arrow" = '=>' ] || continue
+			[ -e "$root/lib/$name" ] || cp -L "$path" "$root/lib/$name"
+			;;
+		esac
+	done <"$work/ldd"
+}
+
+# Leaves the name that the program has in the machine in $packed.
+pack() {
+	[ -x "$1" ] || die "$1 is no program"
+	packed=/tests/${1##*/}
+	[ -e "$root$packed" ] && cmp -s "$1" "$root$packed" && return
+	[ ! -e "$root$packed" ] || die "two programs by the name of ${1##*/}"
+	cp -L "$1" "$root$packed"
+	pack_libraries "$1"
+}
+
+compile "$root/init" "$here/init.c"
+
+if [ -n "$selftests" ]; then
+	for source in "$here"/selftests/*.c; do
+		name=$(basename "$source" .c)
+		# shellcheck disable=SC2254 # it is a pattern
+		case $name in
+		$selftests) ;;
+		*) continue ;;
+		esac
+		compile "$root/tests/$name" "$source"
+		echo "timeout=$timeout /tests/$name" >>"$root/tests/list"
+	done
+fi
+
+for program; do
+	if [ -d "$program" ]; then
+		for file in "$program"/*; do
+			if [ ! -f "$file" ] || [ ! -x "$file" ]; then
+				continue
+			fi
+			pack "$file"
+			echo "timeout=$timeout $packed" >>"$root/tests/list"
+		done
+	else
+		pack "$program"
+		echo "timeout=$timeout $packed" >>"$root/tests/list"
+	fi
+done
+
+if [ -n "$list" ]; then
+	base=$(CDPATH='' cd -- "$(dirname -- "$list")" && pwd)
+	while IFS= read -r line; do
+		case $line in
+		'#'* | '') continue ;;
+		esac
+		words="timeout=$timeout"
+		program=
+		for word in $line; do
+			case $program$word in
+			[A-Za-z_]*=*) words="$words $word"; continue ;;
+			esac
+			if [ -n "$program" ]; then
+				words="$words $word"
+				continue
+			fi
+			case $word in
+			/*) program=$word ;;
+			*) program=$base/$word ;;
+			esac
+			pack "$program"
+			words="$words $packed"
+		done
+		echo "$words" >>"$root/tests/list"
+	done <"$list"
+fi
+
+printf '%s' "$files" | while IFS= read -r file; do
+	cp -L "$file" "$root/tests/"
+done
+
+[ -s "$root/tests/list" ] || die "nothing to run"
+
+(cd "$root" && find . | cpio -o -H newc --quiet -R 0:0 | gzip -1) >"$work/initramfs"
+
+# A machine that cannot get on is to say so and to stop: what is wrong with it
+# is on the console, and nobody is going to look at it while it stands.
+cmdline="console=ttyS0 loglevel=6 panic=-1 oops=panic panic_on_warn=1
+	softlockup_panic=1 hung_task_panic=1 sysctl.kernel.panic_on_rcu_stall=1
+	sysctl.kernel.hung_task_timeout_secs=20 mitigations=off
+	hugepages=48 transparent_hugepage=madvise"
+if [ -n "$debug" ]; then
+	# Emulated and with every lock checked, a processor is slow, not stuck.
+	cmdline="$cmdline sysctl.kernel.hung_task_timeout_secs=60
+		watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60"
+fi
+
+console=$work/console.log
+results=$work/results.log
+: >"$console"
+: >"$results"
+
+# shellcheck disable=SC2086,SC2116 # joins the lines
+timeout -k 5 "$total" qemu-system-x86_64 -accel tcg,thread=multi -cpu max \
+	-smp 2 -m "$memory" -nodefaults -no-user-config -display none -no-reboot \
+	-kernel "$image" -initrd "$work/initramfs" -append "$(echo $cmdline)" \
+	-serial "file:$console" -serial "file:$results" \
+	</dev/null >"$work/qemu.log" 2>&1 &
+qemu=$!
+if [ -n "$verbose" ]; then
+	tail -n +1 -f --pid="$qemu" "$console" &
+fi
+status=0
+wait "$qemu" || status=$?
+qemu=
+
+if [ -n "$out" ]; then
+	mkdir -p "$out"
+	cp "$console" "$results" "$work/initramfs" "$out"
+fi
+
+tr -d '\r' <"$results" >"$work/results"
+tr -d '\r' <"$console" | grep -v 'Kernel command line:' >"$work/console" || :
+
+passed=0
+failed=0
+skipped=0
+finished=
+while read -r word rest; do
+	case $word in
+	ok) passed=$((passed + 1)); echo "$word $rest" ;;
+	not) failed=$((failed + 1)); echo "$word $rest" ;;
+	skip) skipped=$((skipped + 1)); echo "$word $rest" ;;
+	up) echo "# kernel and init were up after $rest s" ;;
+	done) finished=1 ;;
+	esac
+done <"$work/results"
+
+# Only what the kernel has printed: it starts with the time, wherever in the
+# line that is, for programs print on the same console.
+trouble='\[ *[0-9]+\.[0-9]{6}\].*(BUG|WARNING|INFO: task|INFO: rcu|Oops|Kernel panic|general protection|kernel stack|lockup|stall|possible .* (deadlock|recursion)|bad unlock|held lock|refcount_t|list_(add|del) corruption|UBSAN|KASAN|KCSAN|ODEBUG|Call Trace|unable to handle|Bad page|invalid opcode|double fault|cut here)'
+if grep -Eq "$trouble" "$work/console"; then
+	failed=$((failed + 1))
+	echo "not ok kernel: it complained:"
+	grep -E -m 1 -A 60 "$trouble" "$work/console" | sed 's/^/# /'
+fi
+
+if [ -z "$finished" ]; then
+	failed=$((failed + 1))
+	if [ "$status" = 124 ] || [ "$status" = 137 ]; then
+		echo "not ok rig: no end after $total s"
+	else
+		echo "not ok rig: the machine stopped before the tests were through (qemu: $status)"
+	fi
+	sed 's/^/# /' "$work/qemu.log"
+	tail -n 30 "$work/console" | sed 's/^/# /'
+fi
+
+if [ "$skipped" -gt 0 ]; then
+	echo "$passed passed, $failed failed, $skipped skipped"
+else
+	echo "$passed passed, $failed failed"
+fi
+[ "$failed" = 0 ] && [ "$passed" -gt 0 ]
