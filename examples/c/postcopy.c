@@ -1,0 +1,508 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * postcopy.c - memory that arrives over a connection while the guest already runs, and a connection that breaks
+ *
+ * Two processes. The source has the memory. The destination has nothing yet and runs at once: threads, in place of vCPUs,
+ * touch every page and check it. Its fill callback asks the source for the run and returns KUF_DEFERRED; a receiver
+ * thread hands whatever arrives to kuf_resolve, asked for or not, because the source also pushes all memory in the
+ * background. Several times in the middle the connection is lost, with requests unanswered and half a message under way.
+ * The destination connects again and asks once more for what kuf_pending lists. When the source has nothing left to push,
+ * kuf_populate asks for the pages that were lost on the way and that nobody has touched. In the end both sides compare a
+ * checksum of all memory.
+ *
+ * Build:  cc -O2 -pthread -o postcopy postcopy.c $(pkg-config --cflags --libs kuf)
+ * Run:    ./postcopy [--cuts N]
+ */
+#define _GNU_SOURCE
+#include <getopt.h>
+#include <kuf.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+
+#include "example.h"
+
+enum { PAGES = 8192, TOUCHERS = 2, PUSH_PAGES = 16, PUSH_PAUSE_US = 300, CUTS_MAX = 16, WATCHDOG_S = 30 };
+
+#define MEMORY ((uint64_t)PAGES * PAGE)
+#define RUN_MAX MIB
+
+static const char usage[] =
+    "usage: postcopy [--cuts N]\n"
+    "Receives a guest's memory over a socket while the guest runs.\n"
+    "  --cuts N   how often the connection is lost, 0 to 16 (default 3)\n";
+
+/* ---- The protocol: a header, and the pages behind it for PAGES ---- */
+
+enum kind {
+    REQUEST = 1, /* destination: send me len bytes at gpa */
+    CONTENT,     /* source: len bytes follow, for gpa */
+    PUSHED,      /* source: everything was sent once */
+    CHECKSUM,    /* both: gpa is the checksum of my memory */
+};
+
+struct message {
+    uint32_t magic;
+    uint32_t kind;
+    uint64_t gpa;
+    uint64_t len;
+};
+
+static const uint32_t message_magic = 0x50435059;
+
+/* Returns false when the connection is gone. */
+static bool send_fully(int link, const void *bytes, uint64_t len)
+{
+    const uint8_t *at = bytes;
+    while (len > 0) {
+        ssize_t n = send(link, at, len, MSG_NOSIGNAL);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return false;
+        at += n;
+        len -= (uint64_t)n;
+    }
+    return true;
+}
+
+/* Returns false when the connection is gone, also in the middle. */
+static bool receive_fully(int link, void *bytes, uint64_t len)
+{
+    uint8_t *at = bytes;
+    while (len > 0) {
+        ssize_t n = recv(link, at, len, 0);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return false;
+        at += n;
+        len -= (uint64_t)n;
+    }
+    return true;
+}
+
+static bool send_message(int link, enum kind kind, uint64_t gpa, uint64_t len)
+{
+    struct message message = { .magic = message_magic, .kind = kind, .gpa = gpa, .len = len };
+    return send_fully(link, &message, sizeof(message));
+}
+
+/* What comes from the other side is checked before it becomes an address. */
+static bool receive_message(int link, struct message *message)
+{
+    if (!receive_fully(link, message, sizeof(*message)))
+        return false;
+    if (message->magic != message_magic || message->kind < REQUEST || message->kind > CHECKSUM)
+        fail("the other side does not speak this protocol");
+    if (message->kind != REQUEST && message->kind != CONTENT)
+        return true;
+    if (message->len == 0 || message->len > RUN_MAX || message->len % PAGE != 0 || message->gpa % PAGE != 0 ||
+        message->gpa > MEMORY - message->len)
+        fail("the other side names a range outside the memory");
+    return true;
+}
+
+static uint64_t checksum(const void *memory)
+{
+    const uint64_t *words = memory;
+    uint64_t sum = 0;
+    for (uint64_t i = 0; i < MEMORY / sizeof(*words); i++)
+        sum = (sum ^ words[i]) * UINT64_C(0x100000001b3);
+    return sum;
+}
+
+static void *map_memory(void)
+{
+    void *memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        fail("mmap: %s", strerror(errno));
+    return memory;
+}
+
+/* ---- The source ---- */
+
+struct source {
+    uint8_t *memory;
+    int link;
+    uint64_t cursor;      /* pushed up to here */
+    pthread_mutex_t lock; /* held for whole messages; guards what is below */
+    uint64_t sent;
+    unsigned cuts, cuts_done;
+    bool stopped; /* nothing more goes out on this connection */
+};
+
+/* Whether the connection is to break at the next request. Nothing is pushed until then, so that there is one. */
+static bool cut_is_due(struct source *source)
+{
+    pthread_mutex_lock(&source->lock);
+    uint64_t next = MEMORY / (source->cuts + 1) * (source->cuts_done + 1);
+    bool due = !source->stopped && source->cuts_done < source->cuts && source->sent >= next;
+    pthread_mutex_unlock(&source->lock);
+    return due;
+}
+
+/* The connection breaks in the middle of an answer; the requests behind it are lost with it. */
+static void cut(struct source *source, const struct message *request)
+{
+    pthread_mutex_lock(&source->lock);
+    send_message(source->link, CONTENT, request->gpa, request->len);
+    send_fully(source->link, source->memory + request->gpa, request->len / 2);
+    shutdown(source->link, SHUT_RDWR);
+    source->stopped = true;
+    source->cuts_done++;
+    pthread_mutex_unlock(&source->lock);
+}
+
+/* Returns whether it was sent. */
+static bool send_content(struct source *source, uint64_t gpa, uint64_t len)
+{
+    pthread_mutex_lock(&source->lock);
+    bool sent = !source->stopped && send_message(source->link, CONTENT, gpa, len) &&
+                send_fully(source->link, source->memory + gpa, len);
+    source->sent += len;
+    pthread_mutex_unlock(&source->lock);
+    return sent;
+}
+
+/* Pushes all memory in address order. What was under way when the connection broke is not pushed again. */
+static void *push_main(void *argument)
+{
+    struct source *source = argument;
+    const uint64_t len = PUSH_PAGES * PAGE;
+    while (source->cursor < MEMORY) {
+        uint64_t gpa = source->cursor;
+        source->cursor += len;
+        while (cut_is_due(source))
+            sleep_us(PUSH_PAUSE_US);
+        if (!send_content(source, gpa, len))
+            return NULL;
+        sleep_us(PUSH_PAUSE_US);
+    }
+    pthread_mutex_lock(&source->lock);
+    send_message(source->link, PUSHED, 0, 0);
+    pthread_mutex_unlock(&source->lock);
+    return NULL;
+}
+
+static void stop_pushing(struct source *source)
+{
+    pthread_mutex_lock(&source->lock);
+    source->stopped = true;
+    pthread_mutex_unlock(&source->lock);
+}
+
+/* Serves one connection. Returns true when the destination has all memory, false when the connection was lost. */
+static bool serve_connection(struct source *source, uint64_t sum)
+{
+    struct message message;
+    pthread_t pusher;
+    bool done = false;
+    source->stopped = false;
+    if (pthread_create(&pusher, NULL, push_main, source) != 0)
+        fail("cannot start a thread");
+    while (!done && !source->stopped && receive_message(source->link, &message)) {
+        if (message.kind == REQUEST && cut_is_due(source))
+            cut(source, &message);
+        else if (message.kind == REQUEST)
+            send_content(source, message.gpa, message.len);
+        else if (message.kind == CHECKSUM && message.gpa == sum)
+            done = true;
+        else
+            fail("source: the destination has other bytes");
+    }
+    stop_pushing(source);
+    pthread_join(pusher, NULL);
+    if (done)
+        send_message(source->link, CHECKSUM, sum, 0);
+    close(source->link);
+    return done;
+}
+
+static _Noreturn void source_main(int listener, unsigned cuts)
+{
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    watchdog(WATCHDOG_S);
+    struct source source = { .memory = map_memory(), .cuts = cuts };
+    pthread_mutex_init(&source.lock, NULL);
+    for (uint64_t page = 0; page < PAGES; page++)
+        pattern_write(source.memory + page * PAGE, page);
+    uint64_t sum = checksum(source.memory);
+    do {
+        source.link = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+        if (source.link < 0)
+            fail("accept: %s", strerror(errno));
+    } while (!serve_connection(&source, sum));
+    _exit(EXIT_SUCCESS);
+}
+
+/* ---- The destination ---- */
+
+struct destination {
+    struct kuf *kuf;
+    uint8_t *memory;
+    struct sockaddr_un address;
+    socklen_t address_len;
+    pthread_mutex_t lock; /* guards what is below; held while a request is sent, so that requests stay whole */
+    int link;             /* -1: lost */
+    uint64_t sum;         /* of all memory, once it is here; else 0 */
+    uint64_t source_sum;
+    unsigned connections;
+    uint64_t requests, requests_again;
+    uint64_t received, new_bytes; /* of the receiver thread alone */
+    atomic_uint next_toucher;
+    atomic_uint bad_pages;
+};
+
+/* Sends if there is a connection. A request that is not sent, or that the connection loses, is asked for again by kuf_pending. */
+static void tell_source(struct destination *destination, enum kind kind, uint64_t gpa, uint64_t len)
+{
+    pthread_mutex_lock(&destination->lock);
+    if (destination->link >= 0)
+        send_message(destination->link, kind, gpa, len);
+    destination->requests += kind == REQUEST;
+    pthread_mutex_unlock(&destination->lock);
+}
+
+/* The fill callback. The answer may well be resolved before this returns. */
+static int fill_from_source(void *opaque, struct kuf_fill *fill)
+{
+    tell_source(opaque, REQUEST, fill->gpa, fill->len);
+    return KUF_DEFERRED;
+}
+
+/*
+ * What was asked for on the connection that was lost. A thread of its own: while requests go out, answers come in, and
+ * with nobody to read them both sides would wait for each other.
+ */
+static void *ask_again_main(void *argument)
+{
+    struct destination *destination = argument;
+    static struct kuf_fault pending[PAGES];
+    ssize_t n = kuf_pending(destination->kuf, pending, PAGES);
+    if (n < 0)
+        fail("kuf_pending: %s", kuf_error());
+    for (ssize_t i = 0; i < n; i++)
+        for (uint64_t done = 0; done < pending[i].len; done += RUN_MAX) {
+            uint64_t rest = pending[i].len - done;
+            tell_source(destination, REQUEST, pending[i].gpa + done, rest < RUN_MAX ? rest : RUN_MAX);
+            destination->requests_again++;
+        }
+    if (destination->sum != 0)
+        tell_source(destination, CHECKSUM, destination->sum, 0);
+    return NULL;
+}
+
+/* Everything was pushed once. What the breaks have swallowed is still absent: ask for it. */
+static void ask_for_the_rest(struct destination *destination)
+{
+    struct kuf_populate everything = { .size = sizeof(everything), .gpa = KUF_ALL };
+    if (kuf_populate(destination->kuf, &everything) < 0)
+        fail("kuf_populate: %s", kuf_error());
+}
+
+/* Takes what one connection brings. Returns true when the source has confirmed the checksum, false when it was lost. */
+static bool receive(struct destination *destination, int link)
+{
+    static uint8_t content[RUN_MAX];
+    struct message message;
+    while (receive_message(link, &message)) {
+        if (message.kind == CONTENT) {
+            if (!receive_fully(link, content, message.len))
+                return false;
+            ssize_t resolved = kuf_resolve(destination->kuf, message.gpa, content, message.len, 0);
+            if (resolved < 0)
+                fail("kuf_resolve: %s", kuf_error());
+            destination->received += message.len;
+            destination->new_bytes += (uint64_t)resolved;
+        } else if (message.kind == PUSHED) {
+            ask_for_the_rest(destination);
+        } else if (message.kind == CHECKSUM) {
+            destination->source_sum = message.gpa;
+            return true;
+        } else {
+            fail("the source asks for pages");
+        }
+    }
+    return false;
+}
+
+static int connect_to_source(const struct destination *destination)
+{
+    int link = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (link < 0 || connect(link, (const struct sockaddr *)&destination->address, destination->address_len) < 0)
+        fail("connect: %s", strerror(errno));
+    return link;
+}
+
+static void set_link(struct destination *destination, int link)
+{
+    pthread_mutex_lock(&destination->lock);
+    destination->link = link;
+    pthread_mutex_unlock(&destination->lock);
+}
+
+/* The receiver thread: connects as often as it takes. */
+static void *receiver_main(void *argument)
+{
+    struct destination *destination = argument;
+    bool done = false;
+    while (!done) {
+        pthread_t asker;
+        int link = connect_to_source(destination);
+        set_link(destination, link);
+        destination->connections++;
+        if (pthread_create(&asker, NULL, ask_again_main, destination) != 0)
+            fail("cannot start a thread");
+        done = receive(destination, link);
+        shutdown(link, SHUT_RDWR);
+        pthread_join(asker, NULL);
+        set_link(destination, -1);
+        close(link);
+    }
+    return NULL;
+}
+
+static void *toucher_main(void *argument)
+{
+    struct destination *destination = argument;
+    uint64_t start = atomic_fetch_add(&destination->next_toucher, 1) * (PAGES / TOUCHERS);
+    for (uint64_t i = 0; i < PAGES; i++) {
+        uint64_t page = scattered(start + i, PAGES);
+        if (!pattern_matches(destination->memory + page * PAGE, page))
+            atomic_fetch_add(&destination->bad_pages, 1);
+    }
+    return NULL;
+}
+
+static void on_event(void *opaque, const struct kuf_event *event)
+{
+    (void)opaque;
+    if (event->kind == KUF_EVENT_POISONED || event->kind == KUF_EVENT_CLOSED_OFF || event->kind == KUF_EVENT_FATAL)
+        fail("lost: %s", event->text);
+}
+
+static void open_service(struct destination *destination)
+{
+    /* USER_MODE_ONLY: enough for threads, which need no privilege then. With a KVM guest leave it out. */
+    struct kuf_options options = {
+        .size = sizeof(options),
+        .flags = KUF_OPEN_USER_MODE_ONLY,
+        .fill = fill_from_source,
+        .event = on_event,
+        .opaque = destination,
+    };
+    int result = kuf_open(&options, &destination->kuf);
+    check_open(result, kuf_error());
+    struct kuf_memory memory = { .size = sizeof(memory), .len = MEMORY, .hva = (uintptr_t)destination->memory };
+    if (kuf_add_memory(destination->kuf, &memory) < 0)
+        fail("kuf_add_memory: %s", kuf_error());
+}
+
+/* The guest runs until it has touched all memory; then the checksum goes to the source. */
+static void run_guest(struct destination *destination)
+{
+    pthread_t touchers[TOUCHERS];
+    for (int i = 0; i < TOUCHERS; i++)
+        if (pthread_create(&touchers[i], NULL, toucher_main, destination) != 0)
+            fail("cannot start a thread");
+    for (int i = 0; i < TOUCHERS; i++)
+        pthread_join(touchers[i], NULL);
+
+    uint64_t sum = checksum(destination->memory);
+    pthread_mutex_lock(&destination->lock);
+    destination->sum = sum;
+    pthread_mutex_unlock(&destination->lock);
+    tell_source(destination, CHECKSUM, sum, 0);
+}
+
+static void report(const struct destination *destination, unsigned cuts)
+{
+    struct kuf_stats stats = { .size = sizeof(stats) };
+    if (kuf_stats(destination->kuf, &stats) < 0)
+        fail("kuf_stats: %s", kuf_error());
+    printf("connections   %u, of which %u were lost\n", destination->connections, cuts);
+    printf("requests      %llu, of which %llu asked again after a loss\n", (unsigned long long)destination->requests,
+           (unsigned long long)destination->requests_again);
+    printf("received      %.1f MiB, of which %.1f MiB were new; %llu faults\n",
+           (double)destination->received / (double)MIB, (double)destination->new_bytes / (double)MIB,
+           (unsigned long long)stats.faults);
+    printf("checksum      here %016llx, source %016llx; bad pages: %u\n", (unsigned long long)destination->sum,
+           (unsigned long long)destination->source_sum, atomic_load(&destination->bad_pages));
+    if (destination->sum != destination->source_sum || atomic_load(&destination->bad_pages) != 0)
+        fail("the memory did not arrive as it was sent");
+    if (destination->new_bytes != MEMORY)
+        fail("%llu bytes became present, not all", (unsigned long long)destination->new_bytes);
+    if (destination->connections != cuts + 1)
+        fail("the connection was not lost as it was to be");
+}
+
+static void destination_main(struct destination *destination, unsigned cuts)
+{
+    pthread_t receiver;
+    destination->memory = map_memory();
+    destination->link = -1;
+    pthread_mutex_init(&destination->lock, NULL);
+    open_service(destination);
+    if (pthread_create(&receiver, NULL, receiver_main, destination) != 0)
+        fail("cannot start a thread");
+    run_guest(destination);
+    pthread_join(receiver, NULL);
+    report(destination, cuts);
+    if (kuf_close(&destination->kuf, 0) < 0) /* all is present: nothing to say about the rest */
+        fail("kuf_close: %s", kuf_error());
+    munmap(destination->memory, MEMORY);
+}
+
+/* ---- */
+
+/* A listening socket under a name that the kernel chooses. */
+static int listen_anywhere(struct destination *destination)
+{
+    struct sockaddr_un any = { .sun_family = AF_UNIX };
+    int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    destination->address_len = sizeof(destination->address);
+    if (listener < 0 || bind(listener, (struct sockaddr *)&any, sizeof(any.sun_family)) < 0 || listen(listener, 1) < 0 ||
+        getsockname(listener, (struct sockaddr *)&destination->address, &destination->address_len) < 0)
+        fail("listening socket: %s", strerror(errno));
+    return listener;
+}
+
+int main(int argc, char **argv)
+{
+    static const struct option names[] = {
+        { "cuts", required_argument, NULL, 'c' },
+        { "help", no_argument, NULL, 'h' },
+        { NULL, 0, NULL, 0 },
+    };
+    unsigned cuts = 3;
+    for (int c; (c = getopt_long(argc, argv, "h", names, NULL)) != -1;) {
+        switch (c) {
+        case 'c': cuts = (unsigned)strtoul(optarg, NULL, 10); break;
+        case 'h': fputs(usage, stdout); return EXIT_SUCCESS;
+        default: fputs(usage, stderr); return EXIT_FAILURE;
+        }
+    }
+    if (cuts > CUTS_MAX)
+        fail("--cuts is at most %d", CUTS_MAX);
+    watchdog(WATCHDOG_S);
+
+    struct destination destination = { .link = -1 };
+    int listener = listen_anywhere(&destination);
+    pid_t source = fork(); /* before the library is open: a handle belongs to the process that opened it */
+    if (source < 0)
+        fail("fork: %s", strerror(errno));
+    if (source == 0)
+        source_main(listener, cuts);
+    close(listener);
+    destination_main(&destination, cuts);
+
+    int status;
+    if (waitpid(source, &status, 0) < 0 || !WIFEXITED(status) || WEXITSTATUS(status) != 0)
+        fail("the source has failed");
+    return EXIT_SUCCESS;
+}

@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * probe.c - says what this host can do to serve guest page faults, and for what it cannot, why not
+ *
+ * Build:  cc -O2 -o probe probe.c $(pkg-config --cflags --libs kuf)
+ * Run:    ./probe            for people
+ *         ./probe --json     for programs
+ *
+ * A VM's descriptor is part of the question (the KVM mechanisms depend on it), so a VM is made where /dev/kvm opens.
+ * Exits 0 when at least one mechanism works, 77 when none does.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <getopt.h>
+#include <kuf.h>
+#include <linux/kvm.h>
+#include <sys/ioctl.h>
+
+#include "example.h"
+
+static const char usage[] =
+    "usage: probe [--json]\n"
+    "Says which mechanisms can serve guest page faults on this host, and why the others cannot.\n";
+
+static const char *const mechanism_names[KUF_MECHANISM_COUNT] = {
+    [KUF_MECHANISM_AUTO] = "none",
+    [KUF_MECHANISM_USERFAULTFD] = "userfaultfd",
+    [KUF_MECHANISM_KVM_BITMAP] = "kvm-bitmap",
+    [KUF_MECHANISM_KVM_ASYNC] = "kvm-async",
+};
+
+static const struct {
+    uint32_t feature;
+    const char *name;
+    const char *meaning;
+} features[] = {
+    { KUF_FEATURE_KERNEL_FAULTS, "kernel-faults", "userfaultfd serves KVM guests for this process" },
+    { KUF_FEATURE_POISON, "poison", "touching a page that could not be filled raises SIGBUS" },
+    { KUF_FEATURE_MINOR, "minor", "shared memory is filled in place, without a copy" },
+    { KUF_FEATURE_THREAD_ID, "thread-id", "waiting times are known thread by thread" },
+};
+
+enum { FEATURES = sizeof(features) / sizeof(features[0]) };
+
+/* Returns a VM's descriptor, or -1 with the reason in *why. */
+static int open_vm(const char **why)
+{
+    int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    int vm = kvm < 0 ? -1 : ioctl(kvm, KVM_CREATE_VM, 0);
+    *why = vm < 0 ? strerror(errno) : "opened";
+    if (kvm >= 0)
+        close(kvm);
+    return vm;
+}
+
+static bool works(const struct kuf_probe *probe, unsigned mechanism)
+{
+    return probe->mechanisms & 1u << mechanism;
+}
+
+static void print_text(const struct kuf_probe *probe, const char *kvm)
+{
+    uint32_t version = kuf_version();
+    printf("libkuf        %u.%u.%u\n", version >> 16, version >> 8 & 255, version & 255);
+    printf("/dev/kvm      %s\n", kvm);
+    printf("page size     %u\n", probe->page_size);
+    printf("recommended   %s\n\n", mechanism_names[probe->recommended]);
+    for (unsigned i = KUF_MECHANISM_AUTO + 1; i < KUF_MECHANISM_COUNT; i++) {
+        printf("%-13s %s", mechanism_names[i], works(probe, i) ? "yes" : "no");
+        if (!works(probe, i))
+            printf(" (%s)", strerror(-probe->error[i]));
+        printf("\n              %s\n", probe->why[i]);
+    }
+    printf("\n");
+    for (unsigned i = 0; i < FEATURES; i++)
+        printf("%-13s %-4s %s\n", features[i].name, kuf_has_feature(features[i].feature) == 1 ? "yes" : "no",
+               features[i].meaning);
+    printf("uffd features 0x%llx\n", (unsigned long long)probe->uffd_features);
+}
+
+static void print_json_string(const char *text)
+{
+    putchar('"');
+    for (; *text != '\0'; text++) {
+        unsigned char c = (unsigned char)*text;
+        if (c == '"' || c == '\\')
+            printf("\\%c", c);
+        else if (c < ' ')
+            printf("\\u%04x", c);
+        else
+            putchar(c);
+    }
+    putchar('"');
+}
+
+static void print_json(const struct kuf_probe *probe, const char *kvm)
+{
+    uint32_t version = kuf_version();
+    printf("{\"version\":\"%u.%u.%u\",\"kvm\":", version >> 16, version >> 8 & 255, version & 255);
+    print_json_string(kvm);
+    printf(",\"page_size\":%u,\"recommended\":\"%s\",\"mechanisms\":[", probe->page_size,
+           mechanism_names[probe->recommended]);
+    for (unsigned i = KUF_MECHANISM_AUTO + 1; i < KUF_MECHANISM_COUNT; i++) {
+        printf("%s{\"name\":\"%s\",\"works\":%s,\"error\":%d,\"why\":", i == KUF_MECHANISM_AUTO + 1 ? "" : ",",
+               mechanism_names[i], works(probe, i) ? "true" : "false", probe->error[i]);
+        print_json_string(probe->why[i]);
+        putchar('}');
+    }
+    printf("],\"features\":{");
+    for (unsigned i = 0; i < FEATURES; i++)
+        printf("%s\"%s\":%s", i == 0 ? "" : ",", features[i].name,
+               kuf_has_feature(features[i].feature) == 1 ? "true" : "false");
+    printf("},\"uffd_features\":%llu}\n", (unsigned long long)probe->uffd_features);
+}
+
+int main(int argc, char **argv)
+{
+    static const struct option names[] = {
+        { "json", no_argument, NULL, 'j' },
+        { "help", no_argument, NULL, 'h' },
+        { NULL, 0, NULL, 0 },
+    };
+    bool json = false;
+    for (int c; (c = getopt_long(argc, argv, "h", names, NULL)) != -1;) {
+        switch (c) {
+        case 'j': json = true; break;
+        case 'h': fputs(usage, stdout); return EXIT_SUCCESS;
+        default: fputs(usage, stderr); return EXIT_FAILURE;
+        }
+    }
+    watchdog(10);
+
+    const char *kvm;
+    int vm = open_vm(&kvm);
+    struct kuf_probe probe = { .size = sizeof(probe) };
+    if (kuf_probe(vm, &probe) < 0)
+        fail("kuf_probe: %s", kuf_error());
+    if (json)
+        print_json(&probe, kvm);
+    else
+        print_text(&probe, kvm);
+    if (vm >= 0)
+        close(vm);
+    if (probe.mechanisms == 0)
+        skip("no mechanism works on this host");
+    return EXIT_SUCCESS;
+}
