@@ -220,7 +220,7 @@ results=$work/results.log
 : >"$results"
 
 # shellcheck disable=SC2086,SC2116 # joins the lines
-timeout -k 5 "$total" qemu-system-x86_64 -accel tcg,thread=multi -cpu max \
+timeout -k 5 "$total" qemu-system-x86_64 -accel tcg,thread=single -cpu max \
 	-smp 2 -m "$memory" -nodefaults -no-user-config -display none -no-reboot \
 	-kernel "$image" -initrd "$work/initramfs" -append "$(echo $cmdline)" \
 	-serial "file:$console" -serial "file:$results" \

@@ -12,6 +12,7 @@
 #include <inttypes.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -172,17 +173,20 @@ static UNUSED char thread_state(pid_t tid)
 #define PD_GPA 0x3000UL
 #define CODE_GPA 0x10000UL
 #define STACK_GPA 0x20000UL
+#define GDT_GPA 0x4000UL
+#define IDT_GPA 0x5000UL
 #define TEST_GPA 0x200000UL
 #define TEST_GFN (TEST_GPA / PAGE)
 #define LOW_SLOT 0
 #define TEST_SLOT 1
 #define MAX_VCPUS 16
 #define PORT 0x10
+#define EXCEPTION_PORT 0x99
 
 /* All of them end in hlt.  rsi is where, rcx how many, rax what. */
 extern char guest_start[], guest_end[];
 extern char guest_read[], guest_write[], guest_call[], guest_outsb[], guest_insb[],
-	guest_touch[], guest_wrmsr[], guest_nop[];
+	guest_touch[], guest_wrmsr[], guest_nop[], guest_exceptions[];
 
 __asm__(".pushsection .rodata\n"
     "guest_start:\n"
@@ -215,6 +219,24 @@ __asm__(".pushsection .rodata\n"
     "guest_wrmsr:\n"
     "	wrmsr\n"
     "guest_nop:\n"
+    "	hlt\n"
+    /*
+     * An exception, which no test wants: vector in rax, error code (or rip) in
+     * rdx, rip (or cs) in rsi, cr2 in rcx.
+     */
+    "	.balign 16\n"
+    "guest_exceptions:\n"
+    "	vector = 0\n"
+    "	.rept 32\n"
+    "	.balign 16\n"
+    "	mov $vector, %eax\n"
+    "	jmp 1f\n"
+    "	vector = vector + 1\n"
+    "	.endr\n"
+    "1:	mov %cr2, %rcx\n"
+    "	mov (%rsp), %rdx\n"
+    "	mov 8(%rsp), %rsi\n"
+    "	out %al, $0x99\n"
     "	hlt\n"
     "guest_end:\n"
     ".popsection\n");
@@ -336,6 +358,16 @@ static UNUSED void vm_create_type(struct vm *vm, unsigned long type, size_t size
 		pd[n] = n * HUGE | 0xe7; /* accessed, dirty, huge */
 	memcpy(vm->low + CODE_GPA, guest_start, guest_end - guest_start);
 
+	((uint64_t *)(vm->low + GDT_GPA))[1] = 0x00af9b000000ffff; /* code */
+	((uint64_t *)(vm->low + GDT_GPA))[2] = 0x00cf93000000ffff; /* data */
+	for (uint64_t n = 0; n < 32; n++) {
+		uint64_t at = code(guest_exceptions) + n * 16;
+		uint64_t *gate = (uint64_t *)(vm->low + IDT_GPA) + n * 2;
+
+		gate[0] = (at & 0xffff) | 8 << 16 | 0x8e00ULL << 32 | (at >> 16 & 0xffff) << 48;
+		gate[1] = at >> 32;
+	}
+
 	MUST(set_slot(vm, LOW_SLOT, 0, 0, LOW_SIZE, vm->low, NULL));
 	if (size)
 		MUST(set_slot(vm, TEST_SLOT, 0, TEST_GPA, size, vm->mem, NULL));
@@ -392,6 +424,10 @@ static UNUSED void set_guest(struct vm *vm, int cpu, const char *label, uint64_t
 	s.cr3 = PML4_GPA;
 	s.cr4 = 0x20;
 	s.efer = 0x500;
+	s.gdt.base = GDT_GPA;
+	s.gdt.limit = 23;
+	s.idt.base = IDT_GPA;
+	s.idt.limit = 32 * 16 - 1;
 	MUST(ioctl(vm->vcpu[cpu], KVM_SET_SREGS, &s));
 	MUST(ioctl(vm->vcpu[cpu], KVM_SET_REGS, &r));
 }
@@ -416,6 +452,16 @@ static UNUSED int run_vcpu(struct vm *vm, int cpu)
 	do {
 		r = ioctl(vm->vcpu[cpu], KVM_RUN, 0);
 	} while (r < 0 && errno == EINTR);
+
+	if (!r && vm->run[cpu]->exit_reason == KVM_EXIT_IO &&
+	    vm->run[cpu]->io.port == EXCEPTION_PORT) {
+		struct kvm_regs regs;
+
+		MUST(ioctl(vm->vcpu[cpu], KVM_GET_REGS, &regs));
+		dprintf(1, "# vCPU %d: exception %lld, stack %#llx %#llx, cr2 %#llx\n", cpu,
+			regs.rax, regs.rdx, regs.rsi, regs.rcx);
+		return -1000;
+	}
 
 	if (r < 0) {
 		if (errno == EFAULT && vm->run[cpu]->exit_reason == UF_EXIT_MEMORY_FAULT)
