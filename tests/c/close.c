@@ -1,0 +1,248 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/* kuf_close: refuses, poisons, fills or hands over what is unresolved; ends every wait; releases exactly once. */
+#include "harness.h"
+
+#include <linux/userfaultfd.h>
+
+#define BASE UINT64_C(0x10000000)
+enum { PAGES = 32 };
+
+static size_t page, length;
+
+/* A handle with one slot of anonymous memory. */
+static struct kuf *open_slot(struct source *source, unsigned char **ram)
+{
+    struct kuf *kuf = open_with((struct kuf_options){.fill = source_fill, .event = source_event,
+                                                     .release = source_release, .opaque = source, .demand_run = page});
+    *ram = map_anonymous(length);
+    add(kuf, BASE, *ram, length);
+    return kuf;
+}
+
+static void by_flags(void)
+{
+    static struct source source = SOURCE_INIT;
+    unsigned char *ram;
+    struct kuf *kuf = open_with((struct kuf_options){.fill = source_fill, .release = source_release, .opaque = &source});
+    struct kuf *closed = kuf;
+    close_with(kuf, 0);
+    is(atomic_load(&source.released), 1, "no memory: closed and released");
+    is(kuf_close(&closed, 0), -EBADF, "a closed handle is recognised");
+    is(kuf_pending(closed, NULL, 0), -EBADF, "by every call");
+
+    kuf = open_slot(&source, &ram);
+    ok(holds_content(ram, BASE, 3 * page, 1), "three pages are touched");
+    struct kuf *copy = kuf;
+    is(kuf_close(&copy, 0), -EBUSY, "unresolved pages and no flag");
+    ok(copy == kuf, "leaves the pointer");
+    is(atomic_load(&source.released), 1, "and releases nothing");
+    ok(holds_content(ram + 3 * page, BASE + 3 * page, page, 1), "the handle serves as before");
+    close_with(kuf, KUF_CLOSE_POISON);
+    is(atomic_load(&source.released), 2, "KUF_CLOSE_POISON: released before it returns");
+    ok(holds_content(ram, BASE, 4 * page, 1), "KUF_CLOSE_POISON: filled pages stay");
+    int raised = 0;
+    for (int i = 4; i < PAGES; i++)
+        raised += touch(ram + i * page) == poison_signal();
+    is(raised, PAGES - 4, "KUF_CLOSE_POISON: the others raise the signal");
+    ok(!is_registered(ram), "KUF_CLOSE_POISON: no registration is left");
+
+    kuf = open_slot(&source, &ram);
+    close_with(kuf, KUF_CLOSE_POPULATE);
+    is(atomic_load(&source.released), 3, "KUF_CLOSE_POPULATE: released");
+    ok(holds_content(ram, BASE, length, 1), "KUF_CLOSE_POPULATE: everything is filled");
+    ok(!is_registered(ram), "KUF_CLOSE_POPULATE: no registration is left");
+
+    kuf = copy = open_slot(&source, &ram);
+    atomic_store(&source.bad_answer, -EIO);
+    atomic_store(&source.bad_gpa, BASE + 9 * page);
+    is(kuf_close(&copy, KUF_CLOSE_POPULATE), -EIO, "KUF_CLOSE_POPULATE with a source that fails");
+    ok(copy == kuf, "leaves the handle open");
+    is(atomic_load(&source.released), 3, "and releases nothing");
+    ok(holds_content(ram, BASE, 9 * page, 1), "it serves as before");
+    close_with(kuf, KUF_CLOSE_POPULATE | KUF_CLOSE_POISON);
+    is(touch(ram + 9 * page), poison_signal(), "with KUF_CLOSE_POISON too: that page is poisoned");
+    ok(holds_content(ram + 10 * page, BASE + 10 * page, length - 10 * page, 1), "and the others are filled");
+    is(atomic_load(&source.released), 4, "released");
+    atomic_store(&source.bad_gpa, NO_GPA);
+
+    kuf = open_slot(&source, &ram);
+    is(kuf_discard(kuf, BASE, length, KUF_DISCARD_REMOVED), 0, "all of it is given back");
+    close_with(kuf, 0);
+    ok(holds_zeroes(ram, length), "which is nothing unresolved: it reads as zero afterwards");
+
+    kuf = open_driven(&source);
+    ram = map_anonymous(length);
+    add(kuf, BASE, ram, length);
+    copy = kuf;
+    is(kuf_close(&copy, 0), -EBUSY, "caller-driven: unresolved pages");
+    is(kuf_resolve(kuf, BASE, NULL, length, KUF_RESOLVE_ZERO), length, "caller-driven: all resolved");
+    close_with(kuf, 0);
+}
+
+/* ---- While things run ---------------------------------------------------------------------------------------------- */
+
+struct closer {
+    struct kuf *kuf;
+    uint32_t flags;
+    int got;
+    atomic_bool returned;
+};
+
+static void *close_it(void *argument)
+{
+    struct closer *closer = argument;
+    closer->got = kuf_close(&closer->kuf, closer->flags);
+    atomic_store(&closer->returned, true);
+    return NULL;
+}
+
+struct bus_toucher {
+    unsigned char *at;
+    atomic_int raised; /* -1: not yet */
+};
+
+static void *touch_one(void *argument)
+{
+    struct bus_toucher *toucher = argument;
+    atomic_store(&toucher->raised, touch(toucher->at));
+    return NULL;
+}
+
+static void while_fills_run(void)
+{
+    static struct source source = SOURCE_INIT;
+    unsigned char *ram;
+    struct closer closer = {.kuf = open_slot(&source, &ram), .flags = KUF_CLOSE_POISON};
+    struct kuf *kuf = closer.kuf;
+    struct bus_toucher toucher = {.at = ram, .raised = -1};
+    atomic_store(&source.hold, true);
+    pthread_t touching = start(touch_one, &toucher);
+    wait_until(atomic_load(&source.inside) == 1);
+    pthread_t closing = start(close_it, &closer);
+    wait_until(kuf_pending(kuf, NULL, 0) == -EBADF);
+    ok(true, "other calls fail with -EBADF once closing has begun");
+    struct kuf *copy = kuf;
+    is(kuf_close(&copy, KUF_CLOSE_POISON), -EBADF, "a second close too");
+    /* The page is poisoned first, so its toucher does not wait for the callback. */
+    pthread_join(touching, NULL);
+    is(atomic_load(&toucher.raised), poison_signal(), "a thread that waits is let go with the signal, the fill still running");
+    ok(!atomic_load(&closer.returned), "kuf_close waits for the callback");
+    is(atomic_load(&source.released), 0, "and nothing is released");
+    atomic_store(&source.hold, false);
+    pthread_join(closing, NULL);
+    is(closer.got, 0, "it returns when the callback has");
+    is(atomic_load(&source.released), 1, "released once");
+    is(atomic_load(&source.inside), 0, "with no callback running");
+    is(touch(ram), poison_signal(), "the late result is dropped");
+
+    static struct source second = SOURCE_INIT;
+    kuf = open_slot(&second, &ram);
+    toucher = (struct bus_toucher){.at = ram, .raised = -1};
+    atomic_store(&second.hold, true);
+    touching = start(touch_one, &toucher);
+    wait_until(atomic_load(&second.inside) == 1);
+    close_with(kuf, KUF_CLOSE_POISON | KUF_CLOSE_NOWAIT);
+    is(atomic_load(&second.inside), 1, "KUF_CLOSE_NOWAIT returns while a callback runs");
+    is(atomic_load(&second.released), 0, "KUF_CLOSE_NOWAIT: not released yet");
+    pthread_join(touching, NULL);
+    is(atomic_load(&toucher.raised), poison_signal(), "KUF_CLOSE_NOWAIT: the thread that waits gets the signal");
+    atomic_store(&second.hold, false);
+    wait_until(atomic_load(&second.released) > 0);
+    wait_until(threads_named("kuf-") == 0);
+    is(atomic_load(&second.released), 1, "KUF_CLOSE_NOWAIT: released once, when the callback has returned");
+    is(touch(ram), poison_signal(), "KUF_CLOSE_NOWAIT: the late result is dropped");
+
+    static struct source third = SOURCE_INIT;
+    kuf = open_slot(&third, &ram);
+    is(kuf_ensure(kuf, BASE, length, -1), 0, "all of a slot is filled");
+    close_with(kuf, KUF_CLOSE_NOWAIT);
+    wait_until(atomic_load(&third.released) == 1);
+    ok(holds_content(ram, BASE, length, 1), "KUF_CLOSE_NOWAIT with nothing running");
+}
+
+struct waiting {
+    struct kuf *kuf;
+    int what, got;
+    atomic_bool begun;
+};
+
+static void *wait_in_call(void *argument)
+{
+    struct waiting *waiting = argument;
+    atomic_store(&waiting->begun, true);
+    waiting->got = waiting->what == 0   ? kuf_poll(waiting->kuf, -1)
+                   : waiting->what == 1 ? kuf_ensure(waiting->kuf, BASE + 5 * page, page, -1)
+                                        : kuf_vcpu_fault(waiting->kuf, BASE + 6 * page, page, 0);
+    return NULL;
+}
+
+static void while_calls_wait(void)
+{
+    static const char *const names[] = {"kuf_poll", "kuf_ensure", "kuf_vcpu_fault"};
+    for (int what = 0; what < 3; what++) {
+        struct kuf *kuf = open_driven(NULL);
+        unsigned char *ram = map_anonymous(length);
+        add(kuf, BASE, ram, length);
+        struct waiting waiting = {.kuf = kuf, .what = what};
+        pthread_t thread = start(wait_in_call, &waiting);
+        if (what == 0) {
+            wait_until(atomic_load(&waiting.begun));
+            sleep_ms(20);
+        } else {
+            wait_until(kuf_pending(kuf, NULL, 0) == 1);
+        }
+        close_with(kuf, KUF_CLOSE_POISON);
+        pthread_join(thread, NULL);
+        /* A thread that had not come to wait yet finds the handle closed. */
+        ok(waiting.got == -ECANCELED || (what == 0 && waiting.got == -EBADF), "%s: a wait ends with -ECANCELED (%d)",
+           names[what], waiting.got);
+    }
+}
+
+static void handing_over(void)
+{
+    int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    struct uffdio_api api = {.api = UFFD_API};
+    if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api) < 0) {
+        skip_part("KUF_CLOSE_HANDOVER: no userfaultfd to hand over: %s", strerror(errno));
+        return;
+    }
+    static struct source source = SOURCE_INIT;
+    struct kuf *kuf = open_serviced(&source);
+    unsigned char *ram = map_anonymous(length);
+    struct kuf_memory memory = {.size = sizeof(memory), .flags = KUF_MEMORY_UFFD, .gpa = BASE, .len = length,
+                                .hva = (uintptr_t)ram, .uffd = uffd};
+    is(kuf_add_memory(kuf, &memory), 0, "memory under the host's userfaultfd: %s", kuf_error());
+    is(kuf_ensure(kuf, BASE, page, -1), 0, "one page is filled");
+    struct kuf_progress progress = progress_of(kuf, BASE);
+    close_with(kuf, KUF_CLOSE_HANDOVER);
+    is(atomic_load(&source.released), 1, "KUF_CLOSE_HANDOVER: released");
+    ok(is_registered(ram + progress.present), "KUF_CLOSE_HANDOVER: the rest stays registered");
+    ok(holds_content(ram, BASE, page, 1), "KUF_CLOSE_HANDOVER: what was filled stays");
+
+    /* The next handler: this test. */
+    struct toucher toucher = {.memory = ram + length - page, .gpa = BASE + length - page, .length = page, .generation = 1};
+    start_toucher(&toucher);
+    struct uffd_msg message;
+    while (read(uffd, &message, sizeof(message)) != (ssize_t)sizeof(message))
+        sleep_ms(1);
+    is(message.event, UFFD_EVENT_PAGEFAULT, "KUF_CLOSE_HANDOVER: a fault comes to the host's own descriptor");
+    unsigned char *bytes = map_anonymous(page);
+    write_content(bytes, BASE + length - page, page, 1);
+    struct uffdio_copy copy = {.dst = (uintptr_t)ram + length - page, .src = (uintptr_t)bytes, .len = page};
+    is(ioctl(uffd, UFFDIO_COPY, &copy), 0, "KUF_CLOSE_HANDOVER: which can answer it");
+    ok(join_toucher(&toucher), "KUF_CLOSE_HANDOVER: and the toucher goes on");
+    close(uffd);
+}
+
+int main(void)
+{
+    begin();
+    page = page_size();
+    length = PAGES * page;
+    by_flags();
+    while_fills_run();
+    while_calls_wait();
+    handing_over();
+    return done();
+}

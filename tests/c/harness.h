@@ -1,0 +1,529 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * What every test here uses. A test is one program about one behaviour: it calls begin(), checks with ok() and is(), says
+ * skip() for what this machine cannot do, and returns done(). A hang is a failure: the watchdog says where each thread
+ * stands and ends the program. Nothing else is decided by time.
+ *
+ * The bytes of a page are its own guest physical address and a generation, so a page in a wrong place, a stale one and a
+ * half-filled one all show.
+ */
+#ifndef KUF_TESTS_HARNESS_H
+#define KUF_TESTS_HARNESS_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <sched.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <kuf.h>
+
+/* ---- Checks -------------------------------------------------------------------------------------------------------- */
+
+static atomic_int harness_checks, harness_failures;
+
+/* Checks that the condition holds; the rest is what it means, as for printf. */
+#define ok(condition, ...) harness_ok((condition), __FILE__, __LINE__, __VA_ARGS__)
+
+/* Checks that an integer is the wanted one, and shows both when it is not. */
+#define is(got, want, ...) harness_is((long long)(got), (long long)(want), __FILE__, __LINE__, __VA_ARGS__)
+
+/* Ends the program, failed, when the condition does not hold: for what everything after it stands on. Else silent. */
+#define must(condition, ...)                                                                                             \
+    do {                                                                                                                  \
+        if (!(condition)) {                                                                                               \
+            ok(false, __VA_ARGS__);                                                                                       \
+            _exit(1);                                                                                                     \
+        }                                                                                                                 \
+    } while (0)
+
+__attribute__((format(printf, 4, 0))) static inline bool harness_say(bool good, const char *file, int line,
+                                                                     const char *format, va_list arguments)
+{
+    char text[512];
+    vsnprintf(text, sizeof(text), format, arguments);
+    atomic_fetch_add(&harness_checks, 1);
+    if (!good) {
+        atomic_fetch_add(&harness_failures, 1);
+        printf("not ok - %s (%s:%d)\n", text, file, line);
+    } else {
+        printf("ok - %s\n", text);
+    }
+    fflush(stdout);
+    return good;
+}
+
+__attribute__((format(printf, 4, 5))) static inline bool harness_ok(bool good, const char *file, int line,
+                                                                    const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    harness_say(good, file, line, format, arguments);
+    va_end(arguments);
+    return good;
+}
+
+__attribute__((format(printf, 5, 6))) static inline bool harness_is(long long got, long long want, const char *file,
+                                                                    int line, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    harness_say(got == want, file, line, format, arguments);
+    va_end(arguments);
+    if (got != want)
+        printf("    got %lld (%s), wanted %lld (%s)\n", got, got < 0 ? strerror((int)-got) : "-", want,
+               want < 0 ? strerror((int)-want) : "-");
+    fflush(stdout);
+    return got == want;
+}
+
+/* Ends the program: this machine cannot do what it tests. */
+__attribute__((format(printf, 1, 2), noreturn)) static inline void skip(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    printf("SKIP: ");
+    vprintf(format, arguments);
+    printf("\n");
+    va_end(arguments);
+    exit(atomic_load(&harness_failures) ? 1 : 77);
+}
+
+/* Says what part of the program this machine cannot do; the program goes on. */
+__attribute__((format(printf, 1, 2))) static inline void skip_part(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    printf("SKIP: ");
+    vprintf(format, arguments);
+    printf("\n");
+    va_end(arguments);
+}
+
+/* The exit status. */
+static inline int done(void)
+{
+    int failures = atomic_load(&harness_failures);
+    printf("%d checks, %d failed\n", atomic_load(&harness_checks), failures);
+    return failures != 0;
+}
+
+/* ---- Watchdog ------------------------------------------------------------------------------------------------------ */
+
+/* Only what a signal handler may do: no stdio, no allocation. */
+static inline void harness_hang(int signal_number)
+{
+    (void)signal_number;
+    static const char what[] = "not ok - HANG: the watchdog ended the program; its threads and where they wait:\n";
+    (void)!write(STDOUT_FILENO, what, sizeof(what) - 1);
+    int tasks = open("/proc/self/task", O_RDONLY | O_DIRECTORY);
+    char entries[4096];
+    long length;
+    while (tasks >= 0 && (length = syscall(SYS_getdents64, tasks, entries, sizeof(entries))) > 0) {
+        for (long at = 0; at < length;) {
+            const char *entry = entries + at;
+            unsigned short record;
+            memcpy(&record, entry + 16, sizeof(record));
+            const char *name = entry + 19;
+            for (int i = 0; name[0] != '.' && i < 3; i++) {
+                char path[64] = "", line[256];
+                strncat(path, name, 16);
+                strcat(path, i == 0 ? "/comm" : i == 1 ? "/wchan" : "/syscall");
+                int fd = openat(tasks, path, O_RDONLY);
+                ssize_t got = fd < 0 ? 0 : read(fd, line, sizeof(line));
+                while (got > 0 && line[got - 1] == '\n')
+                    got--;
+                (void)!write(STDOUT_FILENO, i == 0 ? "    " : " ", i == 0 ? 4 : 1);
+                (void)!write(STDOUT_FILENO, line, got > 0 ? (size_t)got : 0);
+                close(fd);
+            }
+            if (name[0] != '.')
+                (void)!write(STDOUT_FILENO, "\n", 1);
+            at += record;
+        }
+    }
+    _exit(1);
+}
+
+/* Turns a hang into a failure. Again in a forked child: alarms are not inherited. */
+static inline void watchdog(unsigned seconds)
+{
+    struct sigaction action = {.sa_handler = harness_hang};
+    sigaction(SIGALRM, &action, NULL);
+    alarm(seconds);
+}
+
+static inline void begin(void)
+{
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    watchdog(120);
+}
+
+/* ---- Small things -------------------------------------------------------------------------------------------------- */
+
+static inline size_t page_size(void)
+{
+    return (size_t)sysconf(_SC_PAGESIZE);
+}
+
+static inline uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+static inline void sleep_ms(long ms)
+{
+    struct timespec left = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000};
+    while (nanosleep(&left, &left) < 0 && errno == EINTR)
+        ;
+}
+
+/* Waits for something that another thread brings about; if it never does, the watchdog ends the program. */
+#define wait_until(condition)                                                                                            \
+    do {                                                                                                                  \
+        while (!(condition))                                                                                              \
+            sleep_ms(1);                                                                                                  \
+    } while (0)
+
+static inline pthread_t start(void *(*body)(void *), void *argument)
+{
+    pthread_t thread;
+    must(pthread_create(&thread, NULL, body, argument) == 0, "a thread starts");
+    return thread;
+}
+
+/* How many of this process's threads have a name that starts so. A thread that has just been joined may still be listed. */
+static inline int threads_named(const char *prefix)
+{
+    int count = 0;
+    DIR *tasks = opendir("/proc/self/task");
+    for (struct dirent *entry; tasks != NULL && (entry = readdir(tasks)) != NULL;) {
+        char path[300], comm[64] = "";
+        snprintf(path, sizeof(path), "/proc/self/task/%s/comm", entry->d_name);
+        FILE *file = fopen(path, "r");
+        if (file == NULL)
+            continue;
+        if (fgets(comm, sizeof(comm), file) != NULL && strncmp(comm, prefix, strlen(prefix)) == 0)
+            count++;
+        fclose(file);
+    }
+    if (tasks != NULL)
+        closedir(tasks);
+    return count;
+}
+
+static inline int open_descriptors(void)
+{
+    int count = 0;
+    DIR *fds = opendir("/proc/self/fd");
+    while (fds != NULL && readdir(fds) != NULL)
+        count++;
+    if (fds != NULL)
+        closedir(fds);
+    return count;
+}
+
+/* Whether a userfaultfd has the mapping that holds the address (VmFlags um: missing, ui: minor, uw: write-protect). */
+static inline bool is_registered(const void *address)
+{
+    FILE *maps = fopen("/proc/self/smaps", "r");
+    char line[1024];
+    bool here = false, registered = false;
+    while (maps != NULL && fgets(line, sizeof(line), maps) != NULL) {
+        unsigned long from, to;
+        if (sscanf(line, "%lx-%lx ", &from, &to) == 2)
+            here = from <= (uintptr_t)address && (uintptr_t)address < to;
+        if (here && strncmp(line, "VmFlags:", 8) == 0)
+            registered = strstr(line, " um") != NULL || strstr(line, " ui") != NULL || strstr(line, " uw") != NULL;
+    }
+    if (maps != NULL)
+        fclose(maps);
+    return registered;
+}
+
+/* Anonymous private memory, page by page: huge pages would make one fault of many. */
+static inline unsigned char *map_anonymous(size_t length)
+{
+    void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    must(memory != MAP_FAILED, "%zu bytes of anonymous memory", length);
+    madvise(memory, length, MADV_NOHUGEPAGE);
+    return memory;
+}
+
+/* A shared file in memory, mapped; *fd is its descriptor. */
+static inline unsigned char *map_shared(size_t length, int *fd)
+{
+    *fd = memfd_create("guest", MFD_CLOEXEC);
+    must(*fd >= 0 && ftruncate(*fd, (off_t)length) == 0, "a memfd of %zu bytes", length);
+    void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
+    must(memory != MAP_FAILED, "maps the memfd");
+    return memory;
+}
+
+/* ---- The bytes of a page ------------------------------------------------------------------------------------------- */
+
+static inline uint64_t word_of(uint64_t address, uint64_t generation)
+{
+    return (address | 1) * 0x9e3779b97f4a7c15u + generation * 0xc2b2ae3d27d4eb4fu;
+}
+
+static inline void write_content(void *buffer, uint64_t gpa, uint64_t length, uint64_t generation)
+{
+    uint64_t *words = buffer;
+    for (uint64_t i = 0; i < length / 8; i++)
+        words[i] = word_of(gpa + i * 8, generation);
+}
+
+static inline bool holds_content(const void *memory, uint64_t gpa, uint64_t length, uint64_t generation)
+{
+    const volatile uint64_t *words = memory;
+    for (uint64_t i = 0; i < length / 8; i++)
+        if (words[i] != word_of(gpa + i * 8, generation))
+            return false;
+    return true;
+}
+
+static inline bool holds_zeroes(const void *memory, uint64_t length)
+{
+    const volatile uint64_t *words = memory;
+    for (uint64_t i = 0; i < length / 8; i++)
+        if (words[i] != 0)
+            return false;
+    return true;
+}
+
+static sigjmp_buf harness_touch;
+
+static inline void harness_touched(int signal_number)
+{
+    siglongjmp(harness_touch, signal_number);
+}
+
+/* Reads a byte: 0, or the signal that this raised. For one thread at a time. */
+static inline int touch(const volatile void *address)
+{
+    struct sigaction action = {.sa_handler = harness_touched}, old_bus, old_segv;
+    sigaction(SIGBUS, &action, &old_bus);
+    sigaction(SIGSEGV, &action, &old_segv);
+    int raised = sigsetjmp(harness_touch, 1);
+    if (raised == 0)
+        (void)*(const volatile unsigned char *)address;
+    sigaction(SIGBUS, &old_bus, NULL);
+    sigaction(SIGSEGV, &old_segv, NULL);
+    return raised;
+}
+
+/* A thread that touches every page of a range, in order, and looks at what it reads. */
+struct toucher {
+    const unsigned char *memory;
+    uint64_t gpa, length, generation;
+    atomic_bool finished;
+    bool good;
+    pthread_t thread;
+};
+
+static inline void *toucher_body(void *argument)
+{
+    struct toucher *toucher = argument;
+    toucher->good = true;
+    for (uint64_t at = 0; at < toucher->length; at += page_size())
+        if (!holds_content(toucher->memory + at, toucher->gpa + at, page_size(), toucher->generation))
+            toucher->good = false;
+    atomic_store(&toucher->finished, true);
+    return NULL;
+}
+
+static inline void start_toucher(struct toucher *toucher)
+{
+    toucher->thread = start(toucher_body, toucher);
+}
+
+static inline bool join_toucher(struct toucher *toucher)
+{
+    pthread_join(toucher->thread, NULL);
+    return toucher->good;
+}
+
+/* ---- A handle for tests -------------------------------------------------------------------------------------------- */
+
+/* A source of pages that keeps count. The opaque of a handle, with source_fill and source_event as its callbacks. */
+struct source {
+    _Atomic uint64_t generation;
+    atomic_uint calls, flags_seen;
+    _Atomic uint64_t bytes;
+    /* What the next fills return instead of filling: -errno, KUF_ZERO, KUF_DEFERRED or nonsense. 0: fill. */
+    atomic_int answer;
+    /* The same for one page only: a run that holds it fails. */
+    _Atomic uint64_t bad_gpa;
+    atomic_int bad_answer;
+    /* Fills wait here while it is set. */
+    atomic_bool hold;
+    atomic_int inside;
+    atomic_int released;
+    /* By KUF_EVENT_*: how many, and the last of each. */
+    atomic_int events[8];
+    struct kuf_event last[8];
+    pthread_mutex_t lock;
+};
+
+#define NO_GPA UINT64_MAX
+#define SOURCE_INIT {.generation = 1, .bad_gpa = NO_GPA, .lock = PTHREAD_MUTEX_INITIALIZER}
+
+static inline int source_fill(void *opaque, struct kuf_fill *fill)
+{
+    struct source *source = opaque;
+    atomic_fetch_add(&source->inside, 1);
+    atomic_fetch_add(&source->calls, 1);
+    atomic_fetch_or(&source->flags_seen, fill->flags);
+    while (atomic_load(&source->hold))
+        sleep_ms(1);
+    int answer = atomic_load(&source->answer);
+    uint64_t bad = atomic_load(&source->bad_gpa);
+    if (bad != NO_GPA && fill->gpa <= bad && bad - fill->gpa < fill->len)
+        answer = atomic_load(&source->bad_answer);
+    if (answer == 0) {
+        write_content(fill->buf, fill->gpa, fill->len, atomic_load(&source->generation));
+        atomic_fetch_add(&source->bytes, fill->len);
+    }
+    atomic_fetch_sub(&source->inside, 1);
+    return answer;
+}
+
+static inline void source_event(void *opaque, const struct kuf_event *event)
+{
+    struct source *source = opaque;
+    if (event->kind >= 8)
+        return;
+    pthread_mutex_lock(&source->lock);
+    source->last[event->kind] = *event;
+    pthread_mutex_unlock(&source->lock);
+    atomic_fetch_add(&source->events[event->kind], 1);
+}
+
+static inline void source_release(void *opaque)
+{
+    struct source *source = opaque;
+    atomic_fetch_add(&source->released, 1);
+}
+
+static inline struct kuf_event last_event(struct source *source, unsigned kind)
+{
+    pthread_mutex_lock(&source->lock);
+    struct kuf_event event = source->last[kind];
+    pthread_mutex_unlock(&source->lock);
+    return event;
+}
+
+#ifndef HARNESS_WITHOUT_LIBRARY
+
+/* Opens with what the caller has set, in the best way this machine allows; skips the test when there is none. */
+static inline struct kuf *open_with(struct kuf_options options)
+{
+    struct kuf *kuf = NULL;
+    options.size = sizeof(options);
+    int got = kuf_open(&options, &kuf);
+    if (got == -EPERM && !(options.flags & KUF_OPEN_FOLLOW_FORK)) {
+        /* The tests touch memory from user mode only, so they need no more than this. */
+        options.flags |= KUF_OPEN_USER_MODE_ONLY;
+        got = kuf_open(&options, &kuf);
+    }
+    if (got == -EPERM || got == -ENOSYS || got == -ENOTSUP)
+        skip("kuf_open: %s", kuf_error());
+    must(got == 0 && kuf != NULL, "kuf_open: %s", got ? kuf_error() : "opens");
+    return kuf;
+}
+
+/* A handle whose pages come from the source. */
+static inline struct kuf *open_serviced(struct source *source)
+{
+    return open_with((struct kuf_options){
+        .fill = source_fill, .event = source_event, .release = source_release, .opaque = source});
+}
+
+/* A handle that the test drives with kuf_read; source may be NULL, else it is told of events. */
+static inline struct kuf *open_driven(struct source *source)
+{
+    return open_with((struct kuf_options){.event = source ? source_event : NULL,
+                                          .release = source ? source_release : NULL,
+                                          .opaque = source});
+}
+
+static inline void add(struct kuf *kuf, uint64_t gpa, const void *memory, uint64_t length)
+{
+    struct kuf_memory slot = {.size = sizeof(slot), .gpa = gpa, .len = length, .hva = (uintptr_t)memory};
+    int got = kuf_add_memory(kuf, &slot);
+    must(got == 0, "kuf_add_memory %#" PRIx64 "+%#" PRIx64 ": %s", gpa, length, got ? kuf_error() : "adds");
+}
+
+static inline void add_shared(struct kuf *kuf, uint64_t gpa, const void *memory, uint64_t length, int fd, uint32_t flags)
+{
+    struct kuf_memory slot = {.size = sizeof(slot), .flags = KUF_MEMORY_FD | flags, .gpa = gpa, .len = length,
+                              .hva = (uintptr_t)memory, .fd = fd};
+    int got = kuf_add_memory(kuf, &slot);
+    must(got == 0, "kuf_add_memory %#" PRIx64 "+%#" PRIx64 " of a file: %s", gpa, length, got ? kuf_error() : "adds");
+}
+
+static inline struct kuf_progress progress_of(struct kuf *kuf, uint64_t gpa)
+{
+    struct kuf_progress progress = {.size = sizeof(progress)};
+    must(kuf_progress(kuf, gpa, &progress) == 0, "kuf_progress answers");
+    return progress;
+}
+
+static inline struct kuf_stats stats_of(struct kuf *kuf)
+{
+    struct kuf_stats stats = {.size = sizeof(stats)};
+    must(kuf_stats(kuf, &stats) == 0, "kuf_stats answers");
+    return stats;
+}
+
+/* Closes and checks that the pointer was cleared. */
+static inline void close_with(struct kuf *kuf, uint32_t flags)
+{
+    int got = kuf_close(&kuf, flags);
+    must(got == 0, "kuf_close with %#x: %s", flags, got ? kuf_error() : "closes");
+    ok(kuf == NULL, "kuf_close clears the pointer");
+}
+
+/* Skips the test unless a feature (KUF_FEATURE_*) works here. */
+static inline void needs_feature(uint32_t feature, const char *what)
+{
+    if (kuf_has_feature(feature) != 1)
+        skip("this kernel has no %s", what);
+}
+
+/* What touching a page that could not be filled raises, and the event that says so. */
+static inline int poison_signal(void)
+{
+    return kuf_has_feature(KUF_FEATURE_POISON) == 1 ? SIGBUS : SIGSEGV;
+}
+
+static inline unsigned poison_event(void)
+{
+    return kuf_has_feature(KUF_FEATURE_POISON) == 1 ? KUF_EVENT_POISONED : KUF_EVENT_CLOSED_OFF;
+}
+
+#endif /* HARNESS_WITHOUT_LIBRARY */
+
+#endif

@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/* A callback that got only part of a run: the rest is asked for again, and a page of zeroes is a page of zeroes. */
+#include "harness.h"
+
+#define BASE UINT64_C(0x10000000)
+enum { PAGES = 64 };
+
+static atomic_int calls, answer;
+
+static int fill(void *opaque, struct kuf_fill *fill)
+{
+    (void)opaque;
+    atomic_fetch_add(&calls, 1);
+    fill->filled = fill->granule;
+    if (atomic_load(&answer) == KUF_FILLED)
+        write_content(fill->buf, fill->gpa, fill->granule, 1);
+    return atomic_load(&answer);
+}
+
+static void go(bool shared)
+{
+    const char *kind = shared ? "shared" : "anonymous";
+    size_t page = page_size();
+    int fd = -1;
+    unsigned char *ram = shared ? map_shared(PAGES * page, &fd) : map_anonymous(PAGES * page);
+    struct kuf *kuf = open_with((struct kuf_options){.fill = fill, .demand_run = 16 * page});
+    if (shared)
+        add_shared(kuf, BASE, ram, PAGES * page, fd, 0);
+    else
+        add(kuf, BASE, ram, PAGES * page);
+    atomic_store(&answer, KUF_FILLED);
+    atomic_store(&calls, 0);
+    struct toucher half = {.memory = ram, .gpa = BASE, .length = PAGES / 2 * page, .generation = 1};
+    start_toucher(&half);
+    ok(join_toucher(&half), "%s: one page a callback, and each page arrives", kind);
+    is(atomic_load(&calls), PAGES / 2, "%s: each was asked for again", kind);
+    is(progress_of(kuf, BASE).present, PAGES / 2 * page, "%s: only what was filled is present", kind);
+
+    atomic_store(&answer, KUF_ZERO);
+    ok(holds_zeroes(ram + PAGES / 2 * page, PAGES / 2 * page), "%s: pages of zeroes", kind);
+    is(stats_of(kuf).bytes_zeroed, PAGES / 2 * page, "%s: counted as zeroes", kind);
+    close_with(kuf, 0);
+    close(fd);
+}
+
+int main(void)
+{
+    begin();
+    go(false);
+    go(true);
+    return done();
+}

@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/* kuf_populate: fills behind demand, at a rate, until told to stop or the source fails. */
+#include "harness.h"
+
+#define LOW UINT64_C(0x10000000)
+#define HIGH UINT64_C(0x90000000)
+enum { PAGES = 512 };
+
+static struct source source = SOURCE_INIT;
+static struct kuf *kuf;
+static unsigned char *low, *high;
+
+static void populate(uint64_t gpa, uint64_t length, uint64_t rate, uint32_t flags)
+{
+    struct kuf_populate request = {.size = sizeof(request), .flags = flags, .gpa = gpa, .len = length, .rate = rate};
+    is(kuf_populate(kuf, &request), 0, "a request is taken");
+}
+
+static void wait_populated(int count)
+{
+    wait_until(atomic_load(&source.events[KUF_EVENT_POPULATED]) >= count);
+}
+
+static void drop(uint64_t gpa)
+{
+    is(kuf_discard(kuf, gpa, PAGES * page_size(), 0), 0, "pages are dropped");
+}
+
+int main(void)
+{
+    begin();
+    size_t page = page_size(), length = PAGES * page;
+    low = map_anonymous(length);
+    high = map_anonymous(length);
+    kuf = open_serviced(&source);
+    add(kuf, LOW, low, length);
+    add(kuf, HIGH, high, length);
+
+    populate(LOW, length / 2, 0, 0);
+    wait_populated(1);
+    struct kuf_event event = last_event(&source, KUF_EVENT_POPULATED);
+    ok(event.gpa == LOW && event.len == length / 2 && event.error == 0, "the event names the request, with no error");
+    is(progress_of(kuf, LOW).present, length / 2, "the range is present");
+    is(progress_of(kuf, HIGH).present, 0, "and nothing else");
+    is(atomic_load(&source.flags_seen) & KUF_FILL_DEMAND, 0, "nobody waited for it");
+    is(stats_of(kuf).bytes_populated, length / 2, "and it is counted as populated");
+    is(stats_of(kuf).faults, 0, "without a fault");
+    ok(holds_content(low, LOW, length / 2, 1), "the bytes are there");
+
+    /* Over a hole between two slots, then everything. */
+    populate(LOW + length / 2, HIGH + length / 2 - LOW - length / 2, 0, 0);
+    wait_populated(2);
+    is(progress_of(kuf, LOW).present, length, "a request spans slots: the first is present");
+    is(progress_of(kuf, HIGH).present, length / 2, "and half of the second");
+    populate(KUF_ALL, 0, 0, 0);
+    wait_populated(3);
+    is(progress_of(kuf, KUF_ALL).present, 2 * length, "KUF_ALL: everything is present");
+    ok(progress_of(kuf, KUF_ALL).flags & KUF_PROGRESS_COMPLETE, "and complete");
+    wait_until(atomic_load(&source.events[KUF_EVENT_COMPLETE]) == 2);
+    ok(holds_content(low, LOW, length, 1) && holds_content(high, HIGH, length, 1), "the bytes are there");
+
+    /* A rate can only be too fast: half a second's worth must not take less than a quarter. */
+    drop(LOW);
+    uint64_t begun = now_ns();
+    populate(LOW, length, length * 2, 0);
+    wait_populated(4);
+    ok(now_ns() - begun > 250000000, "the rate is kept: %" PRIu64 " ms for 500", (now_ns() - begun) / 1000000);
+    is(progress_of(kuf, LOW).present, length, "and everything filled");
+
+    /* A slow request gives way to demand, and to being told to stop. */
+    drop(LOW);
+    populate(LOW, length, page, 0);
+    struct toucher toucher = {.memory = low + length / 2, .gpa = LOW + length / 2, .length = length / 2, .generation = 1};
+    start_toucher(&toucher);
+    ok(join_toucher(&toucher), "demand is served while a slow request runs");
+    is(atomic_load(&source.events[KUF_EVENT_POPULATED]), 4, "which goes on");
+    populate(HIGH, length, 0, 0);
+    populate(0, 0, 0, KUF_POPULATE_STOP);
+    wait_populated(6);
+    ok(progress_of(kuf, LOW).absent > 0, "a stopped request has left pages absent");
+    is(kuf_ensure(kuf, LOW, length, -1), 0, "which are served as before");
+
+    /* A source that fails ends the request and poisons nothing. */
+    drop(LOW);
+    atomic_store(&source.bad_answer, -EIO);
+    atomic_store(&source.bad_gpa, LOW + 300 * page);
+    populate(LOW, length, 0, 0);
+    wait_populated(7);
+    event = last_event(&source, KUF_EVENT_POPULATED);
+    is(event.error, -EIO, "the event has the source's error");
+    struct kuf_progress progress = progress_of(kuf, LOW);
+    is(progress.poisoned, 0, "nothing is poisoned");
+    ok(progress.absent >= page && progress.present >= 100 * page, "what came before is present, the rest absent");
+    is(atomic_load(&source.events[poison_event()]), 0, "nobody hears of poison");
+    atomic_store(&source.bad_gpa, NO_GPA);
+    toucher = (struct toucher){.memory = low, .gpa = LOW, .length = length, .generation = 1};
+    start_toucher(&toucher);
+    ok(join_toucher(&toucher), "a source that has recovered serves them");
+
+    /* Deferred: the request waits for what it has asked for. */
+    drop(LOW);
+    atomic_store(&source.answer, KUF_DEFERRED);
+    populate(LOW, 4 * page, 0, 0);
+    wait_until(progress_of(kuf, LOW).deferred == 4 * page);
+    struct kuf_fault owed;
+    is(kuf_pending(kuf, &owed, 1), 1, "a deferred run is owed");
+    ok(owed.gpa == LOW && owed.len == 4 * page && !(owed.flags & KUF_FAULT_DEMAND), "with nobody waiting");
+    unsigned char *bytes = malloc(4 * page);
+    write_content(bytes, LOW, 4 * page, 1);
+    is(kuf_resolve(kuf, LOW, bytes, 4 * page, 0), 4 * page, "it is resolved");
+    free(bytes);
+    wait_populated(8);
+    is(last_event(&source, KUF_EVENT_POPULATED).error, 0, "then the request ends");
+    close_with(kuf, KUF_CLOSE_POISON);
+    is(atomic_load(&source.released), 1, "released once");
+    return done();
+}

@@ -1,0 +1,130 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/* kuf_remove_memory: a slot that is done leaves no trace; one that is not is refused, poisoned or filled first. */
+#include "harness.h"
+
+#define BASE UINT64_C(0x10000000)
+#define OTHER UINT64_C(0x20000000)
+enum { PAGES = 32 };
+
+static struct source source = SOURCE_INIT;
+static struct kuf *_Atomic in_event;
+static atomic_int event_got = 1;
+
+static void event(void *opaque, const struct kuf_event *event)
+{
+    struct kuf *kuf = atomic_load(&in_event);
+    if (kuf != NULL && event->kind == KUF_EVENT_COMPLETE)
+        atomic_store(&event_got, kuf_remove_memory(kuf, event->gpa, 0));
+    source_event(opaque, event);
+}
+
+static void go(bool shared)
+{
+    const char *kind = shared ? "shared" : "anonymous";
+    size_t page = page_size(), length = PAGES * page;
+    int fd = -1;
+    struct kuf *kuf = open_with((struct kuf_options){
+        .fill = source_fill, .event = event, .opaque = &source, .demand_run = page});
+    unsigned char *ram = shared ? map_shared(length, &fd) : map_anonymous(length);
+    unsigned char *other = map_anonymous(length);
+    add(kuf, OTHER, other, length);
+
+    for (int round = 0; round < 2; round++) {
+        if (shared)
+            add_shared(kuf, BASE, ram, length, fd, KUF_MEMORY_FILL_ALL);
+        else
+            add(kuf, BASE, ram, length);
+        ok(is_registered(ram), "%s: a slot is registered", kind);
+        if (round == 0) {
+            ok(holds_content(ram, BASE, 3 * page, 1), "%s: some pages are touched", kind);
+            is(kuf_remove_memory(kuf, BASE, 0), -EBUSY, "%s: a slot with absent pages is not let go", kind);
+            ok(is_registered(ram), "%s: it is still registered", kind);
+            ok(holds_content(ram, BASE, length, 1), "%s: and still served", kind);
+            is(kuf_remove_memory(kuf, BASE, 0), 0, "%s: a complete one is let go", kind);
+        } else {
+            is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POPULATE), 0, "%s: added again, filled and let go", kind);
+        }
+        ok(!is_registered(ram), "%s: no registration is left", kind);
+        ok(holds_content(ram, BASE, length, 1), "%s: its bytes stay", kind);
+        struct kuf_progress progress = {.size = sizeof(progress)};
+        is(kuf_progress(kuf, BASE, &progress), -ENOENT, "%s: the library does not know it any more", kind);
+        is(kuf_remove_memory(kuf, BASE, 0), -ENOENT, "%s: nor lets it go twice", kind);
+    }
+    unsigned before = atomic_load(&source.calls);
+    must(shared ? fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)length) == 0
+                : madvise(ram, length, MADV_DONTNEED) == 0,
+         "the host drops its pages");
+    ok(holds_zeroes(ram, length), "%s: it is ordinary memory: dropped pages read as zero", kind);
+    is(atomic_load(&source.calls), before, "%s: without asking the source", kind);
+
+    /* Poison: what is there stays, the rest is closed. */
+    if (shared)
+        must(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)length) == 0, "an empty file");
+    else
+        must(madvise(ram, length, MADV_DONTNEED) == 0, "empty memory");
+    if (shared)
+        add_shared(kuf, BASE, ram, length, fd, 0);
+    else
+        add(kuf, BASE, ram, length);
+    ok(holds_content(ram + 4 * page, BASE + 4 * page, 2 * page, 1), "%s: two pages are touched", kind);
+    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON), 0, "%s: an incomplete slot is poisoned and let go", kind);
+    ok(!is_registered(ram + 4 * page), "%s: no registration is left", kind);
+    ok(holds_content(ram + 4 * page, BASE + 4 * page, 2 * page, 1), "%s: filled pages stay", kind);
+    int raised = 0;
+    for (int i = 0; i < PAGES; i++)
+        raised += i != 4 && i != 5 && touch(ram + i * page) != 0;
+    is(raised, PAGES - 2, "%s: every other page raises a signal", kind);
+    ok(holds_content(other, OTHER, length, 1), "%s: the other slot is served all the while", kind);
+
+    /* A source that fails: refused, or poisoned when told so. */
+    unsigned char *third = map_anonymous(length);
+    add(kuf, BASE, third, length);
+    atomic_store(&source.bad_answer, -EIO);
+    atomic_store(&source.bad_gpa, BASE + 7 * page);
+    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POPULATE), -EIO, "%s: a page cannot be filled", kind);
+    ok(is_registered(third + 7 * page), "%s: the slot goes on", kind);
+    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POPULATE | KUF_CLOSE_POISON), 0, "%s: filled where possible", kind);
+    is(touch(third + 7 * page), poison_signal(), "%s: and poisoned where not", kind);
+    ok(holds_content(third, BASE, 7 * page, 1) && holds_content(third + 8 * page, BASE + 8 * page, (PAGES - 8) * page, 1),
+       "%s: all other pages have their bytes", kind);
+    atomic_store(&source.bad_gpa, NO_GPA);
+
+    /* A fill that is running holds its slot. */
+    unsigned char *fourth = map_anonymous(length);
+    add(kuf, BASE, fourth, length);
+    atomic_store(&source.hold, true);
+    struct toucher toucher = {.memory = fourth, .gpa = BASE, .length = page, .generation = 1};
+    start_toucher(&toucher);
+    wait_until(atomic_load(&source.inside) == 1);
+    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON), -EBUSY, "%s: not while a fill of it runs", kind);
+    atomic_store(&source.hold, false);
+    ok(join_toucher(&toucher), "%s: which ends as it should", kind);
+    int got;
+    while ((got = kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON)) == -EBUSY)
+        sleep_ms(1);
+    is(got, 0, "%s: then it is let go", kind);
+
+    /* From the event that says it is complete. */
+    unsigned char *fifth = map_anonymous(length);
+    add(kuf, BASE, fifth, length);
+    atomic_store(&event_got, 1);
+    atomic_store(&in_event, kuf);
+    ok(holds_content(fifth, BASE, length, 1), "%s: a slot is filled", kind);
+    wait_until(atomic_load(&event_got) != 1);
+    is(atomic_load(&event_got), 0, "%s: and let go by the event callback", kind);
+    ok(!is_registered(fifth), "%s: no registration is left", kind);
+    atomic_store(&in_event, NULL);
+    close_with(kuf, 0);
+    close(fd);
+}
+
+int main(void)
+{
+    begin();
+    go(false);
+    if (kuf_has_feature(KUF_FEATURE_MINOR) == 1)
+        go(true);
+    else
+        skip_part("no minor faults on shared memory");
+    return done();
+}
