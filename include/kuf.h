@@ -92,6 +92,12 @@
  */
 #define KUF_OPEN_DIRECT (1 << 3)
 
+/*
+ * Open no userfaultfd: every slot brings one (KUF_MEMORY_UFFD). For a handler that serves other processes and has no
+ * privilege of its own.
+ */
+#define KUF_OPEN_ADOPT_ONLY (1 << 4)
+
 /* Somebody stands still until this run is resolved. */
 #define KUF_FILL_DEMAND (1 << 0)
 
@@ -373,7 +379,10 @@ struct kuf_options {
     uint32_t mechanism;
     /* KUF_OPEN_*. */
     uint64_t flags;
-    /* The VM's file descriptor with KUF_OPEN_VM_FD (duplicated; the host keeps its own), else 0. */
+    /*
+     * The VM's file descriptor with KUF_OPEN_VM_FD, else 0. Needed by the KVM mechanisms; checked but not used by
+     * userfaultfd. The host keeps its own.
+     */
     int32_t vm_fd;
     /*
      * Threads that may be inside a fill callback at once, besides the one that always watches for faults:
@@ -667,6 +676,7 @@ int kuf_open(const struct kuf_options *options, struct kuf **out);
  *   the library's own. -EBADF: closed already, or being closed.
  * -EBUSY: unresolved pages, and no flag says what to do; the handle goes on as before.
  * -EIO: KUF_CLOSE_POPULATE could not fill everything; the handle goes on as before.
+ * -ENOTSUP: KUF_CLOSE_POPULATE without a fill callback.
  * -EDEADLK: called from a callback. -ECHILD: called in a forked child.
  */
 int kuf_close(struct kuf **kuf, uint32_t flags);
@@ -702,7 +712,8 @@ int kuf_add_memory(struct kuf *kuf,
  * Returns 0. Any thread, also from an event callback; from a fill callback -EDEADLK.
  * -EINVAL: kuf is NULL, an unknown flag. -ENOENT: no slot starts at gpa.
  * -EBUSY: unresolved pages and no flag; a fill of this slot is running (retry when it has ended).
- * -EIO: KUF_CLOSE_POPULATE could not fill everything; the slot goes on as before.
+ * -EIO: KUF_CLOSE_POPULATE could not fill everything; the slot goes on as before. -ENOTSUP: KUF_CLOSE_POPULATE without
+ *   a fill callback.
  * Kernel: UFFDIO_UNREGISTER.
  */
 int kuf_remove_memory(struct kuf *kuf, uint64_t gpa, uint32_t flags);

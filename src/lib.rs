@@ -1,1 +1,42 @@
+//! Guest page faults served for virtual machine monitors.
+//!
+//! The product is the C ABI (`include/kuf.h`, [`capi`]); Rust VMMs may use it through this crate as well. Where to look:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`capi`] | the door: every `extern "C"` function, argument checks, the panic guard |
+//! | `service` | one handle's fault service: threads, demand, filling, installing, populate, resolve, discard, close |
+//! | `pages` | page states: absent, filling, present, removed; two bits each |
+//! | `claims` | who owns each page that is being filled |
+//! | `memory` | memory slots, address translation, shared files and their second mapping |
+//! | `mechanism` | what differs between kernels, behind one trait: `userfaultfd` |
+//! | `uapi` | the kernel's constants and structs; no logic |
+//! | `probe`, `stats`, `error`, `sync` | what this host can do; counters; failures in words; std or loom |
+//!
+//! `docs/architecture.md` follows one fault through them.
 
+#![deny(unsafe_op_in_unsafe_fn)]
+#![warn(clippy::undocumented_unsafe_blocks)]
+
+#[cfg(not(loom))]
+pub mod capi;
+#[doc(hidden)]
+pub mod claims;
+#[cfg(not(loom))]
+mod error;
+#[cfg(not(loom))]
+mod mechanism;
+#[cfg(not(loom))]
+mod memory;
+#[doc(hidden)]
+pub mod pages;
+#[cfg(not(loom))]
+mod probe;
+#[cfg(not(loom))]
+mod service;
+#[cfg(not(loom))]
+mod stats;
+#[doc(hidden)]
+pub mod sync;
+#[cfg(not(loom))]
+mod uapi;

@@ -10,10 +10,10 @@ use std::ffi::{c_char, c_int, c_void};
 
 use libc::ssize_t;
 
-use crate::error::{self, Error, Result};
+use crate::error::{self, Error};
 use crate::probe;
 use crate::service::Service;
-use convert::{boxed_slice_out, read_struct, write_struct};
+use convert::{read_struct, room, write_struct};
 use door::Door;
 use guard::{guard, guard_count};
 use types::*;
@@ -111,6 +111,7 @@ pub unsafe extern "C" fn kuf_open(options: *const kuf_options, out: *mut *mut ku
 ///   the library's own. -EBADF: closed already, or being closed.
 /// -EBUSY: unresolved pages, and no flag says what to do; the handle goes on as before.
 /// -EIO: KUF_CLOSE_POPULATE could not fill everything; the handle goes on as before.
+/// -ENOTSUP: KUF_CLOSE_POPULATE without a fill callback.
 /// -EDEADLK: called from a callback. -ECHILD: called in a forked child.
 ///
 /// # Safety
@@ -171,7 +172,8 @@ pub unsafe extern "C" fn kuf_add_memory(kuf: *mut kuf, memory: *const kuf_memory
 /// Returns 0. Any thread, also from an event callback; from a fill callback -EDEADLK.
 /// -EINVAL: kuf is NULL, an unknown flag. -ENOENT: no slot starts at gpa.
 /// -EBUSY: unresolved pages and no flag; a fill of this slot is running (retry when it has ended).
-/// -EIO: KUF_CLOSE_POPULATE could not fill everything; the slot goes on as before.
+/// -EIO: KUF_CLOSE_POPULATE could not fill everything; the slot goes on as before. -ENOTSUP: KUF_CLOSE_POPULATE without
+///   a fill callback.
 /// Kernel: UFFDIO_UNREGISTER.
 ///
 /// # Safety
@@ -241,8 +243,8 @@ pub unsafe extern "C" fn kuf_read(kuf: *mut kuf, faults: *mut kuf_fault, n: usiz
             return Err(Error::new(libc::EINVAL, "n is 0: there is no room for a fault"));
         }
         // SAFETY: the caller promises room for n entries.
-        let mut out = unsafe { boxed_slice_out(faults, "faults", n) }?;
-        door.service().caller_read(&mut out)
+        let out = unsafe { room(faults, "faults", n) }?;
+        door.service().caller_read(out)
     })
 }
 
@@ -390,8 +392,8 @@ pub unsafe extern "C" fn kuf_pending(kuf: *mut kuf, faults: *mut kuf_fault, n: u
         // SAFETY: the caller promises that it came from kuf_open.
         let door = unsafe { Door::enter(kuf) }?;
         // SAFETY: the caller promises room for n entries.
-        let mut out = unsafe { boxed_slice_out(faults, "faults", n) }?;
-        door.service().pending(&mut out)
+        let out = unsafe { room(faults, "faults", n) }?;
+        door.service().pending(out)
     })
 }
 
@@ -449,7 +451,7 @@ pub unsafe extern "C" fn kuf_block_times(kuf: *mut kuf, times: *mut kuf_block_ti
         // SAFETY: the caller promises that it came from kuf_open.
         let door = unsafe { Door::enter(kuf) }?;
         // SAFETY: the caller promises room for n entries.
-        let mut out = unsafe { boxed_slice_out(times, "times", n) }?;
-        Ok(door.service().block_times(&mut out))
+        let out = unsafe { room(times, "times", n) }?;
+        Ok(door.service().block_times(out))
     })
 }

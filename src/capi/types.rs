@@ -43,6 +43,9 @@ pub const KUF_OPEN_FOLLOW_FORK: u64 = 1 << 2;
 /// guest gives back with kuf_discard(..., KUF_DISCARD_REMOVED), and do not mremap or munmap it before
 /// kuf_remove_memory. kuf_populate is not available.
 pub const KUF_OPEN_DIRECT: u64 = 1 << 3;
+/// Open no userfaultfd: every slot brings one (KUF_MEMORY_UFFD). For a handler that serves other processes and has no
+/// privilege of its own.
+pub const KUF_OPEN_ADOPT_ONLY: u64 = 1 << 4;
 
 /// Somebody stands still until this run is resolved.
 pub const KUF_FILL_DEMAND: u32 = 1 << 0;
@@ -290,7 +293,8 @@ pub struct kuf_options {
     pub mechanism: u32,
     /// KUF_OPEN_*.
     pub flags: u64,
-    /// The VM's file descriptor with KUF_OPEN_VM_FD (duplicated; the host keeps its own), else 0.
+    /// The VM's file descriptor with KUF_OPEN_VM_FD, else 0. Needed by the KVM mechanisms; checked but not used by
+    /// userfaultfd. The host keeps its own.
     pub vm_fd: i32,
     /// Threads that may be inside a fill callback at once, besides the one that always watches for faults:
     /// 1 to 256, 0 for 2. With kuf_populate, one more. Ignored without a fill callback.

@@ -1,0 +1,279 @@
+//! From the C structs to the library's own types, and back.
+
+use std::ffi::c_void;
+use std::mem::{size_of, MaybeUninit};
+
+use super::types::*;
+use crate::error::{Error, Result};
+use crate::memory::Opaque;
+use crate::service::config::{Config, Host, NewMemory, NewPopulate, Resolution};
+use crate::service::duplicate_vm;
+
+/// A struct that starts with its `size`.
+///
+/// # Safety
+/// `repr(C)`, first field `size: u32`, and every bit pattern of the rest is a value.
+pub unsafe trait Sized32: Copy {
+    /// Its size in the first version of the library.
+    const FIRST: usize;
+}
+
+macro_rules! sized {
+    ($($name:ident: $first:expr),* $(,)?) => {
+        $(
+            // SAFETY: see `types`: repr(C), size first, integers, pointers and optional functions after.
+            unsafe impl Sized32 for $name {
+                const FIRST: usize = $first;
+            }
+            const _: () = assert!(size_of::<$name>() >= $first && std::mem::offset_of!($name, size) == 0);
+        )*
+    };
+}
+
+// The sizes of KUF_0.1: they never change.
+sized! {
+    kuf_options: 96,
+    kuf_memory: 72,
+    kuf_populate: 32,
+    kuf_probe: 1064,
+    kuf_progress: 72,
+    kuf_stats: 1584,
+}
+
+const _: () = assert!(size_of::<kuf_fault>() == 64);
+
+/// Larger than any struct will ever grow: a size beyond it is no size.
+const SENSE: usize = 1 << 16;
+
+/// Takes a struct of whatever version the caller was compiled with.
+///
+/// # Safety
+/// `from` is NULL or points to as many readable bytes as its `size` says.
+pub unsafe fn read_struct<T: Sized32>(from: *const T, name: &str) -> Result<T> {
+    // SAFETY: the caller's promise.
+    let size = unsafe { size_of_struct(from, name) }?;
+    // SAFETY: `size` bytes are readable, and the buffer has room for what is copied.
+    unsafe {
+        let mut value = MaybeUninit::<T>::zeroed();
+        let known = size.min(size_of::<T>());
+        std::ptr::copy_nonoverlapping(from.cast::<u8>(), value.as_mut_ptr().cast::<u8>(), known);
+        let tail = std::slice::from_raw_parts(from.cast::<u8>().add(known), size - known);
+        if tail.iter().any(|byte| *byte != 0) {
+            let text = format!("{name} sets fields this version of the library does not know");
+            return Err(Error::new(libc::E2BIG, text));
+        }
+        Ok(value.assume_init())
+    }
+}
+
+/// Fills a struct of whatever version the caller was compiled with. `make` is given the size to put into it.
+///
+/// # Safety
+/// `to` is NULL or points to as many writable bytes as its `size` says.
+pub unsafe fn write_struct<T: Sized32>(to: *mut T, name: &str, make: impl FnOnce(u32) -> Result<T>) -> Result<i32> {
+    // SAFETY: the caller's promise.
+    let size = unsafe { size_of_struct(to, name) }?;
+    let value = make(size as u32)?;
+    // SAFETY: `size` bytes are writable.
+    unsafe {
+        let known = size.min(size_of::<T>());
+        std::ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), to.cast::<u8>(), known);
+        std::ptr::write_bytes(to.cast::<u8>().add(known), 0, size - known);
+    }
+    Ok(0)
+}
+
+unsafe fn size_of_struct<T: Sized32>(at: *const T, name: &str) -> Result<usize> {
+    if at.is_null() {
+        return Err(Error::new(libc::EINVAL, format!("{name} is NULL")));
+    }
+    // SAFETY: the caller promises at least the size field.
+    let size = unsafe { at.cast::<u32>().read_unaligned() } as usize;
+    if !(T::FIRST..=SENSE).contains(&size) {
+        let text = format!("{name}->size is {size}: set it to sizeof the struct ({} or more)", T::FIRST);
+        return Err(Error::new(libc::EINVAL, text));
+    }
+    Ok(size)
+}
+
+/// Room for `n` entries of the caller's.
+///
+/// # Safety
+/// `at` is NULL or points to room for `n` entries, which nobody else uses meanwhile.
+pub unsafe fn room<'a, T>(at: *mut T, name: &str, n: usize) -> Result<&'a mut [MaybeUninit<T>]> {
+    if n == 0 {
+        return Ok(&mut []);
+    }
+    if at.is_null() {
+        return Err(Error::new(libc::EINVAL, format!("{name} is NULL and n is {n}")));
+    }
+    // SAFETY: the caller's promise.
+    Ok(unsafe { std::slice::from_raw_parts_mut(at.cast(), n) })
+}
+
+fn invalid<T>(text: String) -> Result<T> {
+    Err(Error::new(libc::EINVAL, text))
+}
+
+fn check_flags(what: &str, flags: u64, known: u64) -> Result<()> {
+    match flags & !known {
+        0 => Ok(()),
+        unknown => invalid(format!("{what} has unknown bits {unknown:#x}")),
+    }
+}
+
+/// A field that means something only with its flag.
+fn check_unused(what: &str, value: u64, flag: &str) -> Result<()> {
+    match value {
+        0 => Ok(()),
+        _ => invalid(format!("{what} is set without {flag}")),
+    }
+}
+
+fn in_range(what: &str, value: u64, default: u64, max: u64) -> Result<u64> {
+    match value {
+        0 => Ok(default),
+        value if value <= max => Ok(value),
+        value => invalid(format!("{what} is {value}: at most {max}")),
+    }
+}
+
+/// Options of `kuf_open`.
+pub fn options(o: &kuf_options) -> Result<Config> {
+    const KNOWN: u64 =
+        KUF_OPEN_VM_FD | KUF_OPEN_USER_MODE_ONLY | KUF_OPEN_FOLLOW_FORK | KUF_OPEN_DIRECT | KUF_OPEN_ADOPT_ONLY;
+    check_flags("options->flags", o.flags, KNOWN)?;
+    let has = |flag| o.flags & flag != 0;
+    match o.mechanism {
+        KUF_MECHANISM_AUTO | KUF_MECHANISM_USERFAULTFD => {}
+        KUF_MECHANISM_KVM_BITMAP | KUF_MECHANISM_KVM_ASYNC => {
+            let text = "this version of the library serves userfaultfd only: kuf_probe says what a kernel has";
+            return Err(Error::new(libc::ENOTSUP, text));
+        }
+        other => return invalid(format!("options->mechanism {other} is unknown")),
+    }
+    if has(KUF_OPEN_VM_FD) {
+        // Checked as promised; userfaultfd has no use for it.
+        duplicate_vm(o.vm_fd)?;
+    } else {
+        check_unused("options->vm_fd", u64::from(o.vm_fd != 0), "KUF_OPEN_VM_FD")?;
+    }
+    if has(KUF_OPEN_DIRECT) && o.fill.is_some() {
+        return invalid("KUF_OPEN_DIRECT has no thread that could call options->fill".into());
+    }
+    if has(KUF_OPEN_ADOPT_ONLY) && has(KUF_OPEN_FOLLOW_FORK) {
+        let text =
+            "KUF_OPEN_FOLLOW_FORK is for the library's own userfaultfd: who opened the adopted one decides there";
+        return invalid(text.into());
+    }
+    let run = |what, value, default| in_range(what, value, default, 64 << 20);
+    Ok(Config {
+        fill_threads: in_range("options->fill_threads", u64::from(o.fill_threads), 2, 256)? as usize,
+        demand_run: run("options->demand_run", o.demand_run, 64 << 10)?,
+        populate_run: run("options->populate_run", o.populate_run, 256 << 10)?,
+        populate_inflight: in_range("options->populate_inflight", o.populate_inflight, 16 << 20, u64::MAX)?,
+        queue_max: in_range("options->queue_max", u64::from(o.queue_max), 4096, u64::MAX)? as usize,
+        user_mode_only: has(KUF_OPEN_USER_MODE_ONLY),
+        follow_fork: has(KUF_OPEN_FOLLOW_FORK),
+        direct: has(KUF_OPEN_DIRECT),
+        adopt_only: has(KUF_OPEN_ADOPT_ONLY),
+        host: Host {
+            fill: o.fill,
+            event: o.event,
+            log: o.log,
+            release: o.release,
+            opaque: Opaque(o.opaque),
+            log_level: in_range("options->log_level", u64::from(o.log_level), 0, u64::from(KUF_LOG_DEBUG))? as u32,
+            opened: false.into(),
+        },
+    })
+}
+
+/// A slot of `kuf_add_memory`.
+pub fn memory(m: &kuf_memory) -> Result<NewMemory> {
+    const KNOWN: u32 = KUF_MEMORY_FD | KUF_MEMORY_UFFD | KUF_MEMORY_REMOTE | KUF_MEMORY_FILL_ALL;
+    check_flags("memory->flags", m.flags.into(), KNOWN.into())?;
+    let has = |flag| m.flags & flag != 0;
+    if !has(KUF_MEMORY_FD) {
+        check_unused("memory->fd", u64::from(m.fd != 0), "KUF_MEMORY_FD")?;
+        check_unused("memory->fd_offset", m.fd_offset, "KUF_MEMORY_FD")?;
+        check_unused("KUF_MEMORY_FILL_ALL", u64::from(has(KUF_MEMORY_FILL_ALL)), "KUF_MEMORY_FD")?;
+    }
+    if !has(KUF_MEMORY_UFFD) {
+        check_unused("memory->uffd", u64::from(m.uffd != 0), "KUF_MEMORY_UFFD")?;
+        check_unused("KUF_MEMORY_REMOTE", u64::from(has(KUF_MEMORY_REMOTE)), "KUF_MEMORY_UFFD")?;
+    }
+    if m.kvm_attributes != 0 {
+        return invalid("memory->kvm_attributes have to be 0 with userfaultfd".into());
+    }
+    if m.len == 0 {
+        return invalid("memory->len is 0".into());
+    }
+    if m.hva == 0 {
+        return invalid("memory->hva is 0: it has to be where the slot is mapped".into());
+    }
+    // Below KUF_ALL, which is no address.
+    for (what, start) in [("gpa", m.gpa), ("hva", m.hva), ("fd_offset", m.fd_offset)] {
+        if start.checked_add(m.len).is_none() {
+            return invalid(format!("memory->{what} {start:#x} + len {:#x} overflows", m.len));
+        }
+    }
+    Ok(NewMemory {
+        gpa: m.gpa,
+        len: m.len,
+        hva: m.hva,
+        granule: m.granule,
+        file: has(KUF_MEMORY_FD).then_some((m.fd, m.fd_offset)),
+        uffd: has(KUF_MEMORY_UFFD).then_some(m.uffd),
+        remote: has(KUF_MEMORY_REMOTE),
+        fill_all: has(KUF_MEMORY_FILL_ALL),
+        opaque: Opaque(m.opaque),
+    })
+}
+
+/// A request of `kuf_populate`.
+pub fn populate(p: &kuf_populate) -> Result<NewPopulate> {
+    check_flags("request->flags", p.flags.into(), KUF_POPULATE_STOP.into())?;
+    let stop = p.flags & KUF_POPULATE_STOP != 0;
+    let page = rustix::param::page_size() as u64;
+    let range = match (p.gpa, p.len) {
+        _ if stop => None,
+        (KUF_ALL, 0) => None,
+        (KUF_ALL, _) => return invalid("request->len has to be 0 with KUF_ALL".into()),
+        (_, 0) => return invalid("request->len is 0".into()),
+        (gpa, len) if gpa % page != 0 || len % page != 0 => {
+            return invalid(format!("request->gpa and len have to be multiples of the page size {page:#x}"));
+        }
+        (gpa, len) if gpa.checked_add(len).is_none() => {
+            return invalid(format!("request->gpa {gpa:#x} + len {len:#x} overflows"));
+        }
+        range => Some(range),
+    };
+    Ok(NewPopulate { stop, range, rate: p.rate })
+}
+
+/// What `kuf_resolve` was given.
+pub fn resolution(src: *const c_void, flags: u32) -> Result<Resolution> {
+    check_flags("flags", flags.into(), (KUF_RESOLVE_ZERO | KUF_RESOLVE_IN_PLACE | KUF_RESOLVE_POISON).into())?;
+    let without_src = |how| {
+        if src.is_null() {
+            Ok(how)
+        } else {
+            invalid("src has to be NULL with KUF_RESOLVE_ZERO, _IN_PLACE and _POISON".into())
+        }
+    };
+    match flags {
+        0 if src.is_null() => invalid("src is NULL and no flag says what the range holds".into()),
+        0 => Ok(Resolution::Data(src.cast())),
+        KUF_RESOLVE_ZERO => without_src(Resolution::Zero),
+        KUF_RESOLVE_IN_PLACE => without_src(Resolution::InPlace),
+        KUF_RESOLVE_POISON => without_src(Resolution::Poison),
+        _ => invalid("flags has more than one KUF_RESOLVE_*".into()),
+    }
+}
+
+/// Flags of `kuf_discard`: whether the guest gave the range back.
+pub fn discard(flags: u32) -> Result<bool> {
+    check_flags("flags", flags.into(), KUF_DISCARD_REMOVED.into())?;
+    Ok(flags & KUF_DISCARD_REMOVED != 0)
+}

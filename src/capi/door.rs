@@ -1,0 +1,165 @@
+//! The handle behind `struct kuf *`: who may come in, and when it is over.
+//!
+//! A door is never freed, only shut: a few words per open for the life of the process buy that a closed handle is
+//! recognised, on any thread, for ever. It is kept in a list, so that leak checkers see it owned.
+
+use std::ptr::NonNull;
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use super::types::{kuf, KUF_CLOSE_NOWAIT};
+use crate::error::{Error, Result};
+use crate::service::{refuse_inside_callbacks, Service};
+
+const MAGIC: u64 = 0x6b75_665f_646f_6f72;
+
+/// What a `struct kuf *` points to.
+pub struct Door {
+    magic: u64,
+    service: RwLock<Option<Arc<Service>>>,
+    /// Calls inside, and whoever waits for the last to leave.
+    calls: Mutex<usize>,
+    left: Condvar,
+}
+
+/// A call in progress.
+pub struct Visit {
+    door: &'static Door,
+    /// None only while leaving.
+    service: Option<Arc<Service>>,
+}
+
+static DOORS: Mutex<Vec<&'static Door>> = Mutex::new(Vec::new());
+
+impl Door {
+    /// A handle for `service`.
+    pub fn open(service: Arc<Service>) -> *mut kuf {
+        // The mark of this process has to be there before it forks.
+        in_opening_process();
+        let door: &'static Door = Box::leak(Box::new(Door {
+            magic: MAGIC,
+            service: RwLock::new(Some(service)),
+            calls: Mutex::new(0),
+            left: Condvar::new(),
+        }));
+        DOORS.lock().unwrap_or_else(PoisonError::into_inner).push(door);
+        std::ptr::from_ref(door).cast_mut().cast()
+    }
+
+    /// Lets a call in.
+    ///
+    /// # Safety
+    /// `handle` is NULL or came from [`Door::open`].
+    pub unsafe fn enter(handle: *mut kuf) -> Result<Visit> {
+        // SAFETY: the caller's promise.
+        let door = unsafe { Self::at(handle) }?;
+        let service = door.service.read().unwrap_or_else(PoisonError::into_inner);
+        let service = service.clone().ok_or_else(closed)?;
+        // Counted with the door still held open: close sees every call that got in.
+        *door.calls.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        Ok(Visit { door, service: Some(service) })
+    }
+
+    /// Ends the handle's service, or refuses to.
+    ///
+    /// # Safety
+    /// As for [`Door::enter`].
+    pub unsafe fn close(handle: *mut kuf, flags: u32) -> Result<()> {
+        // SAFETY: the caller's promise.
+        let visit = unsafe { Self::enter(handle) }?;
+        refuse_inside_callbacks("kuf_close")?;
+        let door = visit.door;
+        visit.service().prepare_close(flags)?;
+        let service = {
+            let mut inside = door.service.write().unwrap_or_else(PoisonError::into_inner);
+            let service = inside.clone().ok_or_else(closed)?;
+            service.check_settled(flags)?;
+            *inside = None;
+            service
+        };
+        drop(visit);
+        service.begin_end();
+        service.settle_rest(flags);
+        if flags & KUF_CLOSE_NOWAIT == 0 {
+            let mut calls = door.calls.lock().unwrap_or_else(PoisonError::into_inner);
+            while *calls > 0 {
+                calls = door.left.wait(calls).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+        service.end(flags);
+        Ok(())
+    }
+
+    unsafe fn at(handle: *mut kuf) -> Result<&'static Door> {
+        let door = NonNull::new(handle.cast::<Door>()).ok_or_else(|| Error::null("kuf"))?;
+        if !door.is_aligned() {
+            return Err(not_a_handle());
+        }
+        // SAFETY: the caller promises that it came from `open`, and doors are never freed.
+        let door: &'static Door = unsafe { door.as_ref() };
+        if door.magic != MAGIC {
+            return Err(not_a_handle());
+        }
+        if !in_opening_process() {
+            let text = "this handle belongs to the parent process: its threads do not exist here";
+            return Err(Error::new(libc::ECHILD, text));
+        }
+        Ok(door)
+    }
+}
+
+impl Visit {
+    /// What is behind the door.
+    pub fn service(&self) -> &Arc<Service> {
+        match &self.service {
+            Some(service) => service,
+            None => unreachable!("a visit has its service until it is dropped"),
+        }
+    }
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        // Before the count: a kuf_close that waits for it has the last reference then, and releases before it returns.
+        self.service = None;
+        let mut calls = self.door.calls.lock().unwrap_or_else(PoisonError::into_inner);
+        *calls -= 1;
+        if *calls == 0 {
+            self.door.left.notify_all();
+        }
+    }
+}
+
+fn closed() -> Error {
+    Error::new(libc::EBADF, "this handle is closed, or being closed")
+}
+
+fn not_a_handle() -> Error {
+    Error::new(libc::EINVAL, "kuf is not a handle that kuf_open returned")
+}
+
+/// Whether this is the process that loaded the library, by a page that the kernel wipes in a forked child: asking for the
+/// pid would be a system call in every call.
+fn in_opening_process() -> bool {
+    use once_cell::sync::OnceCell;
+    struct Page(NonNull<u8>);
+    // SAFETY: written once, before it is shared.
+    unsafe impl Send for Page {}
+    // SAFETY: as above.
+    unsafe impl Sync for Page {}
+    static PAGE: OnceCell<Page> = OnceCell::new();
+    let page = PAGE.get_or_try_init(|| {
+        let len = rustix::param::page_size();
+        // SAFETY: a new mapping where the kernel likes; wiped in children only.
+        unsafe {
+            let prot = ProtFlags::READ | ProtFlags::WRITE;
+            let at = rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, MapFlags::PRIVATE)?;
+            rustix::mm::madvise(at, len, Advice::LinuxWipeOnFork)?;
+            at.cast::<u8>().write(1);
+            NonNull::new(at.cast()).map(Page).ok_or(rustix::io::Errno::NOMEM)
+        }
+    });
+    // SAFETY: mapped above, never unmapped. Without the page (before Linux 4.14) forks go unnoticed.
+    page.map_or(true, |page| unsafe { page.0.as_ptr().read_volatile() } == 1)
+}

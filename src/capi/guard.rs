@@ -1,0 +1,31 @@
+//! What every call has around it: no panic gets out, every failure leaves its errno and its words.
+
+use std::ffi::c_int;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+
+use libc::ssize_t;
+
+use crate::error::{remember, Error, Result};
+
+/// Runs a call that returns 0 or a small number.
+pub fn guard(body: impl FnOnce() -> Result<c_int>) -> c_int {
+    run(body).unwrap_or_else(|error| -error.errno())
+}
+
+/// Runs a call that returns a count.
+pub fn guard_count(body: impl FnOnce() -> Result<usize>) -> ssize_t {
+    match run(body) {
+        Ok(count) => ssize_t::try_from(count).unwrap_or(ssize_t::MAX),
+        Err(error) => -(error.errno() as ssize_t),
+    }
+}
+
+fn run<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    let result = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| {
+        Err(Error::new(libc::ENOTRECOVERABLE, "the library failed inside (a bug): close the handle and report it"))
+    });
+    if let Err(error) = &result {
+        remember(error);
+    }
+    result
+}

@@ -1,0 +1,142 @@
+//! What differs between kernels, behind one trait: how a fault arrives, and how a page is opened.
+//!
+//! The service calls a mechanism with page claims in hand and knows nothing of what is behind it. A KVM mechanism takes
+//! its faults from an eventfd or a vCPU exit instead of a userfaultfd, has [`Mechanism::place`] point into the slot's
+//! own mapping, and opens by clearing a mark instead of UFFDIO_COPY; the rest of the library does not change.
+
+pub mod userfaultfd;
+
+use std::ops::Range;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::RwLock;
+
+use crate::error::Result;
+use crate::memory::Slot;
+
+/// What a kernel queue had to say.
+pub enum Message {
+    /// Somebody waits for the page at this address.
+    Fault {
+        /// Host virtual address.
+        hva: u64,
+        /// KUF_FAULT_* bits the kernel knows.
+        flags: u32,
+        /// The toucher's thread id, or 0.
+        thread: u32,
+    },
+    /// The range was given back (madvise): what was there is about to be dropped, or has been.
+    Removed(Range<u64>),
+    /// The range was unmapped.
+    Unmapped(Range<u64>),
+    /// The mapping moved.
+    Moved {
+        /// From here,
+        from: Range<u64>,
+        /// to here.
+        to: u64,
+    },
+    /// The process forked; this descriptor serves the child's copy.
+    Forked(OwnedFd),
+}
+
+/// Where the bytes for a run come from.
+#[derive(Clone, Copy)]
+pub enum Content {
+    /// A buffer that holds the whole run. It may be unreadable: then the install stops with [`Stop::BadSource`].
+    Data(*const u8),
+    /// Zeroes.
+    Zero,
+    /// They are where [`Mechanism::place`] pointed.
+    InPlace,
+    /// There are none: touching the pages is to be a memory error.
+    Poison,
+}
+
+/// Why an install ended before the end of its run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The next page is there already. Whoever waits for it has to be woken by hand.
+    Exists,
+    /// An event is unread: read it and try again.
+    Again,
+    /// The next page is not mapped any more.
+    Unmapped,
+    /// The process is gone.
+    Dead,
+    /// No memory: ENOMEM or ENOSPC.
+    NoMemory(i32),
+    /// The buffer is not readable at the next page, or the page is not in place.
+    BadSource,
+    /// The kernel cannot do this to this memory.
+    Unsupported,
+    /// Anything else: an errno.
+    Other(i32),
+}
+
+/// How far an install came.
+#[derive(Clone, Copy, Debug)]
+pub struct Installed {
+    /// Pages from the start of the run that are open now and whose waiters were woken.
+    pub pages: u64,
+    /// None when there was nothing to stop for; the run may still be longer than `pages` (call again).
+    pub stop: Option<Stop>,
+}
+
+/// Whether the queue was emptied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// Yes: the next message is a new edge of the descriptor.
+    Nothing,
+    /// No: there was no room for more.
+    More,
+}
+
+/// One way to catch a guest's touch of a page and to open the page.
+pub trait Mechanism: Send + Sync {
+    /// Unique among the mechanisms of this process.
+    fn id(&self) -> u32;
+
+    /// Held shared while installing, exclusively while reading events and applying them.
+    fn gate(&self) -> &RwLock<()>;
+
+    /// Readable when there is something to [`Mechanism::read`]. None when faults arrive by other ways only.
+    fn inlet(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Reads up to `room` messages without waiting. The caller holds the gate exclusively.
+    fn read(&self, room: usize, out: &mut Vec<Message>) -> Result<Left>;
+
+    /// Starts catching touches of the slot's absent pages.
+    fn attach(&self, slot: &Slot) -> Result<()>;
+
+    /// Stops it. Every page must be present, removed or poisoned.
+    fn detach(&self, slot: &Slot);
+
+    /// Where to write the bytes of `pages` directly; None when they have to be in a buffer. Err is an errno: no memory.
+    fn place(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<Option<NonNull<u8>>, i32>;
+
+    /// Opens pages from the start of `pages`, which the caller has claimed, and wakes who waits for them. The caller holds
+    /// the gate shared.
+    fn install(&self, slot: &Slot, pages: &Range<u64>, content: Content) -> Installed;
+
+    /// Wakes who waits for `pages`, to look again.
+    fn wake(&self, slot: &Slot, pages: &Range<u64>);
+
+    /// Wakes who waits at an address that is in no slot any more.
+    fn wake_stray(&self, hva: u64);
+
+    /// Drops the content of `pages`, so that touching them is caught again. Err is an errno.
+    fn drop_pages(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<(), i32>;
+
+    /// Makes touching `pages` fail without [`Content::Poison`]; false when there is no way.
+    fn close_off(&self, slot: &Slot, pages: &Range<u64>) -> bool;
+
+    /// Whether the memory's process still exists.
+    fn alive(&self) -> bool;
+
+    /// Whether the host holds a descriptor of its own and could hand it to another handler.
+    fn adopted(&self) -> bool;
+
+    /// The mechanism for the child that `fd` serves.
+    fn child(&self, fd: OwnedFd) -> std::sync::Arc<dyn Mechanism>;
+}

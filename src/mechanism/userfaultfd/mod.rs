@@ -1,0 +1,302 @@
+//! userfaultfd: the kernel parks whoever touches an absent page and queues a message; UFFDIO_COPY, _CONTINUE, _ZEROPAGE or
+//! _POISON puts the page there and wakes them. Every Linux has it.
+//!
+//! What needs care, and where it is taken: a count that is an errno (`ioctl::done`); EAGAIN while events are unread,
+//! EEXIST without a wake, partial runs (`install`, its callers in `service::install`); messages in an order that is not
+//! that of the events (`service::inlet` applies the removals of a batch before its faults).
+
+mod ioctl;
+pub mod open;
+
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, RwLock};
+
+use rustix::io::Errno;
+use rustix::mm::Advice;
+
+use super::{Content, Installed, Left, Mechanism, Message, Stop};
+use crate::capi::types::{KUF_FAULT_MINOR, KUF_FAULT_WRITE};
+use crate::error::{Error, Result};
+use crate::memory::buffer::Buffer;
+use crate::memory::Slot;
+use crate::uapi::userfaultfd::*;
+
+/// Messages read by one system call.
+const BATCH: usize = 64;
+
+/// One userfaultfd: the library's own, or a duplicate of one that the host has opened.
+pub struct Userfaultfd {
+    id: u32,
+    fd: OwnedFd,
+    gate: RwLock<()>,
+    adopted: bool,
+    /// Its memory is another process's.
+    remote: bool,
+}
+
+fn next_id() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+impl Userfaultfd {
+    /// Opens one for this process's memory. `events`: hear of what is removed, moved and unmapped; `forks`: of children.
+    pub fn open(user_mode_only: bool, events: bool, forks: bool) -> Result<(Self, open::Way)> {
+        let (fd, way) = open::open(user_mode_only)?;
+        let (offered, _) = open::offered(user_mode_only)?;
+        let mut features = UFFD_FEATURE_THREAD_ID
+            | UFFD_FEATURE_MISSING_HUGETLBFS
+            | UFFD_FEATURE_MISSING_SHMEM
+            | UFFD_FEATURE_MINOR_HUGETLBFS
+            | UFFD_FEATURE_MINOR_SHMEM
+            | UFFD_FEATURE_POISON;
+        if events {
+            features |= UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP;
+        }
+        features &= offered;
+        if forks {
+            features |= UFFD_FEATURE_EVENT_FORK;
+        }
+        ioctl::api(fd.as_fd(), features).map_err(|e| match e {
+            Errno::PERM if forks => Error::new(libc::EPERM, "following forks needs the capability CAP_SYS_PTRACE"),
+            e => Error::system("UFFDIO_API", e.raw_os_error()),
+        })?;
+        Ok((Self::new(fd, false, false), way))
+    }
+
+    /// Takes over one that the host has opened, as its only reader. `remote`: for another process's memory.
+    pub fn adopt(fd: OwnedFd, remote: bool) -> Result<Self> {
+        rustix::io::ioctl_fionbio(&fd, true).map_err(|e| Error::system("O_NONBLOCK on uffd", e.raw_os_error()))?;
+        // Which features were agreed on cannot be asked: any event may come, and a thread id that was not agreed on reads as 0.
+        Ok(Self::new(fd, true, remote))
+    }
+
+    fn new(fd: OwnedFd, adopted: bool, remote: bool) -> Self {
+        Self { id: next_id(), fd, gate: RwLock::new(()), adopted, remote }
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// One kernel call: at most the pages of one mapping.
+    fn install_at(&self, slot: &Slot, hva: u64, len: u64, content: Content) -> (u64, Option<Errno>) {
+        match content {
+            Content::Data(from) => ioctl::copy(self.fd(), hva, from as u64, len),
+            Content::InPlace => ioctl::cont(self.fd(), hva, len),
+            Content::Poison => ioctl::poison(self.fd(), hva, len),
+            Content::Zero if slot.granule == rustix::param::page_size() as u64 => ioctl::zeropage(self.fd(), hva, len),
+            // hugetlbfs has no UFFDIO_ZEROPAGE. A buffer that was never written is the kernel's zero page.
+            Content::Zero => match Buffer::new(slot.granule as usize) {
+                Ok(zeroes) => ioctl::copy(self.fd(), hva, zeroes.at().as_ptr() as u64, slot.granule),
+                Err(_) => (0, Some(Errno::NOMEM)),
+            },
+        }
+    }
+
+    fn message(&self, msg: &uffd_msg) -> Option<Message> {
+        Some(match msg.event {
+            UFFD_EVENT_PAGEFAULT => {
+                let minor = if msg.a & UFFD_PAGEFAULT_FLAG_MINOR != 0 { KUF_FAULT_MINOR } else { 0 };
+                let write = if msg.a & UFFD_PAGEFAULT_FLAG_WRITE != 0 { KUF_FAULT_WRITE } else { 0 };
+                Message::Fault { hva: msg.b, flags: minor | write, thread: msg.c as u32 }
+            }
+            UFFD_EVENT_REMOVE => Message::Removed(msg.a..msg.b),
+            UFFD_EVENT_UNMAP => Message::Unmapped(msg.a..msg.b),
+            UFFD_EVENT_REMAP => Message::Moved { from: msg.a..msg.a.saturating_add(msg.c), to: msg.b },
+            // SAFETY: the kernel has just installed this descriptor for the reader of the message.
+            UFFD_EVENT_FORK => Message::Forked(unsafe { OwnedFd::from_raw_fd(msg.a as u32 as libc::c_int) }),
+            _ => return None,
+        })
+    }
+}
+
+impl Mechanism for Userfaultfd {
+    fn id(&self) -> u32 {
+        self.id
+    }
+
+    fn gate(&self) -> &RwLock<()> {
+        &self.gate
+    }
+
+    fn inlet(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.fd())
+    }
+
+    fn read(&self, room: usize, out: &mut Vec<Message>) -> Result<Left> {
+        let mut batch = [uffd_msg::default(); BATCH];
+        let mut room = room;
+        loop {
+            let want = room.min(BATCH);
+            if want == 0 {
+                return Ok(Left::More);
+            }
+            // SAFETY: room for `want` messages, which are plain words.
+            let n = unsafe { libc::read(self.fd.as_raw_fd(), batch.as_mut_ptr().cast(), want * size_of::<uffd_msg>()) };
+            if n < 0 {
+                // SAFETY: errno of this thread.
+                match Errno::from_raw_os_error(unsafe { *libc::__errno_location() }) {
+                    Errno::AGAIN => return Ok(Left::Nothing),
+                    Errno::INTR => continue,
+                    errno => return Err(Error::system("reading the userfaultfd", errno.raw_os_error())),
+                }
+            }
+            let got = n as usize / size_of::<uffd_msg>();
+            out.extend(batch[..got].iter().filter_map(|msg| self.message(msg)));
+            room -= got;
+            // The kernel fills the buffer as far as it can: a short read has emptied the queue.
+            if got < want {
+                return Ok(Left::Nothing);
+            }
+        }
+    }
+
+    fn attach(&self, slot: &Slot) -> Result<()> {
+        let minor = if slot.shared.is_some() { UFFDIO_REGISTER_MODE_MINOR } else { 0 };
+        let extents = slot.extents();
+        for (done, extent) in extents.iter().enumerate() {
+            let Err(errno) = ioctl::register(self.fd(), extent.hva, extent.len, UFFDIO_REGISTER_MODE_MISSING | minor)
+            else {
+                continue;
+            };
+            for extent in &extents[..done] {
+                let _ = ioctl::unregister(self.fd(), extent.hva, extent.len);
+            }
+            return Err(register_error(errno, extent.hva, extent.len));
+        }
+        Ok(())
+    }
+
+    fn detach(&self, slot: &Slot) {
+        for extent in slot.extents() {
+            // What is unmapped by now needs no unregistering.
+            let _ = ioctl::unregister(self.fd(), extent.hva, extent.len);
+        }
+    }
+
+    fn place(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<Option<NonNull<u8>>, i32> {
+        let Some(shared) = &slot.shared else { return Ok(None) };
+        shared.place(pages.start * slot.granule..pages.end * slot.granule).map(Some).map_err(|e| e.raw_os_error())
+    }
+
+    fn install(&self, slot: &Slot, pages: &Range<u64>, content: Content) -> Installed {
+        let Some((hva, mapped)) = slot.hva_of(pages.start) else {
+            return Installed { pages: 0, stop: Some(Stop::Unmapped) };
+        };
+        let mut len = (pages.end - pages.start).min(mapped) * slot.granule;
+        loop {
+            let (bytes, errno) = self.install_at(slot, hva, len, content);
+            // One call does not cross mappings, and mappings that look like one may be two: look for the border.
+            if bytes == 0 && errno == Some(Errno::NOENT) && len > slot.granule {
+                len = (len / 2).next_multiple_of(slot.granule);
+                continue;
+            }
+            return Installed { pages: bytes / slot.granule, stop: errno.map(stop) };
+        }
+    }
+
+    fn wake(&self, slot: &Slot, pages: &Range<u64>) {
+        let mut page = pages.start;
+        while page < pages.end {
+            let Some((hva, mapped)) = slot.hva_of(page) else { return };
+            let n = mapped.min(pages.end - page);
+            let _ = ioctl::wake(self.fd(), hva, n * slot.granule);
+            page += n;
+        }
+    }
+
+    fn wake_stray(&self, hva: u64) {
+        let page = rustix::param::page_size() as u64;
+        let _ = ioctl::wake(self.fd(), hva & !(page - 1), page);
+    }
+
+    fn drop_pages(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<(), i32> {
+        let bytes = pages.start * slot.granule..pages.end * slot.granule;
+        if let Some(shared) = &slot.shared {
+            return shared.punch(&bytes).map_err(|e| e.raw_os_error());
+        }
+        if self.remote {
+            return Err(libc::ENOTSUP);
+        }
+        let advice = if slot.private { Advice::LinuxDontNeed } else { Advice::LinuxRemove };
+        let mut page = pages.start;
+        while page < pages.end {
+            let Some((hva, mapped)) = slot.hva_of(page) else { return Ok(()) };
+            let n = mapped.min(pages.end - page);
+            // SAFETY: guest memory of a slot that the host has put in the library's hands, to be dropped as it asked.
+            unsafe { rustix::mm::madvise(hva as *mut _, (n * slot.granule) as usize, advice) }
+                .map_err(|e| e.raw_os_error())?;
+            page += n;
+        }
+        Ok(())
+    }
+
+    fn close_off(&self, slot: &Slot, pages: &Range<u64>) -> bool {
+        if self.remote {
+            return false;
+        }
+        let mut page = pages.start;
+        while page < pages.end {
+            let Some((hva, mapped)) = slot.hva_of(page) else { return true };
+            let n = mapped.min(pages.end - page);
+            let none = rustix::mm::MprotectFlags::empty();
+            // SAFETY: guest memory of a slot; the pages hold nothing and may never be seen.
+            if unsafe { rustix::mm::mprotect(hva as *mut _, (n * slot.granule) as usize, none) }.is_err() {
+                return false;
+            }
+            page += n;
+        }
+        self.wake(slot, pages);
+        true
+    }
+
+    fn alive(&self) -> bool {
+        // The kernel looks for the process before it looks for the address, which is one that nobody can register: the
+        // page below the guard page at the end of user space.
+        const NOWHERE: u64 = (1 << 47) - 0x3000;
+        ioctl::zeropage(self.fd(), NOWHERE, rustix::param::page_size() as u64).1 != Some(Errno::SRCH)
+    }
+
+    fn adopted(&self) -> bool {
+        self.adopted
+    }
+
+    fn child(&self, fd: OwnedFd) -> Arc<dyn Mechanism> {
+        let _ = rustix::io::ioctl_fionbio(&fd, true);
+        Arc::new(Self::new(fd, self.adopted, true))
+    }
+}
+
+fn stop(errno: Errno) -> Stop {
+    match errno {
+        Errno::EXIST => Stop::Exists,
+        Errno::AGAIN => Stop::Again,
+        Errno::NOENT => Stop::Unmapped,
+        Errno::SRCH => Stop::Dead,
+        Errno::NOMEM | Errno::NOSPC => Stop::NoMemory(errno.raw_os_error()),
+        Errno::FAULT => Stop::BadSource,
+        Errno::INVAL | Errno::NOTTY => Stop::Unsupported,
+        other => Stop::Other(other.raw_os_error()),
+    }
+}
+
+fn register_error(errno: Errno, hva: u64, len: u64) -> Error {
+    let range = format!("hva {hva:#x}..{:#x}", hva + len);
+    match errno {
+        Errno::BUSY => Error::new(libc::EBUSY, format!("{range} is registered with another userfaultfd")),
+        Errno::SRCH | Errno::NOMEM => Error::new(
+            libc::ESRCH,
+            format!("{range}: the process that opened this userfaultfd is gone"),
+        ),
+        Errno::NOTTY => Error::new(libc::EBADFD, "uffd is not a userfaultfd"),
+        Errno::INVAL => Error::new(
+            libc::EFAULT,
+            format!("{range} is not mapped, or UFFDIO_API was not done on this userfaultfd, or userfaultfd cannot serve this kind of memory"),
+        ),
+        other => Error::system("UFFDIO_REGISTER", other.raw_os_error()),
+    }
+}

@@ -1,0 +1,255 @@
+//! One memory slot: its pages, their owners, and where its host mapping is now.
+
+use std::ffi::c_void;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Instant;
+
+use super::shared::SharedFile;
+use crate::claims::{Claims, Waits};
+use crate::mechanism::Mechanism;
+use crate::pages::{Pages, State};
+use crate::sync::{lock, Condvar, Mutex, MutexGuard};
+
+/// A pointer of the host's that the library only hands back.
+#[derive(Clone, Copy)]
+pub struct Opaque(pub *mut c_void);
+
+// SAFETY: the library never looks behind it; the header says that callbacks come on several threads.
+unsafe impl Send for Opaque {}
+// SAFETY: as above.
+unsafe impl Sync for Opaque {}
+
+/// A piece of a slot and the host address it is mapped at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Offset in the slot, in bytes.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Where.
+    pub hva: u64,
+}
+
+/// A fault that waits for a page that somebody else is filling.
+pub struct Waiter {
+    /// The page it is for.
+    pub page: u64,
+    /// When it was read from the kernel.
+    pub read_at: Instant,
+    /// The toucher's thread id, or 0.
+    pub thread: u32,
+    /// KUF_FAULT_* bits.
+    pub flags: u32,
+    /// The view whose fault it is, when it is not the slot's own.
+    pub fork: Option<Arc<Slot>>,
+}
+
+impl Waits for Waiter {
+    fn page(&self) -> u64 {
+        self.page
+    }
+}
+
+/// A memory slot, or a forked child's view of one.
+pub struct Slot {
+    /// First guest physical address.
+    pub gpa: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Page size in bytes: the unit of the states.
+    pub granule: u64,
+    /// The host's word for it.
+    pub opaque: Opaque,
+    /// How its pages are opened.
+    pub mechanism: Arc<dyn Mechanism>,
+    /// Its mapping is MAP_PRIVATE.
+    pub private: bool,
+    /// The file behind it, when its pages are filled in place.
+    pub shared: Option<Arc<SharedFile>>,
+    /// The slot this is a forked child's view of.
+    pub parent: Option<Arc<Slot>>,
+    /// States: read freely, changed with `claims` locked.
+    pub pages: Pages,
+    /// What the host has been told about completion.
+    pub complete: AtomicBool,
+    /// 0, or the errno with which the memory or its process went away.
+    pub gone: AtomicI32,
+    /// End of the last demand fill and the length of the run after it: sequential access asks for more at a time.
+    pub stride: (AtomicU64, AtomicU64),
+    claims: Mutex<Claims<Waiter>>,
+    settled: Condvar,
+    extents: RwLock<Vec<Extent>>,
+}
+
+/// What a slot is made of.
+pub struct Parts {
+    pub gpa: u64,
+    pub len: u64,
+    pub granule: u64,
+    pub opaque: Opaque,
+    pub mechanism: Arc<dyn Mechanism>,
+    pub private: bool,
+    pub shared: Option<Arc<SharedFile>>,
+    pub parent: Option<Arc<Slot>>,
+    pub extents: Vec<Extent>,
+}
+
+impl Slot {
+    /// A slot with every page absent.
+    pub fn new(parts: Parts) -> Self {
+        let Parts { gpa, len, granule, opaque, mechanism, private, shared, parent, extents } = parts;
+        Self {
+            gpa,
+            len,
+            granule,
+            opaque,
+            mechanism,
+            private,
+            shared,
+            parent,
+            pages: Pages::new(len / granule),
+            complete: AtomicBool::new(false),
+            gone: AtomicI32::new(0),
+            stride: (AtomicU64::new(u64::MAX), AtomicU64::new(1)),
+            claims: Mutex::new(Claims::new(granule)),
+            settled: Condvar::new(),
+            extents: RwLock::new(extents),
+        }
+    }
+
+    /// A forked child's view of `slot`. What is private and present now is the child's already; what is shared is filled
+    /// in the root slot only, and mapped in the child when it is touched there.
+    pub fn forked(slot: &Arc<Slot>, mechanism: Arc<dyn Mechanism>) -> Self {
+        let view = Self::new(Parts {
+            gpa: slot.gpa,
+            len: slot.len,
+            granule: slot.granule,
+            opaque: slot.opaque,
+            mechanism,
+            private: slot.private,
+            shared: slot.shared.clone(),
+            parent: Some(slot.parent.clone().unwrap_or_else(|| slot.clone())),
+            extents: slot.extents(),
+        });
+        if slot.shared.is_none() {
+            for state in [State::Present, State::Removed] {
+                let mut from = 0;
+                while let Some(run) = slot.pages.first_run(from..slot.pages.len(), state, u64::MAX) {
+                    from = run.end;
+                    view.pages.transition(run, State::Absent, state);
+                }
+            }
+        }
+        view
+    }
+
+    /// The owners of the pages being filled.
+    pub fn claims(&self) -> MutexGuard<'_, Claims<Waiter>> {
+        lock(&self.claims)
+    }
+
+    /// Sleeps until something settles or `deadline`. Returns false when time is up.
+    pub fn sleep<'a>(
+        &self,
+        mut claims: MutexGuard<'a, Claims<Waiter>>,
+        deadline: Option<Instant>,
+    ) -> (MutexGuard<'a, Claims<Waiter>>, bool) {
+        claims.sleepers += 1;
+        let (mut claims, in_time) = match deadline {
+            None => (self.settled.wait(claims).unwrap_or_else(PoisonError::into_inner), true),
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let (claims, end) = self.settled.wait_timeout(claims, left).unwrap_or_else(PoisonError::into_inner);
+                (claims, !end.timed_out())
+            }
+        };
+        claims.sleepers -= 1;
+        (claims, in_time)
+    }
+
+    /// Wakes the threads asleep in [`Slot::sleep`].
+    pub fn wake_sleepers(&self, claims: &MutexGuard<'_, Claims<Waiter>>) {
+        if claims.sleepers > 0 {
+            self.settled.notify_all();
+        }
+    }
+
+    /// The pages that `offsets` (in bytes) touches.
+    pub fn pages_of(&self, offsets: &Range<u64>) -> Range<u64> {
+        offsets.start / self.granule..offsets.end.div_ceil(self.granule)
+    }
+
+    /// Guest physical range of `pages`.
+    pub fn gpa_of(&self, pages: &Range<u64>) -> (u64, u64) {
+        (self.gpa + pages.start * self.granule, (pages.end - pages.start) * self.granule)
+    }
+
+    /// Where `page` is mapped, and how many pages follow there without a gap. None when it was unmapped.
+    pub fn hva_of(&self, page: u64) -> Option<(u64, u64)> {
+        let offset = page * self.granule;
+        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
+        let after = extents.partition_point(|e| e.offset <= offset);
+        let extent = extents.get(after.checked_sub(1)?)?;
+        let within = offset - extent.offset;
+        (within < extent.len).then(|| (extent.hva + within, (extent.len - within) / self.granule))
+    }
+
+    /// Where the slot is mapped now.
+    pub fn extents(&self) -> Vec<Extent> {
+        self.extents.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The kernel moved (`to` given) or unmapped what was at `hva`. Returns whether any of it was this slot's.
+    pub fn moved(&self, hva: Range<u64>, to: Option<u64>) -> bool {
+        let mut extents = self.extents.write().unwrap_or_else(PoisonError::into_inner);
+        let mut next = Vec::with_capacity(extents.len() + 2);
+        let mut touched = false;
+        for e in extents.iter() {
+            let (start, end) = (hva.start.max(e.hva), hva.end.min(e.hva + e.len));
+            if start >= end {
+                next.push(*e);
+                continue;
+            }
+            touched = true;
+            if e.hva < start {
+                next.push(Extent { len: start - e.hva, ..*e });
+            }
+            if let Some(to) = to {
+                let offset = e.offset + (start - e.hva);
+                next.push(Extent { offset, len: end - start, hva: to + (start - hva.start) });
+            }
+            if end < e.hva + e.len {
+                next.push(Extent { offset: e.offset + (end - e.hva), len: e.hva + e.len - end, hva: end });
+            }
+        }
+        next.sort_by_key(|e| e.offset);
+        *extents = next;
+        touched
+    }
+
+    /// The errno with which the memory went away, if it did.
+    pub fn gone(&self) -> Option<i32> {
+        match self.gone.load(Ordering::Acquire) {
+            0 => None,
+            errno => Some(errno),
+        }
+    }
+
+    /// Whether every page is present or removed.
+    pub fn whole(&self) -> bool {
+        self.pages.count(State::Absent) == 0 && self.pages.count(State::Filling) == 0
+    }
+
+    /// Whether no page needs a source any more: none absent and none on its way. Poisoned pages never will be present.
+    pub fn settled_for_good(&self) -> bool {
+        if self.pages.count(State::Absent) > 0 {
+            return false;
+        }
+        self.pages.count(State::Filling) == 0 || {
+            let tally = self.claims().tally();
+            tally.filling + tally.deferred == 0
+        }
+    }
+}

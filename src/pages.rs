@@ -1,0 +1,301 @@
+//! Page states: two bits a page in atomic words, allocated when first written.
+//!
+//! A chunk of pages that were never written separately is one pointer-sized tag, so a terabyte that nobody has touched
+//! costs a directory of 128 KiB, and "all of it was given back" costs no more.
+
+use std::ops::Range;
+use std::ptr;
+
+use crate::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+
+/// What a page holds, and so who may touch its place in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    /// Nothing yet: the source has its bytes.
+    Absent = 0,
+    /// Somebody owns it: see [`crate::claims`].
+    Filling = 1,
+    /// Its bytes.
+    Present = 2,
+    /// Given back by the guest, or unmapped: zero at the next touch, whatever the source has.
+    Removed = 3,
+}
+
+const STATES: [State; 4] = [State::Absent, State::Filling, State::Present, State::Removed];
+
+const PER_WORD: u64 = 32;
+#[cfg(not(loom))]
+const WORDS: usize = 512;
+#[cfg(loom)]
+const WORDS: usize = 1;
+const PER_CHUNK: u64 = PER_WORD * WORDS as u64;
+/// The low bit of each page's pair.
+const LOW: u64 = 0x5555_5555_5555_5555;
+
+type Chunk = [AtomicU64; WORDS];
+
+/// The states of one slot's pages.
+pub struct Pages {
+    len: u64,
+    /// Below 4: every page of the chunk is in that state. Else a `Box<Chunk>`.
+    chunks: Box<[AtomicPtr<Chunk>]>,
+    counts: [AtomicU64; 4],
+}
+
+impl Pages {
+    /// `len` pages, all absent.
+    pub fn new(len: u64) -> Self {
+        let chunks = len.div_ceil(PER_CHUNK);
+        Self {
+            len,
+            chunks: (0..chunks).map(|_| AtomicPtr::new(tag(State::Absent))).collect(),
+            counts: [AtomicU64::new(len), AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0)],
+        }
+    }
+
+    /// Number of pages.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Pages in `state` now.
+    pub fn count(&self, state: State) -> u64 {
+        self.counts[state as usize].load(Ordering::Relaxed)
+    }
+
+    /// The state of `page`.
+    pub fn get(&self, page: u64) -> State {
+        STATES[(self.word(page / PER_WORD) >> (page % PER_WORD * 2) & 3) as usize]
+    }
+
+    /// Moves every page of `range` that is in `from` to `to`, each by compare-and-swap. Returns how many.
+    pub fn transition(&self, range: Range<u64>, from: State, to: State) -> u64 {
+        debug_assert!(range.end <= self.len);
+        let mut moved = 0;
+        let mut page = range.start;
+        while page < range.end {
+            let chunk = page / PER_CHUNK;
+            let whole = page % PER_CHUNK == 0 && range.end >= self.chunk_end(chunk);
+            let slot = &self.chunks[chunk as usize];
+            let now = slot.load(Ordering::Acquire);
+            if let Some(uniform) = uniform(now) {
+                let pages = self.chunk_end(chunk) - chunk * PER_CHUNK;
+                if uniform != from {
+                    page = self.chunk_end(chunk);
+                    continue;
+                }
+                if whole {
+                    if slot.compare_exchange(now, tag(to), Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                        moved += pages;
+                        page = self.chunk_end(chunk);
+                    }
+                    continue;
+                }
+            }
+            let end = range.end.min((page / PER_WORD + 1) * PER_WORD);
+            moved += swap_word(self.word_for_write(page / PER_WORD), mask(page, end), from, to);
+            page = end;
+        }
+        if moved > 0 && from != to {
+            self.counts[from as usize].fetch_sub(moved, Ordering::AcqRel);
+            self.counts[to as usize].fetch_add(moved, Ordering::AcqRel);
+        }
+        moved
+    }
+
+    /// The first run of pages in `state` within `range`, at most `max` pages of it.
+    pub fn first_run(&self, range: Range<u64>, state: State, max: u64) -> Option<Range<u64>> {
+        let start = self.scan(range.clone(), |s| s == state)?;
+        let limit = range.end.min(start.saturating_add(max));
+        let end = self.scan(start..limit, |s| s != state).unwrap_or(limit);
+        Some(start..end)
+    }
+
+    /// The first page of `range` whose state `wanted` accepts.
+    fn scan(&self, range: Range<u64>, wanted: impl Fn(State) -> bool) -> Option<u64> {
+        let accept = STATES.map(&wanted);
+        let mut page = range.start;
+        while page < range.end {
+            let chunk = page / PER_CHUNK;
+            if let Some(state) = uniform(self.chunks[chunk as usize].load(Ordering::Acquire)) {
+                if accept[state as usize] {
+                    return Some(page);
+                }
+                page = self.chunk_end(chunk);
+                continue;
+            }
+            let end = range.end.min((page / PER_WORD + 1) * PER_WORD);
+            let word = self.word(page / PER_WORD);
+            let hits = STATES.iter().filter(|s| accept[**s as usize]).fold(0, |hits, s| hits | matches(word, *s));
+            let hits = hits & mask(page, end);
+            if hits != 0 {
+                return Some(page / PER_WORD * PER_WORD + u64::from(hits.trailing_zeros()) / 2);
+            }
+            page = end;
+        }
+        None
+    }
+
+    fn chunk_end(&self, chunk: u64) -> u64 {
+        self.len.min((chunk + 1) * PER_CHUNK)
+    }
+
+    fn word(&self, index: u64) -> u64 {
+        let chunk = self.chunks[(index / WORDS as u64) as usize].load(Ordering::Acquire);
+        match uniform(chunk) {
+            Some(state) => LOW * state as u64,
+            None => {
+                // SAFETY: not a tag, so it came from Box::into_raw in word_for_write and is freed only by drop.
+                let words = unsafe { &*chunk };
+                words[(index % WORDS as u64) as usize].load(Ordering::Acquire)
+            }
+        }
+    }
+
+    fn word_for_write(&self, index: u64) -> &AtomicU64 {
+        let slot = &self.chunks[(index / WORDS as u64) as usize];
+        let mut chunk = slot.load(Ordering::Acquire);
+        while let Some(state) = uniform(chunk) {
+            let made = Box::into_raw(Box::new(std::array::from_fn(|_| AtomicU64::new(LOW * state as u64))));
+            match slot.compare_exchange(chunk, made, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => chunk = made,
+                Err(now) => {
+                    chunk = now;
+                    // SAFETY: made a moment ago and seen by nobody.
+                    drop(unsafe { Box::from_raw(made) });
+                }
+            }
+        }
+        // SAFETY: as in `word`.
+        let words = unsafe { &*chunk };
+        &words[(index % WORDS as u64) as usize]
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        for chunk in &self.chunks {
+            let chunk = chunk.load(Ordering::Acquire);
+            if uniform(chunk).is_none() {
+                // SAFETY: not a tag, so it came from Box::into_raw; nobody else has a reference any more.
+                drop(unsafe { Box::from_raw(chunk) });
+            }
+        }
+    }
+}
+
+fn tag(state: State) -> *mut Chunk {
+    ptr::without_provenance_mut(state as usize)
+}
+
+fn uniform(chunk: *mut Chunk) -> Option<State> {
+    STATES.get(chunk.addr()).copied()
+}
+
+/// Low bits of the pages of a word that are in `state`.
+fn matches(word: u64, state: State) -> u64 {
+    let differs = word ^ (LOW * state as u64);
+    !(differs | differs >> 1) & LOW
+}
+
+/// Low bits of the pages `start..end`, all within one word.
+fn mask(start: u64, end: u64) -> u64 {
+    let pages = end - start;
+    let bits = if pages == PER_WORD { u64::MAX } else { (1 << (pages * 2)) - 1 };
+    (bits << (start % PER_WORD * 2)) & LOW
+}
+
+fn swap_word(word: &AtomicU64, mask: u64, from: State, to: State) -> u64 {
+    let mut now = word.load(Ordering::Acquire);
+    loop {
+        let hits = matches(now, from) & mask;
+        if hits == 0 {
+            return 0;
+        }
+        let new = now & !(hits * 3) | hits * to as u64;
+        match word.compare_exchange_weak(now, new, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => return u64::from(hits.count_ones()),
+            Err(other) => now = other,
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn new_pages_are_absent_and_counted() {
+        let pages = Pages::new(100_000);
+        assert_eq!(pages.count(State::Absent), 100_000);
+        assert_eq!(pages.get(99_999), State::Absent);
+        assert_eq!(pages.first_run(0..100_000, State::Absent, u64::MAX), Some(0..100_000));
+        assert_eq!(pages.first_run(0..100_000, State::Present, u64::MAX), None);
+    }
+
+    #[test]
+    fn transition_moves_only_pages_in_from() {
+        let pages = Pages::new(PER_CHUNK * 3 + 7);
+        assert_eq!(pages.transition(5..70, State::Absent, State::Filling), 65);
+        assert_eq!(pages.transition(0..100, State::Filling, State::Present), 65);
+        assert_eq!(pages.transition(0..100, State::Absent, State::Removed), 35);
+        assert_eq!(pages.get(4), State::Removed);
+        assert_eq!(pages.get(5), State::Present);
+        assert_eq!(pages.get(69), State::Present);
+        assert_eq!(pages.get(70), State::Removed);
+        assert_eq!(pages.first_run(0..200, State::Present, 10), Some(5..15));
+        assert_eq!(pages.count(State::Present), 65);
+        assert_eq!(pages.count(State::Absent), PER_CHUNK * 3 + 7 - 100);
+    }
+
+    #[test]
+    fn whole_chunks_need_no_memory_and_can_be_split_later() {
+        let pages = Pages::new(PER_CHUNK * 4 + 9);
+        assert_eq!(pages.transition(0..PER_CHUNK * 4 + 9, State::Absent, State::Removed), PER_CHUNK * 4 + 9);
+        assert!(pages.chunks.iter().all(|c| uniform(c.load(Ordering::Acquire)) == Some(State::Removed)));
+        assert_eq!(pages.transition(PER_CHUNK..PER_CHUNK + 1, State::Removed, State::Present), 1);
+        assert_eq!(pages.get(PER_CHUNK), State::Present);
+        assert_eq!(pages.get(PER_CHUNK + 1), State::Removed);
+        assert_eq!(pages.first_run(0..pages.len(), State::Present, u64::MAX), Some(PER_CHUNK..PER_CHUNK + 1));
+    }
+
+    #[test]
+    fn agrees_with_a_plain_array_under_random_transitions() {
+        const LEN: u64 = PER_CHUNK + 1_000;
+        let pages = Pages::new(LEN);
+        let mut model = vec![State::Absent; LEN as usize];
+        let mut seed = 0x9E37_79B9_7F4A_7C15_u64;
+        let mut random = |n: u64| {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed % n
+        };
+        for _ in 0..3_000 {
+            let start = random(LEN);
+            let end = (start + 1 + random(300)).min(LEN);
+            let (from, to) = (STATES[random(4) as usize], STATES[random(4) as usize]);
+            let mut moved = 0;
+            for state in &mut model[start as usize..end as usize] {
+                if *state == from {
+                    *state = to;
+                    moved += 1;
+                }
+            }
+            assert_eq!(pages.transition(start..end, from, to), moved);
+            let at = random(LEN);
+            assert_eq!(pages.get(at), model[at as usize]);
+            let run = pages.first_run(at..LEN, from, 50);
+            let first = (at..LEN).find(|p| model[*p as usize] == from);
+            assert_eq!(run.as_ref().map(|r| r.start), first);
+            if let Some(run) = run {
+                assert!(run.clone().all(|p| model[p as usize] == from));
+                assert!(run.end - run.start == 50 || run.end == LEN || model[run.end as usize] != from);
+            }
+        }
+        for state in STATES {
+            assert_eq!(pages.count(state), model.iter().filter(|s| **s == state).count() as u64);
+        }
+    }
+}

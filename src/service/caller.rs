@@ -1,0 +1,210 @@
+//! Caller-driven use: faults go to the host's own loop.
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{unbounded, Receiver, Sender};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+
+use super::host::refuse_inside_callbacks;
+use super::{eventfd, Service};
+use crate::capi::types::*;
+use crate::claims::{Owner, Terms};
+use crate::error::{Error, Result};
+use crate::memory::{Slot, Waiter};
+use crate::pages::State;
+
+/// Faults for `kuf_read`, and the descriptor that says so. Who reads the queue looks at the page states again, so an entry
+/// whose page was resolved meanwhile does no harm.
+pub struct Ready {
+    queue: (Sender<(Arc<Slot>, u64)>, Receiver<(Arc<Slot>, u64)>),
+    signal: OwnedFd,
+    ended: AtomicBool,
+}
+
+impl Ready {
+    pub fn new() -> Result<Self> {
+        Ok(Self { queue: unbounded(), signal: eventfd(false)?, ended: AtomicBool::new(false) })
+    }
+
+    /// Readable when there may be something.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.signal.as_fd()
+    }
+
+    /// Makes the descriptor readable.
+    pub fn signal(&self) {
+        let _ = rustix::io::write(&self.signal, &1_u64.to_ne_bytes());
+    }
+
+    /// Wakes whoever polls, for good.
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+        self.signal();
+    }
+
+    fn push(&self, slot: Arc<Slot>, page: u64) {
+        let _ = self.queue.0.send((slot, page));
+        self.signal();
+    }
+
+    /// To be called before looking into the queue: what is pushed from now on signals again.
+    fn clear(&self) {
+        let _ = rustix::io::read(&self.signal, &mut [0_u8; 8]);
+        if self.ended.load(Ordering::Acquire) {
+            self.signal();
+        }
+    }
+}
+
+impl Service {
+    /// Asks the host for a page through `kuf_read`.
+    pub(super) fn ask(&self, slot: &Arc<Slot>, page: u64, waiter: Waiter) {
+        let in_place = slot.shared.is_some();
+        {
+            let mut claims = slot.claims();
+            let terms = Terms { owner: Owner::Host, in_place, demand: true };
+            let claimed = claims.claim(&slot.pages, page, 1, State::Absent, terms);
+            let _ = claims.join(waiter);
+            if claimed.is_none() {
+                return;
+            }
+        }
+        self.ready.push(slot.clone(), page);
+    }
+
+    fn check_caller_driven(&self) -> Result<()> {
+        if self.serviced() {
+            let text = "this handle has a fill callback: its own threads read the faults";
+            return Err(Error::new(libc::ENOTSUP, text));
+        }
+        Ok(())
+    }
+
+    fn caller_descriptor(&self) -> BorrowedFd<'_> {
+        if self.config.direct {
+            self.waking.fd()
+        } else {
+            self.ready.fd()
+        }
+    }
+
+    /// `kuf_fd`.
+    pub fn caller_fd(&self) -> Result<i32> {
+        self.check_caller_driven()?;
+        Ok(self.caller_descriptor().as_raw_fd())
+    }
+
+    /// `kuf_poll`.
+    pub fn caller_poll(&self, timeout_ms: i32) -> Result<bool> {
+        refuse_inside_callbacks("kuf_poll")?;
+        if timeout_ms < -1 {
+            return Err(Error::new(libc::EINVAL, format!("timeout_ms is {timeout_ms}: -1 waits for ever")));
+        }
+        self.check_caller_driven()?;
+        let deadline = u64::try_from(timeout_ms).ok().map(|ms| Instant::now() + Duration::from_millis(ms));
+        loop {
+            self.check_open()?;
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+            let fd = self.caller_descriptor();
+            let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+            match poll(&mut fds, timeout.as_ref()) {
+                Ok(0) => {
+                    self.check_open()?;
+                    return Ok(false);
+                }
+                Ok(_) => {
+                    self.check_open()?;
+                    return Ok(true);
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(Error::system("poll", e.raw_os_error())),
+            }
+        }
+    }
+
+    /// `kuf_read`.
+    pub fn caller_read(&self, out: &mut [MaybeUninit<kuf_fault>]) -> Result<usize> {
+        refuse_inside_callbacks("kuf_read")?;
+        self.check_caller_driven()?;
+        self.check_open()?;
+        self.ready.clear();
+        if self.config.direct {
+            self.pump_all();
+            while let Ok(work) = self.work.1.try_recv() {
+                self.work_on(work);
+            }
+        }
+        let mut n = 0;
+        while n < out.len() {
+            let Ok((slot, page)) = self.queue_next() else { break };
+            if let Some(fault) = self.fault_at(&slot, page) {
+                out[n].write(fault);
+                n += 1;
+            }
+        }
+        if !self.ready.queue.1.is_empty() {
+            self.ready.signal();
+        }
+        if n == 0 {
+            return Err(Error::new(libc::EAGAIN, "no fault to read now"));
+        }
+        Ok(n)
+    }
+
+    fn queue_next(&self) -> std::result::Result<(Arc<Slot>, u64), crossbeam_channel::TryRecvError> {
+        self.ready.queue.1.try_recv()
+    }
+
+    /// The fault at `page`, if the host still owes it.
+    fn fault_at(&self, slot: &Arc<Slot>, page: u64) -> Option<kuf_fault> {
+        let pages = page..page + 1;
+        let place = slot.mechanism.place(slot, &pages).ok().flatten();
+        let mut claims = slot.claims();
+        let (owed, waiter) = claims.owed_at(page)?;
+        let (flags, thread) = waiter.map_or((0, 0), |waiter| (waiter.flags, waiter.thread));
+        let since = owed.since;
+        self.stats.queueing.record(since.elapsed());
+        let mut fault = describe(slot, &pages, flags | KUF_FAULT_DEMAND, since);
+        fault.thread = thread;
+        fault.place = place.map_or(std::ptr::null_mut(), |at| at.as_ptr().cast());
+        Some(fault)
+    }
+
+    /// `kuf_pending`.
+    pub fn pending(&self, out: &mut [MaybeUninit<kuf_fault>]) -> Result<usize> {
+        self.check_open()?;
+        let map = self.memory.map();
+        let mut n = 0;
+        for slot in map.all() {
+            let claims = slot.claims();
+            for owed in claims.owed() {
+                if let Some(to) = out.get_mut(n) {
+                    let demand = if owed.demand { KUF_FAULT_DEMAND } else { 0 };
+                    to.write(describe(slot, &owed.pages, demand, owed.since));
+                }
+                n += 1;
+            }
+        }
+        Ok(n)
+    }
+}
+
+fn describe(slot: &Slot, pages: &std::ops::Range<u64>, flags: u32, since: Instant) -> kuf_fault {
+    let (gpa, len) = slot.gpa_of(pages);
+    kuf_fault {
+        gpa,
+        len,
+        flags: flags | if slot.parent.is_some() { KUF_FAULT_FORKED } else { 0 },
+        thread: 0,
+        age_ns: u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX),
+        memory_opaque: slot.opaque.0,
+        memory_offset: gpa - slot.gpa,
+        place: std::ptr::null_mut(),
+        reserved: 0,
+    }
+}

@@ -1,0 +1,160 @@
+//! The end of a slot and of a handle. No page that was not filled is released onto zeroes.
+
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+
+use super::host::{refuse_inside_callbacks, refuse_inside_fill};
+use super::{Service, DEAD};
+use crate::capi::types::*;
+use crate::error::{Error, Result};
+use crate::memory::Slot;
+
+impl Service {
+    /// `kuf_remove_memory`.
+    pub fn remove_memory(&self, gpa: u64, flags: u32) -> Result<()> {
+        refuse_inside_fill("kuf_remove_memory")?;
+        known_flags(flags, KUF_CLOSE_POISON | KUF_CLOSE_POPULATE)?;
+        self.check_open()?;
+        let map = self.memory.map();
+        let slot = map
+            .slots()
+            .iter()
+            .find(|slot| slot.gpa == gpa)
+            .ok_or_else(|| Error::new(libc::ENOENT, format!("no memory slot starts at gpa {gpa:#x}")))?;
+        if flags & KUF_CLOSE_POPULATE != 0 {
+            self.populate_before_end(Some((slot.gpa, slot.len)), flags)?;
+        }
+        if slot.claims().busy(&(0..slot.pages.len())) {
+            return Err(Error::new(libc::EBUSY, "a fill of this slot is running: try again when it has ended"));
+        }
+        if flags & KUF_CLOSE_POISON == 0 && !settled(slot) {
+            return Err(unresolved(slot));
+        }
+        let views: Vec<_> = map.forks_of(slot).cloned().collect();
+        views.iter().chain([slot]).for_each(|slot| self.poison_rest(slot));
+        self.memory.update(|map| {
+            map.remove(slot);
+            Ok(())
+        })?;
+        views.iter().chain([slot]).for_each(|slot| slot.mechanism.detach(slot));
+        let id = slot.mechanism.id();
+        let last = !self.memory.map().all().any(|other| other.mechanism.id() == id);
+        if last && slot.mechanism.adopted() {
+            self.drop_inlet(id);
+        }
+        Ok(())
+    }
+
+    /// The part of `kuf_close` that can still be refused, while the handle is in full use.
+    pub fn prepare_close(&self, flags: u32) -> Result<()> {
+        refuse_inside_callbacks("kuf_close")?;
+        known_flags(flags, KUF_CLOSE_POISON | KUF_CLOSE_POPULATE | KUF_CLOSE_NOWAIT | KUF_CLOSE_HANDOVER)?;
+        if flags & KUF_CLOSE_HANDOVER != 0 {
+            if flags & (KUF_CLOSE_POISON | KUF_CLOSE_POPULATE) != 0 {
+                let text =
+                    "KUF_CLOSE_HANDOVER leaves pages to another handler: it goes with no other way to settle them";
+                return Err(Error::new(libc::EINVAL, text));
+            }
+            if self.memory.map().slots().iter().any(|slot| !slot.mechanism.adopted()) {
+                let text = "KUF_CLOSE_HANDOVER needs every slot to have been added with KUF_MEMORY_UFFD";
+                return Err(Error::new(libc::EINVAL, text));
+            }
+            return Ok(());
+        }
+        if self.life.load(Ordering::Acquire) == DEAD {
+            return Ok(());
+        }
+        if flags & KUF_CLOSE_POPULATE != 0 {
+            self.populate_before_end(None, flags)?;
+        }
+        self.check_settled(flags)
+    }
+
+    /// Refuses to end with unresolved pages that nobody said what to do with.
+    pub fn check_settled(&self, flags: u32) -> Result<()> {
+        if flags & (KUF_CLOSE_POISON | KUF_CLOSE_HANDOVER) != 0 || self.life.load(Ordering::Acquire) == DEAD {
+            return Ok(());
+        }
+        match self.memory.map().slots().iter().find(|slot| !settled(slot)) {
+            Some(slot) => Err(unresolved(slot)),
+            None => Ok(()),
+        }
+    }
+
+    fn populate_before_end(&self, range: Option<(u64, u64)>, flags: u32) -> Result<()> {
+        if !self.serviced() {
+            return Err(Error::new(libc::ENOTSUP, "KUF_CLOSE_POPULATE needs a fill callback to ask"));
+        }
+        match self.populate_now(range) {
+            Err(errno) if flags & KUF_CLOSE_POISON == 0 => {
+                let reason = std::io::Error::from_raw_os_error(errno);
+                Err(Error::new(libc::EIO, format!("not everything could be filled ({reason}): nothing was closed")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The part of `kuf_close` that cannot fail. No call on the handle begins any more; those that wait return.
+    pub fn begin_end(&self) {
+        let _ = self.life.compare_exchange(super::OPEN, super::CLOSING, Ordering::AcqRel, Ordering::Acquire);
+        self.wake_everybody();
+    }
+
+    /// Poisons what is left, before anything that may take time.
+    pub fn settle_rest(&self, flags: u32) {
+        if flags & KUF_CLOSE_HANDOVER != 0 {
+            return;
+        }
+        for slot in self.memory.map().all() {
+            self.poison_rest(slot);
+        }
+    }
+
+    /// Ends the threads and gives the memory back.
+    pub fn end(&self, flags: u32) {
+        self.stop_threads(flags & KUF_CLOSE_NOWAIT != 0);
+        if flags & KUF_CLOSE_HANDOVER != 0 {
+            return;
+        }
+        // Every page is present, removed or poisoned now: unregistering wakes nobody onto a wrong page.
+        for slot in self.memory.map().all() {
+            slot.mechanism.detach(slot);
+        }
+    }
+
+    /// Takes every unsettled page from whoever is at it and poisons it. Late answers find nothing to fill.
+    fn poison_rest(&self, slot: &Arc<Slot>) {
+        let (id, runs, waiters) = {
+            let mut claims = slot.claims();
+            let shut = claims.shut(&slot.pages);
+            slot.wake_sleepers(&claims);
+            shut
+        };
+        drop(waiters);
+        if slot.gone().is_some() {
+            return;
+        }
+        for run in runs {
+            self.poison(slot, id, run, libc::ECANCELED, "was not filled before the end of its service");
+        }
+    }
+}
+
+fn settled(slot: &Arc<Slot>) -> bool {
+    slot.gone().is_some() || slot.settled_for_good()
+}
+
+fn unresolved(slot: &Slot) -> Error {
+    let text = format!(
+        "the memory slot at gpa {:#x} has unresolved pages: pass KUF_CLOSE_POPULATE to fill them or KUF_CLOSE_POISON to poison them",
+        slot.gpa
+    );
+    Error::new(libc::EBUSY, text)
+}
+
+fn known_flags(flags: u32, known: u32) -> Result<()> {
+    match flags & !known {
+        0 => Ok(()),
+        unknown => Err(Error::new(libc::EINVAL, format!("unknown flags {unknown:#x}"))),
+    }
+}

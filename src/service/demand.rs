@@ -1,0 +1,284 @@
+//! Whose page is it? What a fault, a vCPU exit or a host thread finds, and what it does about it.
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::fill::Run;
+use super::host::refuse_inside_callbacks;
+use super::{Fault, Service};
+use crate::capi::types::*;
+use crate::claims::{Id, Owner, Terms};
+use crate::error::{Error, Result};
+use crate::mechanism::Content;
+use crate::memory::{Slot, Waiter};
+use crate::pages::State;
+
+/// What a thread has to do for a page.
+enum Task {
+    /// Nothing: it is there, or somebody else is at it.
+    Nothing,
+    /// Ask for this run.
+    Fill(Id, Range<u64>),
+    /// The guest gave it back: zero.
+    Zero(Id),
+    /// It has its bytes already, but this toucher's mapping may not show them.
+    Map(Id),
+    /// It was poisoned, and was touched all the same.
+    Poison,
+    /// It is the root slot's to fill; serve this fault again when that is done.
+    Parent(Arc<Slot>),
+}
+
+impl Service {
+    /// Serves one fault that was read from the kernel.
+    pub(super) fn serve(&self, fault: Fault) {
+        self.stats.queueing.record(fault.read_at.elapsed());
+        let (slot, page, flags) = (fault.slot.clone(), fault.page, fault.flags);
+        if slot.gone().is_some() {
+            return;
+        }
+        match self.task_for(fault) {
+            Task::Nothing => {}
+            Task::Fill(id, pages) => {
+                // A failure has poisoned the page and told the host.
+                let _ = self.fill(&Run { slot, id, pages, wanted: Some(page) });
+            }
+            Task::Zero(id) => self.zero(&slot, id, page, flags & KUF_FAULT_MINOR != 0),
+            Task::Map(id) => self.map(&slot, id, page),
+            Task::Poison => self.touch_poison(&slot, page),
+            Task::Parent(root) => {
+                let fault = Fault { slot: root, page, flags, thread: 0, read_at: Instant::now() };
+                self.serve_for_child(fault, slot);
+            }
+        }
+    }
+
+    fn task_for(&self, fault: Fault) -> Task {
+        let Fault { slot, page, flags, thread, read_at } = fault;
+        let waiter = Waiter { page, read_at, thread, flags, fork: None };
+        if let Some(root) = slot.parent.as_ref().filter(|_| slot.shared.is_some()) {
+            if root.pages.get(page) != State::Present {
+                return Task::Parent(root.clone());
+            }
+            let mut claims = slot.claims();
+            return match self.claim_from(&mut claims, &slot, page, 1, waiter) {
+                Some((id, _)) => Task::Map(id),
+                None => Task::Nothing,
+            };
+        }
+        let mut claims = slot.claims();
+        match slot.pages.get(page) {
+            State::Filling => {
+                self.stats.faults_joined.add(1);
+                match claims.join(waiter) {
+                    Ok(Owner::Poison) => Task::Poison,
+                    _ => Task::Nothing,
+                }
+            }
+            State::Absent if !self.serviced() => {
+                drop(claims);
+                self.ask(&slot, page, waiter);
+                Task::Nothing
+            }
+            State::Absent => {
+                let max = self.stride(&slot, page);
+                match self.claim_from(&mut claims, &slot, page, max, waiter) {
+                    Some((id, pages)) => {
+                        slot.stride.0.store(pages.end, Ordering::Relaxed);
+                        slot.stride.1.store(pages.end - pages.start, Ordering::Relaxed);
+                        Task::Fill(id, pages)
+                    }
+                    None => Task::Nothing,
+                }
+            }
+            state @ (State::Removed | State::Present) => {
+                if state == State::Present {
+                    self.stats.faults_late.add(1);
+                }
+                let terms = Terms { owner: Owner::Fill, in_place: false, demand: true };
+                let Some((id, _)) = claims.claim(&slot.pages, page, 1, state, terms) else { return Task::Nothing };
+                let _ = claims.join(waiter);
+                if state == State::Removed {
+                    Task::Zero(id)
+                } else {
+                    Task::Map(id)
+                }
+            }
+        }
+    }
+
+    fn claim_from(
+        &self,
+        claims: &mut crate::claims::Claims<Waiter>,
+        slot: &Arc<Slot>,
+        page: u64,
+        max: u64,
+        waiter: Waiter,
+    ) -> Option<(Id, Range<u64>)> {
+        let terms = Terms { owner: Owner::Fill, in_place: slot.shared.is_some(), demand: true };
+        let from = slot.pages.get(page);
+        let claimed = match from {
+            State::Filling => None,
+            from => claims.claim(&slot.pages, page, max, from, terms),
+        };
+        let _ = claims.join(waiter);
+        claimed
+    }
+
+    /// How many pages to ask for at a fault: more with each fault that goes on where the last fill ended.
+    fn stride(&self, slot: &Slot, page: u64) -> u64 {
+        let max = (self.config.demand_run / slot.granule).max(1);
+        if slot.stride.0.load(Ordering::Relaxed) == page {
+            slot.stride.1.load(Ordering::Relaxed).saturating_mul(2).clamp(1, max)
+        } else {
+            1
+        }
+    }
+
+    /// A page that the guest gave back is touched again.
+    fn zero(&self, slot: &Arc<Slot>, id: Id, page: u64, minor: bool) {
+        let pages = page..page + 1;
+        if minor && slot.shared.is_some() {
+            // Still in the file: it was unmapped only, and its bytes are the guest's own.
+            match self.install(slot, id, pages.clone(), page, Content::InPlace) {
+                (_, Err(failed)) if failed.errno == libc::EFAULT => {}
+                (_, Err(failed)) => return self.could_not(slot, id, pages, failed.errno),
+                (_, Ok(())) => return,
+            }
+        }
+        let content = match slot.mechanism.place(slot, &pages) {
+            Ok(Some(at)) => {
+                // SAFETY: `place` made this page writable, and the claim makes it this thread's.
+                unsafe { at.write_bytes(0, slot.granule as usize) };
+                Content::InPlace
+            }
+            Ok(None) => Content::Zero,
+            Err(errno) => return self.could_not(slot, id, pages, errno),
+        };
+        if let (_, Err(failed)) = self.install(slot, id, pages.clone(), page, content) {
+            self.could_not(slot, id, pages, failed.errno);
+        }
+    }
+
+    /// A page that is present was touched: it has become so since, or this mapping does not show it yet, or it was dropped
+    /// without a word (no REMOVE events on an adopted userfaultfd), and then it is zero like all memory that was dropped.
+    fn map(&self, slot: &Arc<Slot>, id: Id, page: u64) {
+        let pages = page..page + 1;
+        let content = if slot.shared.is_some() { Content::InPlace } else { Content::Zero };
+        match self.install(slot, id, pages.clone(), page, content) {
+            (_, Ok(())) => {}
+            (_, Err(failed)) if failed.errno == libc::EFAULT && slot.shared.is_some() => {
+                self.zero(slot, id, page, false);
+            }
+            (_, Err(failed)) => self.could_not(slot, id, pages, failed.errno),
+        }
+    }
+
+    fn could_not(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: i32) {
+        if slot.gone().is_some() {
+            self.abandon_quietly(slot, id, pages);
+        } else {
+            self.poison(slot, id, pages, errno, "could not be made present");
+        }
+    }
+
+    /// The mark of a poisoned page was lost (its mapping changed, or the kernel has no poison): put it there again.
+    fn touch_poison(&self, slot: &Arc<Slot>, page: u64) {
+        let pages = page..page + 1;
+        let _gate = slot.mechanism.gate().read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let marked = slot.mechanism.install(slot, &pages, Content::Poison);
+        if marked.pages == 0 && !slot.mechanism.close_off(slot, &pages) {
+            self.config.host.log(KUF_LOG_WARN, || format!("page {page} of slot {:#x} stays closed", slot.gpa));
+        }
+    }
+
+    /// A child touched shared memory whose bytes are not there yet: fill the root slot, then come back.
+    fn serve_for_child(&self, root: Fault, child: Arc<Slot>) {
+        let Fault { slot, page, flags, read_at, .. } = root;
+        let wait = |fork: &Arc<Slot>| {
+            let waiter = Waiter { page, read_at, thread: 0, flags, fork: Some(fork.clone()) };
+            slot.claims().join(waiter).ok()
+        };
+        let mut owner = wait(&child);
+        if owner.is_none() {
+            self.serve(Fault { slot: slot.clone(), page, flags: flags | KUF_FAULT_FORKED, thread: 0, read_at });
+            owner = wait(&child);
+        }
+        match owner {
+            Some(Owner::Poison) => self.touch_poison(&child, page),
+            // Served again when the root's page is settled.
+            Some(_) => {}
+            None => self.serve(Fault { slot: child, page, flags, thread: 0, read_at }),
+        }
+    }
+
+    /// `kuf_vcpu_fault`.
+    pub fn vcpu_fault(&self, gpa: u64, len: u64, _exit_flags: u64) -> Result<()> {
+        refuse_inside_callbacks("kuf_vcpu_fault")?;
+        self.check_open()?;
+        let map = self.memory.map();
+        let (slot, offsets) = map.range(gpa, len)?;
+        self.stats.vcpu_faults.add(1);
+        self.ensure_pages(slot, slot.pages_of(&offsets), None)
+    }
+
+    /// `kuf_ensure`.
+    pub fn ensure(&self, gpa: u64, len: u64, timeout_ms: i32) -> Result<()> {
+        refuse_inside_callbacks("kuf_ensure")?;
+        if timeout_ms < -1 {
+            return Err(Error::new(libc::EINVAL, format!("timeout_ms is {timeout_ms}: -1 waits for ever")));
+        }
+        self.check_open()?;
+        let map = self.memory.map();
+        let (slot, offsets) = map.range(gpa, len)?;
+        let deadline = u64::try_from(timeout_ms).ok().map(|ms| Instant::now() + Duration::from_millis(ms));
+        self.ensure_pages(slot, slot.pages_of(&offsets), deadline)
+    }
+
+    /// Returns when `pages` are present or removed. Fills what nobody has begun on the calling thread.
+    pub(super) fn ensure_pages(&self, slot: &Arc<Slot>, pages: Range<u64>, deadline: Option<Instant>) -> Result<()> {
+        let mut page = pages.start;
+        let mut one_by_one = false;
+        while page < pages.end {
+            self.check_open()?;
+            if let Some(errno) = slot.gone() {
+                return Err(Error::new(errno, "the process behind this memory slot is gone"));
+            }
+            let mut claims = slot.claims();
+            match slot.pages.get(page) {
+                State::Present | State::Removed => page += 1,
+                State::Filling => {
+                    if claims.want(page) == Some(Owner::Poison) {
+                        let text = format!("gpa {:#x} could not be filled", slot.gpa + page * slot.granule);
+                        return Err(Error::new(libc::EHWPOISON, text));
+                    }
+                    let (claims, in_time) = slot.sleep(claims, deadline);
+                    drop(claims);
+                    if !in_time && slot.pages.get(page) == State::Filling {
+                        let text = format!("gpa {:#x} is not present yet", slot.gpa + page * slot.granule);
+                        return Err(Error::new(libc::ETIMEDOUT, text));
+                    }
+                }
+                State::Absent if !self.serviced() => {
+                    drop(claims);
+                    let read_at = Instant::now();
+                    self.ask(slot, page, Waiter { page, read_at, thread: 0, flags: 0, fork: None });
+                }
+                State::Absent => {
+                    let max = if one_by_one { 1 } else { (self.config.demand_run / slot.granule).max(1) };
+                    let max = max.min(pages.end - page);
+                    let terms = Terms { owner: Owner::Fill, in_place: slot.shared.is_some(), demand: true };
+                    let claimed = claims.claim(&slot.pages, page, max, State::Absent, terms);
+                    drop(claims);
+                    if let Some((id, pages)) = claimed {
+                        let run = Run { slot: slot.clone(), id, pages, wanted: Some(page) };
+                        one_by_one = self.fill(&run).is_err();
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,72 @@
+//! `kuf_discard`: pages are dropped and armed again.
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
+use super::host::refuse_inside_quiet;
+use super::resolve::aligned;
+use super::Service;
+use crate::error::{Error, Result};
+use crate::memory::Slot;
+use crate::pages::State;
+
+impl Service {
+    /// Drops `gpa..gpa+len`. `removed`: the guest gave it back, so it is zero from now on; else it refills from the source.
+    pub fn discard(&self, gpa: u64, len: u64, removed: bool) -> Result<()> {
+        refuse_inside_quiet("kuf_discard")?;
+        self.check_open()?;
+        let map = self.memory.map();
+        let (slot, offsets) = map.range(gpa, len)?;
+        let pages = aligned(slot, &offsets)?;
+        if let Some(errno) = slot.gone() {
+            return Err(Error::new(errno, "the process behind this memory slot is gone"));
+        }
+        self.drop_present(slot, pages.clone(), if removed { State::Removed } else { State::Absent })?;
+        if removed {
+            let mut work = Vec::new();
+            {
+                let _gate = slot.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
+                self.give_back(slot, pages, &mut work);
+            }
+            work.into_iter().for_each(|work| self.push(work));
+        }
+        Ok(())
+    }
+
+    fn drop_present(&self, slot: &Arc<Slot>, pages: Range<u64>, state: State) -> Result<()> {
+        let (id, runs) = loop {
+            let mut claims = slot.claims();
+            if !claims.installing(&pages) {
+                // Not whole any more from here on, whatever becomes of the rest.
+                slot.complete.store(false, Ordering::Release);
+                break claims.begin_discard(&slot.pages, pages.clone());
+            }
+            drop(claims);
+            std::thread::yield_now();
+        };
+        for (n, run) in runs.iter().enumerate() {
+            // While this waits for the kernel, the REMOVE event it causes is read by a service thread, which leaves the
+            // pages alone that are claimed here.
+            if let Err(errno) = slot.mechanism.drop_pages(slot, run) {
+                runs[n..].iter().for_each(|run| self.abandon(slot, id, run.clone()));
+                return Err(match errno {
+                    libc::ENOTSUP => Error::new(
+                        libc::ENOTSUP,
+                        "only the process that owns this memory can drop it: it is not filled in place (no KUF_MEMORY_FD)",
+                    ),
+                    errno => Error::system("dropping guest pages", errno),
+                });
+            }
+            self.stats.bytes_discarded.add((run.end - run.start) * slot.granule);
+            let waiters = {
+                let mut claims = slot.claims();
+                let waiters = claims.settle(&slot.pages, run.clone(), id, Some(state));
+                slot.wake_sleepers(&claims);
+                waiters
+            };
+            self.push_again(slot, waiters);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,280 @@
+//! Reading the kernel: messages in, faults out, with the removals of a batch applied before its faults.
+//!
+//! The kernel hands out page faults before other events, and a thread in madvise or munmap goes on as soon as its event
+//! has been read. So reading and applying happen with the gate held exclusively: no install that was decided on before
+//! can reach the kernel after. A page that was given back is then refilled with zeroes, never with old bytes.
+
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+use super::{Fault, Service, Work};
+use crate::capi::types::*;
+use crate::error::Result;
+use crate::mechanism::{Left, Mechanism, Message};
+use crate::memory::{Map, Slot};
+
+/// A queue that is read.
+pub struct Inlet {
+    pub mechanism: Arc<dyn Mechanism>,
+    /// The host's descriptor it was made from.
+    pub host_fd: Option<i32>,
+    /// Its memory belongs to another process.
+    pub remote: bool,
+    /// It serves a forked child.
+    pub fork: bool,
+    /// It holds messages there was no room for.
+    starved: AtomicBool,
+}
+
+impl Service {
+    /// Reads a mechanism from now on.
+    pub(super) fn add_inlet(&self, mechanism: Arc<dyn Mechanism>, host_fd: Option<(i32, bool)>) -> Result<()> {
+        let (host_fd, remote) = host_fd.map_or((None, false), |(fd, remote)| (Some(fd), remote));
+        self.add(Inlet { mechanism, host_fd, remote, fork: false, starved: AtomicBool::new(false) })
+    }
+
+    fn add(&self, inlet: Inlet) -> Result<()> {
+        let mechanism = inlet.mechanism.clone();
+        let first_remote = inlet.remote || inlet.fork;
+        self.inlets.write().unwrap_or_else(PoisonError::into_inner).push(Arc::new(inlet));
+        if let Some(fd) = mechanism.inlet() {
+            if let Err(error) = self.waking.watch(fd, mechanism.id()) {
+                self.drop_inlet(mechanism.id());
+                return Err(error);
+            }
+        }
+        if first_remote && !self.config.direct {
+            // Somebody has to start looking after that process now and then.
+            self.waking.wake(1);
+        }
+        Ok(())
+    }
+
+    /// Stops reading a mechanism.
+    pub(super) fn drop_inlet(&self, mechanism: u32) {
+        let mut inlets = self.inlets.write().unwrap_or_else(PoisonError::into_inner);
+        inlets.retain(|inlet| {
+            let other = inlet.mechanism.id() != mechanism;
+            if let Some(fd) = inlet.mechanism.inlet().filter(|_| !other) {
+                self.waking.unwatch(fd);
+            }
+            other
+        });
+    }
+
+    /// Reads what a mechanism has, as far as there is room for more faults.
+    pub(super) fn pump(&self, mechanism: u32) {
+        let Some(inlet) = self.inlets().into_iter().find(|inlet| inlet.mechanism.id() == mechanism) else { return };
+        let held = self.work.1.len();
+        let room = self.config.queue_max.saturating_sub(held);
+        if room == 0 {
+            self.stats.queue_full.add(1);
+            inlet.starved.store(true, Ordering::SeqCst);
+            // Whoever takes the last one looks for starved queues; it may have looked just before.
+            if !self.work.1.is_empty() {
+                return;
+            }
+        }
+        self.pump_inlet(&inlet, room.max(1));
+    }
+
+    /// Reads everything a mechanism has, room or not: an install waits for the events in there.
+    pub(super) fn pump_events(&self, mechanism: &Arc<dyn Mechanism>) {
+        if let Some(inlet) = self.inlets().into_iter().find(|inlet| inlet.mechanism.id() == mechanism.id()) {
+            self.pump_inlet(&inlet, usize::MAX);
+        }
+    }
+
+    /// Reads every queue that had to wait for room.
+    pub(super) fn pump_starved(&self) {
+        for inlet in self.inlets() {
+            if inlet.starved.load(Ordering::SeqCst) {
+                self.pump(inlet.mechanism.id());
+            }
+        }
+    }
+
+    /// Reads every queue: the host's thread is the only reader there is.
+    pub(super) fn pump_all(&self) {
+        for inlet in self.inlets() {
+            self.pump_inlet(&inlet, self.config.queue_max);
+        }
+    }
+
+    fn pump_inlet(&self, inlet: &Arc<Inlet>, room: usize) {
+        let mut messages = Vec::new();
+        let mut work = Vec::new();
+        {
+            let _gate = inlet.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
+            inlet.starved.store(false, Ordering::SeqCst);
+            match inlet.mechanism.read(room, &mut messages) {
+                Ok(Left::Nothing) => {}
+                Ok(Left::More) => inlet.starved.store(true, Ordering::SeqCst),
+                Err(error) => return self.fail(error.text()),
+            }
+            self.apply(inlet, messages, &mut work);
+        }
+        for work in work {
+            self.push(work);
+        }
+    }
+
+    /// Applies events in their order, then looks up where the faults are.
+    fn apply(&self, inlet: &Arc<Inlet>, messages: Vec<Message>, work: &mut Vec<Work>) {
+        let id = inlet.mechanism.id();
+        let read_at = Instant::now();
+        let mut faults = Vec::with_capacity(messages.len());
+        for message in messages {
+            match message {
+                Message::Fault { hva, flags, thread } => faults.push((hva, flags, thread)),
+                Message::Removed(range) => {
+                    self.stats.events_remove.add(1);
+                    self.remove_range(id, &range, false, work);
+                }
+                Message::Unmapped(range) => {
+                    self.stats.events_unmap.add(1);
+                    self.remove_range(id, &range, true, work);
+                }
+                Message::Moved { from, to } => {
+                    self.stats.events_remap.add(1);
+                    self.config.host.log(KUF_LOG_DEBUG, || format!("hva {from:#x?} moved to {to:#x}"));
+                    let map = self.memory.map();
+                    for (slot, _) in map.within_hva(id, from.clone()) {
+                        slot.moved(from.clone(), Some(to));
+                    }
+                    self.memory.reindex();
+                }
+                Message::Forked(fd) => {
+                    self.stats.events_fork.add(1);
+                    self.follow_fork(inlet, fd, work);
+                }
+            }
+        }
+        let map = self.memory.map();
+        for (hva, flags, thread) in faults {
+            self.stats.faults.add(1);
+            self.stats.faults_minor.add(u64::from(flags & KUF_FAULT_MINOR != 0));
+            self.stats.faults_write.add(u64::from(flags & KUF_FAULT_WRITE != 0));
+            match map.at_hva(id, hva) {
+                Some((slot, page)) => {
+                    work.push(Work::Fault(Fault { slot: slot.clone(), page, flags, thread, read_at }));
+                }
+                None => {
+                    self.stats.faults_unknown.add(1);
+                    inlet.mechanism.wake_stray(hva);
+                }
+            }
+        }
+    }
+
+    fn remove_range(&self, mechanism: u32, hva: &Range<u64>, unmapped: bool, work: &mut Vec<Work>) {
+        let what = if unmapped { "unmapped" } else { "removed" };
+        self.config.host.log(KUF_LOG_DEBUG, || format!("hva {hva:#x?} {what}"));
+        let map = self.memory.map();
+        for (slot, pages) in map.within_hva(mechanism, hva.clone()) {
+            self.give_back(&slot, pages, work);
+        }
+        if unmapped {
+            for (slot, _) in map.within_hva(mechanism, hva.clone()) {
+                slot.moved(hva.clone(), None);
+            }
+            self.memory.reindex();
+        }
+    }
+
+    /// Marks pages as given back by the guest. The caller holds the gate exclusively.
+    pub(super) fn give_back(&self, slot: &Arc<Slot>, pages: Range<u64>, work: &mut Vec<Work>) {
+        use crate::pages::State;
+        // Whatever the file holds where no page was ever filled is nobody's: it must not turn up at a minor fault.
+        if let Some(shared) = &slot.shared {
+            let mut from = pages.start;
+            while let Some(run) = slot.pages.first_run(from..pages.end, State::Absent, u64::MAX) {
+                from = run.end;
+                let _ = shared.punch(&(run.start * slot.granule..run.end * slot.granule));
+            }
+        }
+        let waiters = {
+            let mut claims = slot.claims();
+            let before = slot.pages.count(State::Removed);
+            let waiters = claims.remove(&slot.pages, pages);
+            self.stats.bytes_removed.add((slot.pages.count(State::Removed) - before) * slot.granule);
+            slot.wake_sleepers(&claims);
+            waiters
+        };
+        work.extend(waiters.into_iter().map(|w| {
+            let slot = w.fork.clone().unwrap_or_else(|| slot.clone());
+            Work::Fault(Fault { slot, page: w.page, flags: w.flags, thread: w.thread, read_at: w.read_at })
+        }));
+        if let Some(notice) = self.completion(slot) {
+            work.push(notice);
+        }
+    }
+
+    /// A child was forked: its copy of the memory gets views of its own. Pages present now are the child's already.
+    fn follow_fork(&self, parent: &Arc<Inlet>, fd: OwnedFd, work: &mut Vec<Work>) {
+        self.forget_dead_children();
+        let child = parent.mechanism.child(fd);
+        let map = self.memory.map();
+        let views: Vec<_> = map
+            .all()
+            .filter(|slot| slot.mechanism.id() == parent.mechanism.id())
+            .map(|slot| Arc::new(Slot::forked(slot, child.clone())))
+            .collect();
+        let added = self.memory.update(|map| {
+            views.iter().for_each(|view| map.add_fork(view.clone()));
+            Ok(())
+        });
+        let inlet =
+            Inlet { mechanism: child, host_fd: None, remote: true, fork: true, starved: AtomicBool::new(false) };
+        let (kind, error, text) = match added.and_then(|()| self.add(inlet)) {
+            Ok(()) => (KUF_EVENT_FORKED, 0, "the process forked; the child is served too".to_owned()),
+            Err(e) => (KUF_EVENT_FORKED, e.errno(), format!("the process forked and the child cannot be served: {e}")),
+        };
+        work.push(Work::Notice { kind, gpa: 0, len: 0, error, text });
+    }
+
+    fn forget_dead_children(&self) {
+        for inlet in self.inlets() {
+            if inlet.fork && !inlet.mechanism.alive() {
+                self.drop_inlet(inlet.mechanism.id());
+                let _ = self.memory.update(|map| {
+                    map.remove_forks(inlet.mechanism.id());
+                    Ok(())
+                });
+            }
+        }
+    }
+
+    /// Nothing in the kernel reports that another process has ended: look now and then.
+    pub(super) fn look_after_processes(&self) {
+        self.forget_dead_children();
+        for inlet in self.inlets().iter().filter(|inlet| inlet.remote && !inlet.fork) {
+            if !inlet.mechanism.alive() {
+                let map: Arc<Map> = self.memory.map();
+                for slot in map.slots().iter().filter(|slot| slot.mechanism.id() == inlet.mechanism.id()) {
+                    if let Some(Work::Notice { kind, gpa, len, error, text }) = self.gone(slot, libc::ESRCH) {
+                        self.config.host.event(kind, gpa, len, error, &text);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The memory behind a slot, or its process, went away. Returns what to tell the host, the first time.
+    pub(super) fn gone(&self, slot: &Arc<Slot>, errno: i32) -> Option<Work> {
+        slot.gone.compare_exchange(0, errno, Ordering::AcqRel, Ordering::Acquire).ok()?;
+        let claims = slot.claims();
+        slot.wake_sleepers(&claims);
+        let text = format!("the process behind the memory slot at gpa {:#x} is gone", slot.gpa);
+        (slot.parent.is_none()).then_some(Work::Notice {
+            kind: KUF_EVENT_GONE,
+            gpa: slot.gpa,
+            len: slot.len,
+            error: errno,
+            text,
+        })
+    }
+}

@@ -1,0 +1,270 @@
+//! Opening pages: from a claim to the kernel and back.
+
+use std::ops::Range;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{Service, Work};
+use crate::capi::types::*;
+use crate::claims::{Cancel, Id};
+use crate::mechanism::{Content, Installed, Stop};
+use crate::memory::{Slot, Waiter};
+use crate::pages::State;
+
+/// Longest stretch opened under one hold of the gate: reading the kernel's events waits that long at most.
+const STRETCH: u64 = 256 << 10;
+
+/// How long an install is tried again for want of memory: guests are stopped meanwhile, but a page given up is lost.
+const MEMORY_PATIENCE: Duration = Duration::from_secs(2);
+
+/// An install that could not be finished. The claim still owns everything from `page` on.
+#[derive(Clone, Copy, Debug)]
+pub struct Failed {
+    pub page: u64,
+    pub errno: i32,
+}
+
+impl Service {
+    /// Opens what the claim `id` still owns of `pages` with `content` and wakes who waits. `base` is the page whose bytes
+    /// `content` starts with. Returns the pages opened here.
+    pub(super) fn install(
+        &self,
+        slot: &Arc<Slot>,
+        id: Id,
+        pages: Range<u64>,
+        base: u64,
+        content: Content,
+    ) -> (u64, Result<(), Failed>) {
+        let started = Instant::now();
+        let stretch = (STRETCH / slot.granule).max(1);
+        let (mut opened, mut at) = (0, pages.start);
+        let mut result = Ok(());
+        while at < pages.end && result.is_ok() {
+            let part = at..pages.end.min(at + stretch);
+            at = part.end;
+            let (n, r) = self.install_stretch(slot, id, part, base, content);
+            opened += n;
+            result = r;
+        }
+        self.count_opened(slot, content, opened);
+        self.stats.installing.record(started.elapsed());
+        if let Some(work) = self.completion(slot) {
+            self.work_on(work);
+        }
+        (opened, result)
+    }
+
+    fn install_stretch(
+        &self,
+        slot: &Arc<Slot>,
+        id: Id,
+        pages: Range<u64>,
+        base: u64,
+        content: Content,
+    ) -> (u64, Result<(), Failed>) {
+        let mut opened = 0;
+        let mut waiting = Waiting::default();
+        loop {
+            let again = {
+                let _gate = slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner);
+                self.settle_cancelled(slot, id, pages.clone());
+                let runs = slot.claims().begin_install(pages.clone(), id);
+                let again = self.install_runs(slot, id, &runs, base, content, &mut opened);
+                if again.is_some() {
+                    slot.claims().suspend(pages.clone(), id);
+                }
+                again
+            };
+            let (page, stop) = match again {
+                None => return (opened, Ok(())),
+                Some(again) => again,
+            };
+            // With the gate released: only now can events be read.
+            match stop {
+                Stop::Again => {
+                    self.stats.install_again.add(1);
+                    self.pump_events(&slot.mechanism);
+                    waiting.pause();
+                }
+                Stop::NoMemory(errno) => {
+                    self.stats.install_no_memory.add(1);
+                    if waiting.longer_than(MEMORY_PATIENCE) {
+                        return (opened, Err(Failed { page, errno }));
+                    }
+                    waiting.pause();
+                }
+                Stop::Dead => {
+                    if let Some(work) = self.gone(slot, libc::ESRCH) {
+                        self.push(work);
+                    }
+                    return (opened, Err(Failed { page, errno: libc::ESRCH }));
+                }
+                Stop::BadSource => return (opened, Err(Failed { page, errno: libc::EFAULT })),
+                Stop::Unsupported => return (opened, Err(Failed { page, errno: libc::EOPNOTSUPP })),
+                Stop::Other(errno) => return (opened, Err(Failed { page, errno })),
+                Stop::Exists | Stop::Unmapped => return (opened, Err(Failed { page, errno: libc::EPROTO })),
+            }
+        }
+    }
+
+    /// Under the gate. Returns where and why it stopped short.
+    fn install_runs(
+        &self,
+        slot: &Arc<Slot>,
+        id: Id,
+        runs: &[Range<u64>],
+        base: u64,
+        content: Content,
+        opened: &mut u64,
+    ) -> Option<(u64, Stop)> {
+        for run in runs {
+            let mut page = run.start;
+            while page < run.end {
+                let from = match content {
+                    // SAFETY: `content` holds the bytes of every page from `base` to the end of the run.
+                    Content::Data(bytes) => {
+                        Content::Data(unsafe { bytes.add(((page - base) * slot.granule) as usize) })
+                    }
+                    other => other,
+                };
+                let Installed { pages, stop } = slot.mechanism.install(slot, &(page..run.end), from);
+                if pages > 0 {
+                    *opened += pages;
+                    self.opened(slot, id, page..page + pages, content);
+                    page += pages;
+                }
+                match stop {
+                    None if pages > 0 => {}
+                    // Nothing done and no reason given.
+                    None => return Some((page, Stop::Other(libc::EPROTO))),
+                    Some(Stop::Exists) => {
+                        // Nobody is woken by an install that found the page there.
+                        self.stats.install_exists.add(1);
+                        slot.mechanism.wake(slot, &(page..page + 1));
+                        self.settled(slot, id, page..page + 1, State::Present);
+                        page += 1;
+                    }
+                    Some(Stop::Unmapped) => {
+                        self.settled(slot, id, page..page + 1, State::Removed);
+                        page += 1;
+                    }
+                    Some(stop) => return Some((page, stop)),
+                }
+            }
+        }
+        None
+    }
+
+    fn opened(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, content: Content) {
+        if !matches!(content, Content::Poison) {
+            return self.settled(slot, id, pages, State::Present);
+        }
+        let waiters = {
+            let mut claims = slot.claims();
+            let waiters = claims.poison(pages, id);
+            slot.wake_sleepers(&claims);
+            waiters
+        };
+        self.ended(slot, waiters);
+    }
+
+    /// The claim `id` is done with `pages`.
+    fn settled(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, state: State) {
+        let waiters = {
+            let mut claims = slot.claims();
+            let waiters = claims.settle(&slot.pages, pages, id, Some(state));
+            slot.wake_sleepers(&claims);
+            waiters
+        };
+        self.ended(slot, waiters);
+    }
+
+    /// Who waited goes on; a child's view of the page still has to be mapped.
+    fn ended(&self, slot: &Arc<Slot>, waiters: Vec<Waiter>) {
+        let (views, ours): (Vec<_>, Vec<_>) = waiters.into_iter().partition(|waiter| waiter.fork.is_some());
+        for waiter in ours {
+            self.stats.ended(waiter.thread, waiter.read_at);
+        }
+        self.push_again(slot, views);
+    }
+
+    /// What the claim `id` brings for pages that were given back or discarded meanwhile is not used.
+    pub(super) fn settle_cancelled(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
+        let cancelled = slot.claims().cancelled(pages, id);
+        for (pages, cancel) in cancelled {
+            if let Some(shared) = &slot.shared {
+                let _ = shared.punch(&(pages.start * slot.granule..pages.end * slot.granule));
+            }
+            let state = match cancel {
+                Cancel::Removed => State::Removed,
+                Cancel::Again => State::Absent,
+            };
+            let waiters = {
+                let mut claims = slot.claims();
+                let waiters = claims.settle(&slot.pages, pages, id, Some(state));
+                slot.wake_sleepers(&claims);
+                waiters
+            };
+            self.push_again(slot, waiters);
+        }
+    }
+
+    /// Gives up what the claim `id` owns of `pages`: it is what it was. Who waited is served anew.
+    pub(super) fn abandon(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
+        let waiters = self.abandon_quietly(slot, id, pages);
+        self.push_again(slot, waiters);
+    }
+
+    /// As [`Service::abandon`], but returns who waited.
+    pub(super) fn abandon_quietly(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>) -> Vec<Waiter> {
+        let mut claims = slot.claims();
+        let waiters = claims.give_back(&slot.pages, pages, id);
+        slot.wake_sleepers(&claims);
+        waiters
+    }
+
+    fn count_opened(&self, slot: &Slot, content: Content, pages: u64) {
+        let bytes = pages * slot.granule;
+        match content {
+            Content::Data(_) => self.stats.bytes_copied.add(bytes),
+            Content::Zero => self.stats.bytes_zeroed.add(bytes),
+            Content::InPlace => self.stats.bytes_in_place.add(bytes),
+            Content::Poison => self.stats.bytes_poisoned.add(bytes),
+        }
+    }
+
+    /// What to tell the host if `slot` has just become whole.
+    pub(super) fn completion(&self, slot: &Arc<Slot>) -> Option<Work> {
+        use std::sync::atomic::Ordering::AcqRel;
+        if slot.parent.is_some() || !slot.whole() || slot.complete.swap(true, AcqRel) {
+            return None;
+        }
+        let (kind, gpa, len, error) = (KUF_EVENT_COMPLETE, slot.gpa, slot.len, 0);
+        let text = format!("memory slot {gpa:#x}..{:#x} is complete", gpa + len);
+        Some(Work::Notice { kind, gpa, len, error, text })
+    }
+}
+
+/// Pauses that grow from a yield to a millisecond.
+#[derive(Default)]
+struct Waiting {
+    since: Option<Instant>,
+    pauses: u32,
+}
+
+impl Waiting {
+    fn longer_than(&mut self, patience: Duration) -> bool {
+        self.since.get_or_insert_with(Instant::now).elapsed() > patience
+    }
+
+    fn pause(&mut self) {
+        self.pauses += 1;
+        if self.pauses <= 16 {
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(
+                Duration::from_micros(50).saturating_mul(self.pauses - 16).min(Duration::from_millis(1)),
+            );
+        }
+    }
+}

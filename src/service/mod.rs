@@ -1,0 +1,263 @@
+//! The fault service of one handle.
+//!
+//! A fault's way, left to right: `inlet` (read from the kernel) → `demand` (whose page is it?) → `fill` (ask the host) →
+//! `install` (open the page). What the host brings unasked enters at `resolve`; what nobody waits for, at `populate`.
+
+mod caller;
+mod close;
+pub mod config;
+mod demand;
+mod discard;
+mod fill;
+mod host;
+mod inlet;
+mod install;
+mod populate;
+mod resolve;
+mod slots;
+mod threads;
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use crossbeam_channel::{unbounded, Receiver, Sender};
+
+use crate::capi::types::*;
+use crate::error::{Error, Result};
+use crate::mechanism::userfaultfd::Userfaultfd;
+use crate::mechanism::Mechanism;
+use crate::memory::buffer::Pool;
+use crate::memory::{Memory, Slot};
+use crate::pages::State;
+use crate::stats::Stats;
+use crate::sync::{lock, Mutex};
+use caller::Ready;
+use config::Config;
+use inlet::Inlet;
+
+pub use host::refuse_inside_callbacks;
+pub use slots::duplicate_vm;
+
+/// A page fault on its way.
+pub struct Fault {
+    slot: Arc<Slot>,
+    page: u64,
+    /// KUF_FAULT_*.
+    flags: u32,
+    /// The toucher's thread id, or 0.
+    thread: u32,
+    read_at: Instant,
+}
+
+/// Something for a service thread to do.
+enum Work {
+    Fault(Fault),
+    /// An event found while reading the kernel: raised by a thread that is free to enter host code.
+    Notice {
+        kind: u32,
+        gpa: u64,
+        len: u64,
+        error: i32,
+        text: String,
+    },
+}
+
+const OPEN: u8 = 0;
+const CLOSING: u8 = 1;
+const DEAD: u8 = 2;
+
+/// One handle's service.
+pub struct Service {
+    config: Config,
+    memory: Memory,
+    /// The library's own userfaultfd; None when every slot brings one.
+    own: Option<Arc<dyn Mechanism>>,
+    /// Every queue there is to read.
+    inlets: RwLock<Vec<Arc<Inlet>>>,
+    work: (Sender<Work>, Receiver<Work>),
+    /// Service threads that may be inside host code, of `config.fill_threads`: one more thread than that always watches.
+    fillers: AtomicUsize,
+    /// Service threads asleep.
+    idle: AtomicUsize,
+    waking: threads::Waking,
+    ready: Ready,
+    populate: populate::Queue,
+    buffers: Pool,
+    life: AtomicU8,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    stats: Stats,
+}
+
+impl Service {
+    /// Opens the mechanism and starts the threads.
+    pub fn open(config: Config) -> Result<Arc<Self>> {
+        let own: Option<Arc<dyn Mechanism>> = if config.adopt_only {
+            None
+        } else {
+            let (uffd, way) = Userfaultfd::open(config.user_mode_only, !config.direct, config.follow_fork)?;
+            config.host.log(KUF_LOG_INFO, || format!("userfaultfd {}", way.text()));
+            Some(Arc::new(uffd))
+        };
+        let service = Arc::new(Self {
+            memory: Memory::default(),
+            own,
+            inlets: RwLock::default(),
+            work: unbounded(),
+            fillers: AtomicUsize::new(config.fill_threads),
+            idle: AtomicUsize::new(0),
+            waking: threads::Waking::new(!config.direct)?,
+            ready: Ready::new()?,
+            populate: populate::Queue::default(),
+            buffers: Pool::default(),
+            life: AtomicU8::new(OPEN),
+            threads: Mutex::new(Vec::new()),
+            stats: Stats::default(),
+            config,
+        });
+        if let Some(own) = &service.own {
+            service.add_inlet(own.clone(), None)?;
+        }
+        if let Err(error) = service.start_threads() {
+            service.stop_threads(false);
+            return Err(error);
+        }
+        service.config.host.opened.store(true, Ordering::Release);
+        Ok(service)
+    }
+
+    /// Whether pages are asked for with a callback, as opposed to kuf_read.
+    fn serviced(&self) -> bool {
+        self.config.host.fill.is_some()
+    }
+
+    /// Refuses work on a service that is ending or has failed.
+    fn check_open(&self) -> Result<()> {
+        match self.life.load(Ordering::Acquire) {
+            OPEN => Ok(()),
+            CLOSING => Err(Error::new(libc::ECANCELED, "kuf_close has begun on this handle")),
+            _ => Err(Error::new(libc::EIO, "the service of this handle is dead after an internal failure: close it")),
+        }
+    }
+
+    /// A failure inside the library: nothing is opened any more.
+    fn fail(&self, what: &str) {
+        if self.life.compare_exchange(OPEN, DEAD, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            return;
+        }
+        self.wake_everybody();
+        let text =
+            format!("the fault service is dead: {what}; unresolved pages stay closed until kuf_close poisons them");
+        self.config.host.event(KUF_EVENT_FATAL, 0, 0, libc::EIO, &text);
+    }
+
+    /// Wakes every thread that sleeps in the library, to look at `life`.
+    fn wake_everybody(&self) {
+        for slot in self.memory.map().all() {
+            let claims = slot.claims();
+            slot.wake_sleepers(&claims);
+        }
+        self.ready.end();
+        self.populate.wake();
+        self.waking.wake(self.config.fill_threads + 1);
+    }
+
+    /// Gives service threads something to do.
+    fn push(&self, work: Work) {
+        // The channel is unbounded, and closed only with the service.
+        let _ = self.work.0.send(work);
+        if self.config.direct {
+            self.ready.signal();
+        } else if self.idle.load(Ordering::SeqCst) > 0 {
+            self.waking.wake(1);
+        }
+    }
+
+    /// Serves faults anew whose page turned out not to be on its way after all.
+    fn push_again(&self, slot: &Arc<Slot>, waiters: Vec<crate::memory::Waiter>) {
+        for waiter in waiters {
+            let slot = waiter.fork.clone().unwrap_or_else(|| slot.clone());
+            let (page, flags, thread, read_at) = (waiter.page, waiter.flags, waiter.thread, waiter.read_at);
+            self.push(Work::Fault(Fault { slot, page, flags, thread, read_at }));
+        }
+    }
+
+    /// `kuf_progress`.
+    pub fn progress(&self, gpa: u64) -> Result<kuf_progress> {
+        let map = self.memory.map();
+        if gpa == KUF_ALL {
+            let mut all = progress_of(map.slots().iter());
+            all.gpa = 0;
+            return Ok(all);
+        }
+        let slot = map.at_gpa(gpa).ok_or_else(|| no_slot(gpa))?;
+        Ok(progress_of(std::iter::once(slot)))
+    }
+
+    /// `kuf_stats`.
+    pub fn stats(&self) -> kuf_stats {
+        self.stats.to_c()
+    }
+
+    /// `kuf_block_times`.
+    pub fn block_times(&self, out: &mut [std::mem::MaybeUninit<kuf_block_time>]) -> usize {
+        self.stats.block_times(out)
+    }
+
+    fn inlets(&self) -> Vec<Arc<Inlet>> {
+        self.inlets.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+fn no_slot(gpa: u64) -> Error {
+    Error::new(libc::ENOENT, format!("gpa {gpa:#x} is in no memory slot of this handle"))
+}
+
+fn progress_of<'a>(slots: impl Iterator<Item = &'a Arc<Slot>>) -> kuf_progress {
+    let mut sum = kuf_progress {
+        size: 0,
+        flags: KUF_PROGRESS_COMPLETE,
+        gpa: 0,
+        total: 0,
+        present: 0,
+        removed: 0,
+        absent: 0,
+        filling: 0,
+        deferred: 0,
+        poisoned: 0,
+    };
+    for slot in slots {
+        // Locked while reading, so that the parts add up to the total.
+        let claims = slot.claims();
+        let tally = claims.tally();
+        sum.gpa = slot.gpa;
+        sum.total += slot.len;
+        sum.present += slot.pages.count(State::Present) * slot.granule;
+        sum.removed += slot.pages.count(State::Removed) * slot.granule;
+        sum.absent += slot.pages.count(State::Absent) * slot.granule;
+        sum.filling += tally.filling * slot.granule;
+        sum.deferred += tally.deferred * slot.granule;
+        sum.poisoned += tally.poisoned * slot.granule;
+        if slot.gone().is_some() {
+            sum.flags |= KUF_PROGRESS_GONE;
+        }
+    }
+    if sum.present + sum.removed != sum.total {
+        sum.flags &= !KUF_PROGRESS_COMPLETE;
+    }
+    sum
+}
+
+/// A new eventfd for the library's own threads.
+fn eventfd(semaphore: bool) -> Result<OwnedFd> {
+    use rustix::event::EventfdFlags;
+    let kind = if semaphore { EventfdFlags::SEMAPHORE } else { EventfdFlags::empty() };
+    rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | kind)
+        .map_err(|e| Error::system("eventfd", e.raw_os_error()))
+}
+
+fn lock_threads(threads: &Mutex<Vec<JoinHandle<()>>>) -> Vec<JoinHandle<()>> {
+    std::mem::take(&mut *lock(threads))
+}

@@ -1,0 +1,203 @@
+//! Filling ahead of demand, in the background and behind all of it.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::config::NewPopulate;
+use super::fill::Run;
+use super::host::refuse_inside_quiet;
+use super::{Service, Work};
+use crate::capi::types::*;
+use crate::claims::{Owner, Terms};
+use crate::error::{Error, Result};
+use crate::memory::Slot;
+use crate::pages::State;
+use crate::sync::{lock, Condvar, Mutex};
+
+/// How often populate looks again for what it waits for: demand to be served, deferred runs to come back.
+const LOOK: Duration = Duration::from_micros(200);
+
+/// Requests that wait.
+#[derive(Default)]
+pub struct Queue {
+    state: Mutex<Requests>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Requests {
+    requests: VecDeque<NewPopulate>,
+    /// Counts KUF_POPULATE_STOP: a request that began under another number ends.
+    era: u64,
+}
+
+impl Queue {
+    /// Wakes the thread that works on it.
+    pub fn wake(&self) {
+        let _state = lock(&self.state);
+        self.changed.notify_all();
+    }
+}
+
+/// What a request may do without asking again.
+struct Pace {
+    started: Instant,
+    /// Bytes per second; 0: no limit.
+    rate: u64,
+    bytes: u64,
+}
+
+impl Pace {
+    fn due(&self) -> Duration {
+        let due = if self.rate == 0 { 0.0 } else { self.bytes as f64 / self.rate as f64 };
+        Duration::from_secs_f64(due).saturating_sub(self.started.elapsed())
+    }
+}
+
+impl Service {
+    /// `kuf_populate`.
+    pub fn populate(&self, request: NewPopulate) -> Result<()> {
+        refuse_inside_quiet("kuf_populate")?;
+        self.check_open()?;
+        if !self.serviced() {
+            return Err(Error::new(libc::ENOTSUP, "kuf_populate needs a fill callback to ask"));
+        }
+        let mut state = lock(&self.populate.state);
+        if request.stop {
+            state.era += 1;
+            for request in std::mem::take(&mut state.requests) {
+                self.push(populated(request.range, libc::ECANCELED));
+            }
+        } else {
+            if self.runs(request.range).is_empty() {
+                return Err(Error::new(libc::ENOENT, "no memory slot in this range"));
+            }
+            state.requests.push_back(request);
+        }
+        self.populate.changed.notify_all();
+        Ok(())
+    }
+
+    pub(super) fn populate_loop(self: &Arc<Self>) {
+        while let Some((request, era)) = self.next_request() {
+            let mut pace = Pace { started: Instant::now(), rate: request.rate, bytes: 0 };
+            let stop = |service: &Service| service.check_open().is_err() || lock(&service.populate.state).era != era;
+            let result = self.populate_range(request.range, &mut pace, &stop);
+            if self.check_open().is_err() {
+                return;
+            }
+            self.push(populated(request.range, result.err().unwrap_or(0)));
+        }
+    }
+
+    fn next_request(&self) -> Option<(NewPopulate, u64)> {
+        let mut state = lock(&self.populate.state);
+        loop {
+            self.check_open().ok()?;
+            if let Some(request) = state.requests.pop_front() {
+                return Some((request, state.era));
+            }
+            state = self.populate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Fills everything there is, on this thread, for `kuf_close` and `kuf_remove_memory`.
+    pub(super) fn populate_now(&self, range: Option<(u64, u64)>) -> std::result::Result<(), i32> {
+        let mut pace = Pace { started: Instant::now(), rate: 0, bytes: 0 };
+        self.populate_range(range, &mut pace, &|service| service.check_open().is_err())
+    }
+
+    fn populate_range(
+        &self,
+        range: Option<(u64, u64)>,
+        pace: &mut Pace,
+        stop: &dyn Fn(&Service) -> bool,
+    ) -> std::result::Result<(), i32> {
+        let runs = self.runs(range);
+        for (slot, pages) in &runs {
+            let mut from = pages.start;
+            loop {
+                self.let_demand_pass(slot, pace, stop);
+                if stop(self) {
+                    return Err(libc::ECANCELED);
+                }
+                if let Some(errno) = slot.gone() {
+                    return Err(errno);
+                }
+                let Some(run) = self.claim_ahead(slot, from..pages.end) else { break };
+                from = run.pages.end;
+                let before = slot.pages.count(State::Present);
+                self.fill(&run)?;
+                let done = slot.pages.count(State::Present).saturating_sub(before).min(from - run.pages.start);
+                self.stats.bytes_populated.add(done * slot.granule);
+                pace.bytes += (from - run.pages.start) * slot.granule;
+            }
+        }
+        // Deferred runs and those that demand is filling are part of the request.
+        for (slot, pages) in &runs {
+            while self.on_their_way(slot, pages) {
+                if stop(self) {
+                    return Err(libc::ECANCELED);
+                }
+                let claims = slot.claims();
+                drop(slot.sleep(claims, Some(Instant::now() + Duration::from_millis(20))));
+            }
+        }
+        Ok(())
+    }
+
+    fn on_their_way(&self, slot: &Arc<Slot>, pages: &Range<u64>) -> bool {
+        let claims = slot.claims();
+        slot.gone().is_none() && claims.open(pages)
+    }
+
+    /// Demand first, and no more ahead of the source than was agreed.
+    fn let_demand_pass(&self, slot: &Arc<Slot>, pace: &Pace, stop: &dyn Fn(&Service) -> bool) {
+        loop {
+            let deferred = slot.claims().tally().deferred * slot.granule;
+            let due = pace.due();
+            if stop(self) || self.work.1.is_empty() && deferred < self.config.populate_inflight && due.is_zero() {
+                return;
+            }
+            let state = lock(&self.populate.state);
+            let pause = due.clamp(LOOK, Duration::from_millis(100));
+            drop(self.populate.changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    fn claim_ahead(&self, slot: &Arc<Slot>, pages: Range<u64>) -> Option<Run> {
+        let max = (self.config.populate_run / slot.granule).max(1);
+        let terms = Terms { owner: Owner::Fill, in_place: slot.shared.is_some(), demand: false };
+        let mut claims = slot.claims();
+        let run = slot.pages.first_run(pages, State::Absent, max)?;
+        let (id, pages) = claims.claim(&slot.pages, run.start, run.end - run.start, State::Absent, terms)?;
+        Some(Run { slot: slot.clone(), id, pages, wanted: None })
+    }
+
+    /// The pages of every slot that a guest physical range touches.
+    fn runs(&self, range: Option<(u64, u64)>) -> Vec<(Arc<Slot>, Range<u64>)> {
+        let map = self.memory.map();
+        let (gpa, len) = range.unwrap_or((0, u64::MAX));
+        let end = gpa.saturating_add(len);
+        map.slots()
+            .iter()
+            .filter(|slot| slot.gpa < end && gpa < slot.gpa + slot.len)
+            .map(|slot| {
+                let from = gpa.max(slot.gpa) - slot.gpa;
+                let to = end.min(slot.gpa + slot.len) - slot.gpa;
+                (slot.clone(), slot.pages_of(&(from..to)))
+            })
+            .collect()
+    }
+}
+
+fn populated(range: Option<(u64, u64)>, error: i32) -> Work {
+    let (gpa, len) = range.unwrap_or((0, 0));
+    let text = match error {
+        0 => "a populate request is done".to_owned(),
+        errno => format!("a populate request ended early: {}", std::io::Error::from_raw_os_error(errno)),
+    };
+    Work::Notice { kind: KUF_EVENT_POPULATED, gpa, len, error, text }
+}

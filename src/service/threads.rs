@@ -1,0 +1,225 @@
+//! The service threads.
+//!
+//! There is one more thread than may be inside host code, so one always watches the kernel's queues. Which one it is changes:
+//! the thread that reads a fault fills it itself when a filler's place is free, so that a fault costs one thread wake-up
+//! and not two. All of them wait on one epoll instance; the kernel wakes one per edge.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+
+use rustix::event::epoll;
+use rustix::io::Errno;
+
+use super::{eventfd, lock_threads, Service, Work, OPEN};
+use crate::error::{Error, Result};
+use crate::sync::lock;
+
+/// Epoll data of the work eventfd; mechanisms have their ids, from 1.
+const WORK: u64 = 0;
+
+/// How often the processes behind remote slots are looked at: nothing reports their end.
+const LOOK_MS: i64 = 500;
+
+/// How threads sleep and are woken.
+pub struct Waking {
+    epoll: OwnedFd,
+    /// A semaphore: each unit wakes one thread.
+    work: OwnedFd,
+    /// Kernel queues are watched edge by edge by several threads, or by level when the host watches.
+    edge: bool,
+}
+
+impl Waking {
+    pub fn new(edge: bool) -> Result<Self> {
+        let epoll =
+            epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| Error::system("epoll_create", e.raw_os_error()))?;
+        let waking = Self { epoll, work: eventfd(true)?, edge };
+        if edge {
+            waking.add(waking.work.as_fd(), WORK, false)?;
+        }
+        Ok(waking)
+    }
+
+    fn add(&self, fd: BorrowedFd<'_>, data: u64, edge: bool) -> Result<()> {
+        let mode = if edge { epoll::EventFlags::ET } else { epoll::EventFlags::empty() };
+        epoll::add(&self.epoll, fd, epoll::EventData::new_u64(data), epoll::EventFlags::IN | mode)
+            .map_err(|e| Error::system("epoll_ctl", e.raw_os_error()))
+    }
+
+    /// Watches a mechanism's queue.
+    pub fn watch(&self, fd: BorrowedFd<'_>, mechanism: u32) -> Result<()> {
+        self.add(fd, u64::from(mechanism), self.edge)
+    }
+
+    /// Stops that.
+    pub fn unwatch(&self, fd: BorrowedFd<'_>) {
+        let _ = epoll::delete(&self.epoll, fd);
+    }
+
+    /// The epoll instance, for the host's own loop.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+
+    /// Watches `fd` by level, for the host's own loop.
+    pub fn watch_level(&self, fd: BorrowedFd<'_>) -> Result<()> {
+        self.add(fd, WORK, false)
+    }
+
+    /// Wakes `threads` threads.
+    pub fn wake(&self, threads: usize) {
+        let _ = rustix::io::write(&self.work, &(threads as u64).to_ne_bytes());
+    }
+
+    fn wait(&self, timeout_ms: i64) -> Vec<u64> {
+        let mut events = Vec::with_capacity(8);
+        let timeout = (timeout_ms >= 0)
+            .then(|| rustix::event::Timespec { tv_sec: timeout_ms / 1000, tv_nsec: timeout_ms % 1000 * 1_000_000 });
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            // Not to be expected; looking again a little later is all that can be done.
+            Err(_) => std::thread::sleep(std::time::Duration::from_millis(1)),
+        }
+        events.iter().map(|event| event.data.u64()).collect()
+    }
+
+    fn take_one(&self) {
+        let _ = rustix::io::read(&self.work, &mut [0_u8; 8]);
+    }
+}
+
+impl Service {
+    /// Starts the service threads, and the one that populates.
+    pub(super) fn start_threads(self: &Arc<Self>) -> Result<()> {
+        if self.config.direct {
+            return self.waking.watch_level(self.ready.fd());
+        }
+        // Without a callback nothing a service thread does can block: one is enough.
+        let threads = if self.serviced() { self.config.fill_threads + 1 } else { 1 };
+        for n in 0..threads {
+            self.spawn(format!("kuf-serve-{n}"), |service| service.serve_loop())?;
+        }
+        if self.serviced() {
+            self.spawn("kuf-populate".to_owned(), |service| service.populate_loop())?;
+        }
+        Ok(())
+    }
+
+    fn spawn(self: &Arc<Self>, name: String, body: impl FnOnce(&Arc<Self>) + Send + 'static) -> Result<()> {
+        let service = self.clone();
+        let guarded = move || {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(&service))) {
+                let what = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+                let what = what.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+                let _ = catch_unwind(AssertUnwindSafe(|| service.fail(&format!("a service thread panicked: {what}"))));
+            }
+        };
+        let thread = with_signals_blocked(|| std::thread::Builder::new().name(name).spawn(guarded))
+            .map_err(|e| Error::system("starting a service thread", e.raw_os_error().unwrap_or(libc::EAGAIN)))?;
+        lock(&self.threads).push(thread);
+        Ok(())
+    }
+
+    /// Tells the threads to end, and waits for it unless `nowait`.
+    pub(super) fn stop_threads(&self, nowait: bool) {
+        let _ = self.life.compare_exchange(OPEN, super::CLOSING, Ordering::AcqRel, Ordering::Acquire);
+        self.wake_everybody();
+        for thread in lock_threads(&self.threads) {
+            if !nowait {
+                let _ = thread.join();
+            }
+        }
+    }
+
+    fn running(&self) -> bool {
+        self.life.load(Ordering::Acquire) == OPEN
+    }
+
+    fn serve_loop(self: &Arc<Self>) {
+        while self.running() {
+            self.work_off();
+            self.idle.fetch_add(1, Ordering::SeqCst);
+            // Between work_off and the count above something may have been pushed by somebody who saw nobody idle.
+            let events = (!self.can_work()).then(|| self.waking.wait(self.patience()));
+            self.idle.fetch_sub(1, Ordering::SeqCst);
+            if !self.running() {
+                return;
+            }
+            if events.as_ref().is_some_and(Vec::is_empty) {
+                self.look_after_processes();
+            }
+            for event in events.into_iter().flatten() {
+                match u32::try_from(event) {
+                    Ok(0) | Err(_) => self.waking.take_one(),
+                    Ok(mechanism) => self.pump(mechanism),
+                }
+            }
+        }
+    }
+
+    /// Works while there is work and a filler's place.
+    fn work_off(&self) {
+        while self.running() && self.can_work() {
+            if self.fillers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |free| free.checked_sub(1)).is_err() {
+                return;
+            }
+            let _place = Place(self);
+            while let Ok(work) = self.work.1.try_recv() {
+                // Others can take the rest while this one is in host code.
+                if !self.work.1.is_empty() && self.idle.load(Ordering::SeqCst) > 0 {
+                    self.waking.wake(1);
+                }
+                self.work_on(work);
+                if !self.running() {
+                    return;
+                }
+            }
+            self.pump_starved();
+        }
+    }
+
+    fn can_work(&self) -> bool {
+        !self.work.1.is_empty() && self.fillers.load(Ordering::SeqCst) > 0
+    }
+
+    pub(super) fn work_on(&self, work: Work) {
+        match work {
+            Work::Fault(fault) => self.serve(fault),
+            Work::Notice { kind, gpa, len, error, text } => self.config.host.event(kind, gpa, len, error, &text),
+        }
+    }
+
+    fn patience(&self) -> i64 {
+        if self.inlets().iter().any(|inlet| inlet.remote) {
+            LOOK_MS
+        } else {
+            -1
+        }
+    }
+}
+
+/// A filler's place, free again when dropped, also by a panic.
+struct Place<'a>(&'a Service);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.fillers.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// A new thread inherits the mask: the library's threads take no signal of the host's.
+fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
+    let mut before = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: both sets are filled by the calls; the mask is this thread's own and is put back below.
+    unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
+    }
+    let result = body();
+    // SAFETY: `before` was filled above.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), std::ptr::null_mut()) };
+    result
+}
