@@ -175,7 +175,7 @@ static void serve_and_run(const struct kuf_calls *calls, void *library)
     struct kuf_stats stats = { .size = sizeof(stats) };
     if (calls->stats(guest.kuf, &stats) < 0 || stats.faults == 0)
         fail("no fault was served");
-    if (calls->close(&guest.kuf, 0) < 0)
+    if (calls->close(&guest.kuf, KUF_CLOSE_POPULATE) < 0)
         fail("kuf_close: %s", calls->error());
     if (dlclose(library) != 0)
         fail("dlclose: %s", dlerror());

@@ -237,6 +237,7 @@ static _Noreturn void vmm_main(int channel, enum round round)
 struct handler {
     enum round round;
     int channel;
+    atomic_bool complete;
     atomic_bool gone;
     atomic_uint lost;
 };
@@ -257,6 +258,8 @@ static int fill(void *opaque, struct kuf_fill *fill)
 static void on_event(void *opaque, const struct kuf_event *event)
 {
     struct handler *handler = opaque;
+    if (event->kind == KUF_EVENT_COMPLETE)
+        atomic_store(&handler->complete, true);
     if (event->kind == KUF_EVENT_GONE)
         atomic_store(&handler->gone, true);
     if (event->kind == KUF_EVENT_POISONED || event->kind == KUF_EVENT_CLOSED_OFF || event->kind == KUF_EVENT_FATAL)
@@ -315,19 +318,25 @@ static void report(struct kuf *kuf, enum round round)
         fail("%s: the pages did not come this way", round_names[round]);
 }
 
-/* All pages are present or given back, so the library lets go without a flag. */
+/* The event comes from another thread, shortly after what it tells of. */
+static void wait_for_event(const atomic_bool *came, const char *name)
+{
+    for (int i = 0; i < 5000 && !atomic_load(came); i++)
+        sleep_us(1000);
+    if (!atomic_load(came))
+        fail("%s was not raised", name);
+}
+
+/* All pages are present or given back. The event says so, and then the library lets go without a flag. */
 static void end_of_healthy_vmm(struct handler *handler, struct kuf *kuf)
 {
     expect_byte(handler->channel, CHECKED);
-    struct kuf_progress progress = { .size = sizeof(progress) };
-    if (kuf_progress(kuf, KUF_ALL, &progress) < 0)
-        fail("kuf_progress: %s", kuf_error());
+    wait_for_event(&handler->complete, "KUF_EVENT_COMPLETE");
     report(kuf, handler->round);
-    if (!(progress.flags & KUF_PROGRESS_COMPLETE) || atomic_load(&handler->lost) != 0)
-        fail("%s: %llu of %llu bytes are present", round_names[handler->round], (unsigned long long)progress.present,
-             (unsigned long long)progress.total);
     if (kuf_close(&kuf, 0) < 0)
         fail("kuf_close: %s", kuf_error());
+    if (atomic_load(&handler->lost) != 0)
+        fail("%s: pages were lost", round_names[handler->round]);
     send_byte(handler->channel, LEAVE);
 }
 
@@ -344,10 +353,7 @@ static void end_of_dead_vmm(struct handler *handler, struct kuf *kuf)
     ssize_t resolved = kuf_resolve(kuf, owed.gpa, late, PAGE, 0);
     if (resolved != -ESRCH)
         fail("kuf_resolve for a dead process returns %zd", resolved);
-    for (int i = 0; i < 1000 && !atomic_load(&handler->gone); i++)
-        sleep_us(1000);
-    if (!atomic_load(&handler->gone))
-        fail("KUF_EVENT_GONE was not raised");
+    wait_for_event(&handler->gone, "KUF_EVENT_GONE");
     if (kuf_close(&kuf, 0) < 0)
         fail("kuf_close: %s", kuf_error());
     printf("           the VMM died: kuf_resolve says -ESRCH, KUF_EVENT_GONE came, the handler has ended\n");

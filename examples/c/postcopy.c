@@ -26,7 +26,8 @@
 
 #include "example.h"
 
-enum { PAGES = 8192, TOUCHERS = 2, PUSH_PAGES = 16, PUSH_PAUSE_US = 300, CUTS_MAX = 16, WATCHDOG_S = 30 };
+enum { PAGES = 8192, TOUCHERS = 2, PUSH_PAGES = 16, PUSH_PAUSE_US = 300, OVERDUE_NS = 500000000 };
+enum { CUTS_MAX = 16, WATCHDOG_S = 30 };
 
 #define MEMORY ((uint64_t)PAGES * PAGE)
 #define RUN_MAX MIB
@@ -248,6 +249,7 @@ struct destination {
     struct sockaddr_un address;
     socklen_t address_len;
     pthread_mutex_t lock; /* guards what is below; held while a request is sent, so that requests stay whole */
+    pthread_cond_t changed;
     int link;             /* -1: lost */
     uint64_t sum;         /* of all memory, once it is here; else 0 */
     uint64_t source_sum;
@@ -275,25 +277,59 @@ static int fill_from_source(void *opaque, struct kuf_fill *fill)
     return KUF_DEFERRED;
 }
 
-/*
- * What was asked for on the connection that was lost. A thread of its own: while requests go out, answers come in, and
- * with nobody to read them both sides would wait for each other.
- */
-static void *ask_again_main(void *argument)
+/* Asks once more for what has been owed for so long. */
+static void ask_again(struct destination *destination, uint64_t age_ns)
 {
-    struct destination *destination = argument;
     static struct kuf_fault pending[PAGES];
     ssize_t n = kuf_pending(destination->kuf, pending, PAGES);
     if (n < 0)
         fail("kuf_pending: %s", kuf_error());
-    for (ssize_t i = 0; i < n; i++)
+    for (ssize_t i = 0; i < n; i++) {
+        if (pending[i].age_ns < age_ns)
+            continue;
         for (uint64_t done = 0; done < pending[i].len; done += RUN_MAX) {
             uint64_t rest = pending[i].len - done;
             tell_source(destination, REQUEST, pending[i].gpa + done, rest < RUN_MAX ? rest : RUN_MAX);
             destination->requests_again++;
         }
-    if (destination->sum != 0)
-        tell_source(destination, CHECKSUM, destination->sum, 0);
+    }
+    pthread_mutex_lock(&destination->lock);
+    uint64_t sum = destination->sum;
+    pthread_mutex_unlock(&destination->lock);
+    if (sum != 0)
+        tell_source(destination, CHECKSUM, sum, 0);
+}
+
+/* Waits for so long, or until there is no connection. Returns whether there is one. */
+static bool stays_connected(struct destination *destination, uint64_t ns)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    uint64_t end = (uint64_t)until.tv_nsec + ns;
+    until.tv_sec += (time_t)(end / 1000000000);
+    until.tv_nsec = (long)(end % 1000000000);
+    int result = 0;
+    pthread_mutex_lock(&destination->lock);
+    while (destination->link >= 0 && result == 0)
+        result = pthread_cond_timedwait(&destination->changed, &destination->lock, &until);
+    bool connected = destination->link >= 0;
+    pthread_mutex_unlock(&destination->lock);
+    return connected;
+}
+
+/*
+ * Lives as long as a connection. First it asks for all that the one before has lost; later for what is overdue, because a
+ * run whose callback had sent its request but not returned was not pending at the first look. A thread of its own: while
+ * requests go out, answers come in, and with nobody to read them both sides would wait for each other.
+ */
+static void *ask_again_main(void *argument)
+{
+    struct destination *destination = argument;
+    uint64_t age_ns = 0;
+    do {
+        ask_again(destination, age_ns);
+        age_ns = OVERDUE_NS;
+    } while (stays_connected(destination, OVERDUE_NS));
     return NULL;
 }
 
@@ -343,6 +379,7 @@ static void set_link(struct destination *destination, int link)
 {
     pthread_mutex_lock(&destination->lock);
     destination->link = link;
+    pthread_cond_signal(&destination->changed);
     pthread_mutex_unlock(&destination->lock);
 }
 
@@ -359,9 +396,9 @@ static void *receiver_main(void *argument)
         if (pthread_create(&asker, NULL, ask_again_main, destination) != 0)
             fail("cannot start a thread");
         done = receive(destination, link);
-        shutdown(link, SHUT_RDWR);
-        pthread_join(asker, NULL);
+        shutdown(link, SHUT_RDWR); /* whoever is sending is let go */
         set_link(destination, -1);
+        pthread_join(asker, NULL);
         close(link);
     }
     return NULL;
@@ -447,6 +484,7 @@ static void destination_main(struct destination *destination, unsigned cuts)
     destination->memory = map_memory();
     destination->link = -1;
     pthread_mutex_init(&destination->lock, NULL);
+    pthread_cond_init(&destination->changed, NULL);
     open_service(destination);
     if (pthread_create(&receiver, NULL, receiver_main, destination) != 0)
         fail("cannot start a thread");
