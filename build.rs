@@ -4,7 +4,6 @@
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rustc-check-cfg=cfg(loom)");
     println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libkuf.so.{}", env!("CARGO_PKG_VERSION_MAJOR"));
     // Thread-local destructors and service threads may run after dlclose: the code has to stay mapped.
     println!("cargo::rustc-cdylib-link-arg=-Wl,-z,nodelete");

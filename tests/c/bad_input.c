@@ -233,7 +233,7 @@ static bool names_all(const char *text, const char *words)
 static void judge(const struct row *row)
 {
     /* A text of another failure first: a row that sets none must not pass with the text of the row before it. */
-    (void)kuf_stats(f.served, NULL);
+    (void)kuf_has_feature(424242);
     char before_text[512];
     snprintf(before_text, sizeof(before_text), "%s", kuf_error());
     struct state before = state_now();
@@ -243,12 +243,12 @@ static void judge(const struct row *row)
     struct state after = state_now();
 
     is(got, -row->error, "%s: %s: -%s", row->call, row->input, row->name);
-    if (row->error != 0 && strcmp(row->call, "kuf_stats") != 0)
+    if (row->error != 0)
         ok(strcmp(text, before_text) != 0, "%s: %s: leaves a text of its own: \"%s\"", row->call, row->input, text);
     if (row->error != 0)
         ok(text[0] != '\0' && names_all(text, row->words), "%s: %s: the text names \"%s\": \"%s\"", row->call, row->input,
            row->words, text);
-    if (!row->changes) {
+    if (!row->changes && row->error != 0) {
         ok(memcmp(before.progress, after.progress, sizeof(before.progress)) == 0, "%s: %s: progress is as before",
            row->call, row->input);
         ok(memcmp(before.stats, after.stats, sizeof(before.stats)) == 0, "%s: %s: counters are as before", row->call,
@@ -364,7 +364,10 @@ static void make_fixture(void)
     f.a = map_anonymous(16 * PAGE);
     f.b = map_anonymous(16 * PAGE);
     f.d = map_anonymous(64 * PAGE);
-    f.torn = map_anonymous(4 * PAGE);
+    /* Far from where other mappings go, so that its hole stays one. */
+    f.torn = mmap((void *)UINT64_C(0x200000000000), 4 * PAGE, PROT_READ | PROT_WRITE,
+                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+    must(f.torn != MAP_FAILED, "a mapping that ends early");
     write_content(f.torn, 0, 2 * PAGE, 1);
     munmap(f.torn + 2 * PAGE, 2 * PAGE);
     unsigned char *room = map_anonymous(4 << 20);

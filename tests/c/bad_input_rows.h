@@ -61,7 +61,7 @@ ROW(kuf_add_memory, "KUF_MEMORY_REMOTE without KUF_MEMORY_UFFD", EINVAL, "REMOTE
 ROW(kuf_add_memory, "kvm_attributes with userfaultfd", EINVAL, "kvm_attributes", add_memory(spare, m.kvm_attributes = 8))
 ROW(kuf_add_memory, "gpa overlaps a slot", EEXIST, "gpa", add_memory(spare, m.gpa = GPA_A + PAGE))
 ROW(kuf_add_memory, "gpa overlaps a slot by its last page", EEXIST, "gpa", add_memory(spare, m.gpa = GPA_A - 3 * PAGE))
-ROW(kuf_add_memory, "hva overlaps a slot of the same userfaultfd", EEXIST, "hva", add_memory(spare, m.hva = (uintptr_t)f.a + PAGE))
+ROW(kuf_add_memory, "hva overlaps a slot of the same userfaultfd", EEXIST, "overlaps", add_memory(spare, m.hva = (uintptr_t)f.a + PAGE))
 ROW(kuf_add_memory, "part of hva..hva+len is not mapped", EFAULT, "mapped", add_memory(spare, m.hva = (uintptr_t)f.torn))
 ROW(kuf_add_memory, "nothing at hva is mapped", EFAULT, "mapped", add_memory(spare, m.hva = (uintptr_t)f.torn + 2 * PAGE, m.len = 2 * PAGE))
 ROW(kuf_add_memory, "a mapping of an ordinary file", EINVAL, "", add_memory(spare, m.hva = (uintptr_t)f.file_map, m.len = PAGE))

@@ -58,6 +58,7 @@ static void go(bool shared)
     atomic_store(&source.bad_answer, -EIO);
     atomic_store(&source.bad_gpa, BASE + 10 * page);
     is(touch(ram + 10 * page), poison_signal(), "%s: a page that cannot be filled is poisoned", kind);
+    settle(kuf);
     is(progress_of(kuf, BASE).poisoned, page, "%s: and counted", kind);
     atomic_store(&source.bad_gpa, NO_GPA);
     is(kuf_discard(kuf, BASE + 10 * page, page, 0), 0, "%s: it is dropped", kind);

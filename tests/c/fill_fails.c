@@ -40,6 +40,7 @@ static void go(bool shared)
     start_toucher(&after);
     ok(join_toucher(&before) && join_toucher(&after), "%s: every other page has its bytes", kind);
 
+    settle(kuf);
     struct kuf_progress progress = progress_of(kuf, BASE);
     is(progress.poisoned, page, "%s: one page is poisoned", kind);
     is(progress.present, (PAGES - 1) * page, "%s: the others are present", kind);

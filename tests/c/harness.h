@@ -498,6 +498,15 @@ static inline struct kuf_stats stats_of(struct kuf *kuf)
     return stats;
 }
 
+/*
+ * Waits for the library's books: the kernel lets a toucher go on before the thread that filled its page has counted it.
+ * Only before looking at counts. Calls that act need no such wait.
+ */
+static inline void settle(struct kuf *kuf)
+{
+    wait_until(progress_of(kuf, KUF_ALL).filling == 0);
+}
+
 /* Closes and checks that the pointer was cleared. */
 static inline void close_with(struct kuf *kuf, uint32_t flags)
 {

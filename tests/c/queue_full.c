@@ -39,6 +39,7 @@ int main(void)
     ok(stats_of(kuf).faults < TOUCHERS, "reading stops while many wait");
     atomic_store(&source.hold, false);
     ok(join_all(), "serviced: every thread gets every page");
+    settle(kuf);
     is(stats_of(kuf).fills, TOUCHERS * EACH, "each page is filled once");
     close_with(kuf, 0);
 

@@ -42,6 +42,7 @@ int main(void)
 
     ok(atomic_load(&source.flags_seen) & KUF_FILL_IN_PLACE, "the callback's buffer is the page");
     is(atomic_load(&source.bytes), (PAGES - 1) * page, "each page is filled once");
+    settle(kuf);
     struct kuf_stats stats = stats_of(kuf);
     is(stats.bytes_in_place, (PAGES - 1) * page, "all of it in place");
     is(stats.bytes_copied, 0, "nothing is copied");

@@ -2,25 +2,22 @@
 /* A storm of signals at threads that fault and wait: handlers run on the host's threads, and nothing is lost or cut short. */
 #include "harness.h"
 
+#include <sys/prctl.h>
+
 #define BASE UINT64_C(0x10000000)
 enum { PAGES = 512, TOUCHERS = 3, ROUNDS = 4 };
 
 static struct source source = SOURCE_INIT;
 static atomic_int handled, elsewhere;
-static _Thread_local bool host_thread;
 
 static void on_signal(int signal_number)
 {
     (void)signal_number;
     atomic_fetch_add(&handled, 1);
-    if (!host_thread)
+    char name[16] = "";
+    prctl(PR_GET_NAME, name);
+    if (strncmp(name, "kuf-", 4) == 0)
         atomic_fetch_add(&elsewhere, 1);
-}
-
-static void *touch_range(void *argument)
-{
-    host_thread = true;
-    return toucher_body(argument);
 }
 
 struct waiter {
@@ -32,7 +29,6 @@ struct waiter {
 static void *wait_in_poll(void *argument)
 {
     struct waiter *waiter = argument;
-    host_thread = true;
     atomic_store(&waiter->ready, true);
     waiter->got = kuf_poll(waiter->kuf, -1);
     atomic_store(&waiter->returned, true);
@@ -42,7 +38,6 @@ static void *wait_in_poll(void *argument)
 static void *wait_in_ensure(void *argument)
 {
     struct waiter *waiter = argument;
-    host_thread = true;
     atomic_store(&waiter->ready, true);
     waiter->got = kuf_ensure(waiter->kuf, BASE, page_size(), -1);
     atomic_store(&waiter->returned, true);
@@ -52,7 +47,6 @@ static void *wait_in_ensure(void *argument)
 int main(void)
 {
     begin();
-    host_thread = true;
     size_t page = page_size(), length = PAGES * page;
     /* Without SA_RESTART: what a signal can interrupt, it does. */
     struct sigaction action = {.sa_handler = on_signal};
@@ -66,7 +60,7 @@ int main(void)
         struct toucher touchers[TOUCHERS];
         for (int i = 0; i < TOUCHERS; i++) {
             touchers[i] = (struct toucher){.memory = ram, .gpa = BASE, .length = length, .generation = 1};
-            touchers[i].thread = start(touch_range, &touchers[i]);
+            start_toucher(&touchers[i]);
         }
         bool running = true;
         while (running) {

@@ -70,6 +70,7 @@ int main(void)
 
     atomic_store(&source.answer, KUF_ZERO);
     ok(holds_zeroes(ram + 10 * page, 2 * page), "two pages of zeroes");
+    settle(kuf);
     is(stats_of(kuf).bytes_zeroed, 2 * page, "are counted");
     atomic_store(&source.answer, -EIO);
     is(touch(ram + 12 * page), poison_signal(), "a page that cannot be filled");
@@ -95,6 +96,7 @@ int main(void)
     atomic_store(&source.hold, false);
     pthread_join(one, NULL);
     pthread_join(two, NULL);
+    settle(kuf);
     stats = stats_of(kuf);
     is(stats.faults_joined, 1, "the second thread joined the first");
     is(stats.faults_late, 0, "and nobody came late");
@@ -140,6 +142,7 @@ int main(void)
     kuf = open_with((struct kuf_options){.fill = source_fill, .opaque = &source, .demand_run = page});
     add_shared(kuf, BASE, shared, PAGES * page, fd, 0);
     ok(holds_content(shared, BASE, 8 * page, 1), "shared memory: eight pages are read");
+    settle(kuf);
     stats = stats_of(kuf);
     is(stats.faults, 8, "shared memory: eight faults");
     is(stats.bytes_in_place, 8 * page, "shared memory: in place");
