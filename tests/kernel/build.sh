@@ -84,6 +84,8 @@ need_packages build-essential bc bison flex libelf-dev libssl-dev kmod cpio \
 	xz-utils patch perl
 
 mkdir -p "$cache"
+# What a build that was killed has left behind.
+find "$cache" -maxdepth 1 -type d -name 'build.*' -mmin +720 -exec rm -rf {} +
 log=$cache/kernel-$hash.log
 temp=$(mktemp -d "$cache/build.XXXXXX")
 trap 'rm -rf "$temp"' EXIT

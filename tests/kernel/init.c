@@ -118,11 +118,11 @@ static void kill_all(void)
 	kill(-1, SIGKILL);
 }
 
-static void run_program(char **argv, char **env, size_t nr_env, long timeout)
+static void run_program(const char *name, char **argv, char **env, size_t nr_env,
+			long timeout)
 {
-	struct run run = { .name = strrchr(argv[0], '/') ?
-				   strrchr(argv[0], '/') + 1 : argv[0] };
-	bool timed_out = false, gone = false;
+	struct run run = { .name = name };
+	bool timed_out = false, gone = false, closed = false;
 	long deadline = now() + timeout, started = now();
 	int fds[2], status = 0;
 	char buf[4096];
@@ -148,8 +148,8 @@ static void run_program(char **argv, char **env, size_t nr_env, long timeout)
 	close(fds[1]);
 
 	for (;;) {
-		struct pollfd pfd = { .fd = fds[0], .events = POLLIN };
-		int r = poll(&pfd, 1, 100);
+		struct pollfd pfd = { .fd = closed ? -1 : fds[0], .events = POLLIN };
+		int r = poll(&pfd, 1, closed ? 10 : 100);
 
 		if (r > 0) {
 			ssize_t n = read(fds[0], buf, sizeof(buf));
@@ -160,8 +160,7 @@ static void run_program(char **argv, char **env, size_t nr_env, long timeout)
 				take(&run, buf, n);
 				continue;
 			}
-			if (gone || !n)
-				break;
+			closed = true;
 		}
 		if (!gone && waitpid(pid, &status, WNOHANG) == pid) {
 			gone = true;
@@ -183,8 +182,6 @@ static void run_program(char **argv, char **env, size_t nr_env, long timeout)
 	close(fds[0]);
 	if (run.len)
 		take_line(&run);
-	if (!gone && !timed_out)
-		waitpid(pid, &status, 0);
 
 	if (timed_out) {
 		failed++;
@@ -216,7 +213,7 @@ static void run_program(char **argv, char **env, size_t nr_env, long timeout)
 
 static void run_line(char *line)
 {
-	char *words[64], *save = NULL;
+	char *words[64], *save = NULL, name[512] = "";
 	size_t n = 0, env = 0;
 	long timeout = default_timeout;
 
@@ -226,14 +223,20 @@ static void run_line(char *line)
 			timeout = strtol(w + 8, NULL, 10);
 			continue;
 		}
+		const char *shown = w;
+
 		if (n == env && strchr(w, '='))
 			env++;
+		else if (n == env && strrchr(w, '/'))
+			shown = strrchr(w, '/') + 1;
 		words[n++] = w;
+		snprintf(name + strlen(name), sizeof(name) - strlen(name), "%s%s",
+			 *name ? " " : "", shown);
 	}
 	words[n] = NULL;
 	if (n == env || words[0][0] == '#')
 		return;
-	run_program(words + env, words, env, timeout);
+	run_program(name, words + env, words, env, timeout);
 }
 
 int main(void)

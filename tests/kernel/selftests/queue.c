@@ -239,6 +239,35 @@ static void readers(void)
 	CHECK("each entry to one reader", good);
 }
 
+/* As many as there can well be: the queue is as long as there are vCPUs. */
+static void long_queue(void)
+{
+	static struct runner r[MAX_VCPUS];
+	static uint8_t out[MAX_VCPUS][16];
+	static uint64_t gpas[MAX_VCPUS];
+	uint64_t gfn;
+	bool good = true;
+
+	doing("long queue", 120);
+	vm_create(&vm, MAX_VCPUS * PAGE, MAX_VCPUS);
+	enable(&vm);
+	fill(&vm, TEST_GPA, vm.size);
+	for (int round = 0; round < 2; round++) {
+		mark(&vm, TEST_GPA, vm.size);
+		for (int i = 0; i < MAX_VCPUS; i++)
+			gpas[i] = TEST_GPA + (i * 37 + round) % MAX_VCPUS * PAGE + i;
+		start(r, out, MAX_VCPUS, gpas);
+		for (int i = 0; i < MAX_VCPUS; i++) {
+			good = !read_fault(&vm, &gfn) && gfn == gpas[i] / PAGE && good;
+			unmark(&vm, gfn * PAGE, PAGE);
+		}
+		good = no_fault_queued(&vm) && good;
+		good = join(r, out, MAX_VCPUS, gpas) && good;
+	}
+	CHECK("256 in order, twice", good);
+	vm_destroy(&vm);
+}
+
 int main(void)
 {
 	doing("create", 20);
@@ -252,5 +281,6 @@ int main(void)
 	readers();
 	doing("destroy", 20);
 	vm_destroy(&vm);
+	long_queue();
 	return finish();
 }

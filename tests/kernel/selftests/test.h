@@ -179,7 +179,7 @@ static UNUSED char thread_state(pid_t tid)
 #define TEST_GFN (TEST_GPA / PAGE)
 #define LOW_SLOT 0
 #define TEST_SLOT 1
-#define MAX_VCPUS 16
+#define MAX_VCPUS 256
 #define PORT 0x10
 #define EXCEPTION_PORT 0x99
 
@@ -410,7 +410,7 @@ static UNUSED void set_guest(struct vm *vm, int cpu, const char *label, uint64_t
 	struct kvm_regs r = {
 		.rip = code(label),
 		.rflags = 2,
-		.rsp = STACK_GPA + (uint64_t)(cpu + 1) * PAGE,
+		.rsp = STACK_GPA + (uint64_t)(cpu + 1) * 1024,
 		.rsi = rsi,
 		.rcx = rcx,
 		.rax = rax,
