@@ -98,6 +98,8 @@ pub struct Taken {
     pub early: Vec<Range<u64>>,
     /// When the parts that were owed by the host had been asked for.
     pub asked: Vec<Instant>,
+    /// Pages of them that nobody waited for.
+    pub ahead: u64,
 }
 
 /// Pages per kind of owner.
@@ -140,7 +142,7 @@ impl<W: Waits> Claims<W> {
         from: State,
         terms: Terms,
     ) -> Option<(Id, Range<u64>)> {
-        let run = pages.first_run(first..pages.len().min(first.saturating_add(max)), from, max)?;
+        let run = pages.first_run(first..pages.total().min(first.saturating_add(max)), from, max)?;
         if run.start != first {
             return None;
         }
@@ -254,6 +256,7 @@ impl<W: Waits> Claims<W> {
             if theirs {
                 if claim.owner == Owner::Host {
                     taken.asked.push(claim.since);
+                    taken.ahead += if claim.demand { 0 } else { claim.end - start };
                     claim.owed = true;
                 }
                 claim.owner = Owner::Fill;
@@ -402,7 +405,7 @@ impl<W: Waits> Claims<W> {
             waiters.append(&mut claim.waiters);
         }
         let mut from = 0;
-        while let Some(run) = pages.first_run(from..pages.len(), State::Absent, u64::MAX) {
+        while let Some(run) = pages.first_run(from..pages.total(), State::Absent, u64::MAX) {
             from = run.end;
             self.insert(pages, run, id, State::Absent, Terms { owner: Owner::Fill, in_place: false, demand: false });
         }

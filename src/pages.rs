@@ -55,7 +55,7 @@ impl Pages {
     }
 
     /// Number of pages.
-    pub fn len(&self) -> u64 {
+    pub fn total(&self) -> u64 {
         self.len
     }
 
@@ -110,6 +110,11 @@ impl Pages {
         let limit = range.end.min(start.saturating_add(max));
         let end = self.scan(start..limit, |s| s != state).unwrap_or(limit);
         Some(start..end)
+    }
+
+    /// The first page of `range` that is neither present nor removed.
+    pub fn first_open(&self, range: Range<u64>) -> Option<u64> {
+        self.scan(range, |s| matches!(s, State::Absent | State::Filling))
     }
 
     /// The first page of `range` whose state `wanted` accepts.
@@ -213,7 +218,7 @@ fn swap_word(word: &AtomicU64, mask: u64, from: State, to: State) -> u64 {
         if hits == 0 {
             return 0;
         }
-        let new = now & !(hits * 3) | hits * to as u64;
+        let new = (now & !(hits * 3)) | (hits * to as u64);
         match word.compare_exchange_weak(now, new, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => return u64::from(hits.count_ones()),
             Err(other) => now = other,
@@ -257,7 +262,7 @@ mod tests {
         assert_eq!(pages.transition(PER_CHUNK..PER_CHUNK + 1, State::Removed, State::Present), 1);
         assert_eq!(pages.get(PER_CHUNK), State::Present);
         assert_eq!(pages.get(PER_CHUNK + 1), State::Removed);
-        assert_eq!(pages.first_run(0..pages.len(), State::Present, u64::MAX), Some(PER_CHUNK..PER_CHUNK + 1));
+        assert_eq!(pages.first_run(0..pages.total(), State::Present, u64::MAX), Some(PER_CHUNK..PER_CHUNK + 1));
     }
 
     #[test]

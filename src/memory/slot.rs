@@ -136,7 +136,7 @@ impl Slot {
         if slot.shared.is_none() {
             for state in [State::Present, State::Removed] {
                 let mut from = 0;
-                while let Some(run) = slot.pages.first_run(from..slot.pages.len(), state, u64::MAX) {
+                while let Some(run) = slot.pages.first_run(from..slot.pages.total(), state, u64::MAX) {
                     from = run.end;
                     view.pages.transition(run, State::Absent, state);
                 }

@@ -17,10 +17,12 @@ use crate::error::{Error, Result};
 use crate::memory::{Slot, Waiter};
 use crate::pages::State;
 
+type Queue = (Sender<(Arc<Slot>, u64)>, Receiver<(Arc<Slot>, u64)>);
+
 /// Faults for `kuf_read`, and the descriptor that says so. Who reads the queue looks at the page states again, so an entry
 /// whose page was resolved meanwhile does no harm.
 pub struct Ready {
-    queue: (Sender<(Arc<Slot>, u64)>, Receiver<(Arc<Slot>, u64)>),
+    queue: Queue,
     signal: OwnedFd,
     ended: AtomicBool,
 }
@@ -141,7 +143,7 @@ impl Service {
         }
         let mut n = 0;
         while n < out.len() {
-            let Ok((slot, page)) = self.queue_next() else { break };
+            let Ok((slot, page)) = self.ready.queue.1.try_recv() else { break };
             if let Some(fault) = self.fault_at(&slot, page) {
                 out[n].write(fault);
                 n += 1;
@@ -156,22 +158,19 @@ impl Service {
         Ok(n)
     }
 
-    fn queue_next(&self) -> std::result::Result<(Arc<Slot>, u64), crossbeam_channel::TryRecvError> {
-        self.ready.queue.1.try_recv()
-    }
-
     /// The fault at `page`, if the host still owes it.
     fn fault_at(&self, slot: &Arc<Slot>, page: u64) -> Option<kuf_fault> {
         let pages = page..page + 1;
-        let place = slot.mechanism.place(slot, &pages).ok().flatten();
-        let mut claims = slot.claims();
-        let (owed, waiter) = claims.owed_at(page)?;
-        let (flags, thread) = waiter.map_or((0, 0), |waiter| (waiter.flags, waiter.thread));
-        let since = owed.since;
-        self.stats.queueing.record(since.elapsed());
-        let mut fault = describe(slot, &pages, flags | KUF_FAULT_DEMAND, since);
-        fault.thread = thread;
-        fault.place = place.map_or(std::ptr::null_mut(), |at| at.as_ptr().cast());
+        let mut fault = {
+            let mut claims = slot.claims();
+            let (owed, waiter) = claims.owed_at(page)?;
+            let (flags, thread) = waiter.map_or((0, 0), |waiter| (waiter.flags, waiter.thread));
+            kuf_fault { thread, ..describe(slot, &pages, flags | KUF_FAULT_DEMAND, owed.since) }
+        };
+        self.stats.queueing.record(Duration::from_nanos(fault.age_ns));
+        if let Ok(Some(place)) = slot.mechanism.place(slot, &pages) {
+            fault.place = place.as_ptr().cast();
+        }
         Some(fault)
     }
 

@@ -1,7 +1,7 @@
 //! The end of a slot and of a handle. No page that was not filled is released onto zeroes.
 
 use std::sync::atomic::Ordering;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use super::host::{refuse_inside_callbacks, refuse_inside_fill};
 use super::{Service, DEAD};
@@ -24,7 +24,7 @@ impl Service {
         if flags & KUF_CLOSE_POPULATE != 0 {
             self.populate_before_end(Some((slot.gpa, slot.len)), flags)?;
         }
-        if slot.claims().busy(&(0..slot.pages.len())) {
+        if slot.claims().busy(&(0..slot.pages.total())) {
             return Err(Error::new(libc::EBUSY, "a fill of this slot is running: try again when it has ended"));
         }
         if flags & KUF_CLOSE_POISON == 0 && !settled(slot) {
@@ -32,10 +32,15 @@ impl Service {
         }
         let views: Vec<_> = map.forks_of(slot).cloned().collect();
         views.iter().chain([slot]).for_each(|slot| self.poison_rest(slot));
-        self.memory.update(|map| {
-            map.remove(slot);
-            Ok(())
-        })?;
+        {
+            // From here on no install of a late owner reaches these addresses, whoever they belong to next.
+            let _gate = slot.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
+            views.iter().chain([slot]).for_each(|slot| slot.gone.store(libc::ENOENT, Ordering::Release));
+            self.memory.update(|map| {
+                map.remove(slot);
+                Ok(())
+            })?;
+        }
         views.iter().chain([slot]).for_each(|slot| slot.mechanism.detach(slot));
         let id = slot.mechanism.id();
         let last = !self.memory.map().all().any(|other| other.mechanism.id() == id);
@@ -119,6 +124,11 @@ impl Service {
         // Every page is present, removed or poisoned now: unregistering wakes nobody onto a wrong page.
         for slot in self.memory.map().all() {
             slot.mechanism.detach(slot);
+        }
+        // Whoever waits for an event of theirs to be read has nobody else to read it.
+        for inlet in self.inlets().iter() {
+            let _gate = inlet.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
+            let _ = inlet.mechanism.read(usize::MAX, &mut Vec::new());
         }
     }
 

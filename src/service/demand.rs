@@ -11,7 +11,7 @@ use super::{Fault, Service};
 use crate::capi::types::*;
 use crate::claims::{Id, Owner, Terms};
 use crate::error::{Error, Result};
-use crate::mechanism::Content;
+use crate::mechanism::{Content, Stop};
 use crate::memory::{Slot, Waiter};
 use crate::pages::State;
 
@@ -187,10 +187,23 @@ impl Service {
     /// The mark of a poisoned page was lost (its mapping changed, or the kernel has no poison): put it there again.
     fn touch_poison(&self, slot: &Arc<Slot>, page: u64) {
         let pages = page..page + 1;
-        let _gate = slot.mechanism.gate().read().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let marked = slot.mechanism.install(slot, &pages, Content::Poison);
-        if marked.pages == 0 && !slot.mechanism.close_off(slot, &pages) {
-            self.config.host.log(KUF_LOG_WARN, || format!("page {page} of slot {:#x} stays closed", slot.gpa));
+        loop {
+            let marked = {
+                let _gate = slot.mechanism.gate().read().unwrap_or_else(std::sync::PoisonError::into_inner);
+                slot.mechanism.install(slot, &pages, Content::Poison)
+            };
+            match marked.stop {
+                Some(Stop::Again) => {
+                    self.pump_events(&slot.mechanism);
+                    std::thread::yield_now();
+                }
+                Some(Stop::Exists) => return slot.mechanism.wake(slot, &pages),
+                Some(_) if !slot.mechanism.close_off(slot, &pages) => {
+                    let text = || format!("a poisoned page of the memory slot at gpa {:#x} stays closed", slot.gpa);
+                    return self.config.host.log(KUF_LOG_WARN, text);
+                }
+                _ => return,
+            }
         }
     }
 
@@ -239,16 +252,15 @@ impl Service {
 
     /// Returns when `pages` are present or removed. Fills what nobody has begun on the calling thread.
     pub(super) fn ensure_pages(&self, slot: &Arc<Slot>, pages: Range<u64>, deadline: Option<Instant>) -> Result<()> {
-        let mut page = pages.start;
         let mut one_by_one = false;
-        while page < pages.end {
+        while let Some(page) = slot.pages.first_open(pages.clone()) {
             self.check_open()?;
             if let Some(errno) = slot.gone() {
                 return Err(Error::new(errno, "the process behind this memory slot is gone"));
             }
             let mut claims = slot.claims();
             match slot.pages.get(page) {
-                State::Present | State::Removed => page += 1,
+                State::Present | State::Removed => {}
                 State::Filling => {
                     if claims.want(page) == Some(Owner::Poison) {
                         let text = format!("gpa {:#x} could not be filled", slot.gpa + page * slot.granule);

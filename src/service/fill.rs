@@ -61,13 +61,13 @@ impl Service {
         }
         let content = if in_place { Content::InPlace } else { Content::Data(buf.as_ptr()) };
         let result = match answer {
-            Answer::Filled(n) => self.filled(slot, id, pages, n, content),
+            Answer::Filled(n) => self.filled(slot, id, pages, n, content, demand),
             Answer::Zero(n) if in_place => {
                 // SAFETY: `place` made these bytes writable, and the claim makes them this thread's.
                 unsafe { buf.write_bytes(0, (n * slot.granule) as usize) };
-                self.filled(slot, id, pages, n, content)
+                self.filled(slot, id, pages, n, content, demand)
             }
-            Answer::Zero(n) => self.filled(slot, id, pages, n, Content::Zero),
+            Answer::Zero(n) => self.filled(slot, id, pages, n, Content::Zero, demand),
             Answer::Deferred => {
                 self.stats.fills_deferred.add(1);
                 let early = slot.claims().defer(pages.clone(), id);
@@ -88,9 +88,20 @@ impl Service {
     }
 
     /// The first `n` pages are there; the rest was not to be had this time.
-    fn filled(&self, slot: &Arc<Slot>, id: Id, pages: &Range<u64>, n: u64, content: Content) -> Result<(), i32> {
+    fn filled(
+        &self,
+        slot: &Arc<Slot>,
+        id: Id,
+        pages: &Range<u64>,
+        n: u64,
+        content: Content,
+        demand: bool,
+    ) -> Result<(), i32> {
         let done = pages.start..pages.start + n;
-        let (_, result) = self.install(slot, id, done.clone(), pages.start, content);
+        let (opened, result) = self.install(slot, id, done.clone(), pages.start, content);
+        if !demand {
+            self.stats.bytes_populated.add(opened * slot.granule);
+        }
         if n < pages.end - pages.start {
             self.abandon(slot, id, done.end..pages.end);
         }

@@ -12,9 +12,10 @@ use std::time::Instant;
 
 use super::{Fault, Service, Work};
 use crate::capi::types::*;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::mechanism::{Left, Mechanism, Message};
-use crate::memory::{Map, Slot};
+use crate::memory::Slot;
+use crate::sync::{lock, Mutex};
 
 /// A queue that is read.
 pub struct Inlet {
@@ -27,26 +28,35 @@ pub struct Inlet {
     pub fork: bool,
     /// It holds messages there was no room for.
     starved: AtomicBool,
+    /// Faults of an adopted userfaultfd in no slot, as (hva, flags, thread, when): of one that is still to be added.
+    parked: Mutex<Vec<(u64, u32, u32, Instant)>>,
+}
+
+impl Inlet {
+    fn new(mechanism: Arc<dyn Mechanism>, host_fd: Option<i32>, remote: bool, fork: bool) -> Arc<Self> {
+        let (starved, parked) = (AtomicBool::new(false), Mutex::new(Vec::new()));
+        Arc::new(Self { mechanism, host_fd, remote, fork, starved, parked })
+    }
 }
 
 impl Service {
     /// Reads a mechanism from now on.
     pub(super) fn add_inlet(&self, mechanism: Arc<dyn Mechanism>, host_fd: Option<(i32, bool)>) -> Result<()> {
         let (host_fd, remote) = host_fd.map_or((None, false), |(fd, remote)| (Some(fd), remote));
-        self.add(Inlet { mechanism, host_fd, remote, fork: false, starved: AtomicBool::new(false) })
+        self.add(Inlet::new(mechanism, host_fd, remote, false))
     }
 
-    fn add(&self, inlet: Inlet) -> Result<()> {
+    fn add(&self, inlet: Arc<Inlet>) -> Result<()> {
         let mechanism = inlet.mechanism.clone();
-        let first_remote = inlet.remote || inlet.fork;
-        self.inlets.write().unwrap_or_else(PoisonError::into_inner).push(Arc::new(inlet));
+        let remote = inlet.remote;
+        self.change_inlets(|inlets| inlets.push(inlet));
         if let Some(fd) = mechanism.inlet() {
             if let Err(error) = self.waking.watch(fd, mechanism.id()) {
                 self.drop_inlet(mechanism.id());
                 return Err(error);
             }
         }
-        if first_remote && !self.config.direct {
+        if remote && !self.config.direct {
             // Somebody has to start looking after that process now and then.
             self.waking.wake(1);
         }
@@ -55,19 +65,29 @@ impl Service {
 
     /// Stops reading a mechanism.
     pub(super) fn drop_inlet(&self, mechanism: u32) {
-        let mut inlets = self.inlets.write().unwrap_or_else(PoisonError::into_inner);
-        inlets.retain(|inlet| {
-            let other = inlet.mechanism.id() != mechanism;
-            if let Some(fd) = inlet.mechanism.inlet().filter(|_| !other) {
-                self.waking.unwatch(fd);
-            }
-            other
+        self.change_inlets(|inlets| {
+            inlets.retain(|inlet| {
+                let other = inlet.mechanism.id() != mechanism;
+                if let Some(fd) = inlet.mechanism.inlet().filter(|_| !other) {
+                    self.waking.unwatch(fd);
+                }
+                other
+            });
         });
+    }
+
+    fn change_inlets(&self, change: impl FnOnce(&mut Vec<Arc<Inlet>>)) {
+        let mut inlets = self.inlets.write().unwrap_or_else(PoisonError::into_inner);
+        change(Arc::make_mut(&mut inlets));
+    }
+
+    fn inlet(&self, mechanism: u32) -> Option<Arc<Inlet>> {
+        self.inlets().iter().find(|inlet| inlet.mechanism.id() == mechanism).cloned()
     }
 
     /// Reads what a mechanism has, as far as there is room for more faults.
     pub(super) fn pump(&self, mechanism: u32) {
-        let Some(inlet) = self.inlets().into_iter().find(|inlet| inlet.mechanism.id() == mechanism) else { return };
+        let Some(inlet) = self.inlet(mechanism) else { return };
         let held = self.work.1.len();
         let room = self.config.queue_max.saturating_sub(held);
         if room == 0 {
@@ -78,19 +98,19 @@ impl Service {
                 return;
             }
         }
-        self.pump_inlet(&inlet, room.max(1));
+        self.pump_inlet(&inlet, room.max(1), Self::enqueue);
     }
 
     /// Reads everything a mechanism has, room or not: an install waits for the events in there.
     pub(super) fn pump_events(&self, mechanism: &Arc<dyn Mechanism>) {
-        if let Some(inlet) = self.inlets().into_iter().find(|inlet| inlet.mechanism.id() == mechanism.id()) {
-            self.pump_inlet(&inlet, usize::MAX);
+        if let Some(inlet) = self.inlet(mechanism.id()) {
+            self.pump_inlet(&inlet, usize::MAX, Self::push);
         }
     }
 
     /// Reads every queue that had to wait for room.
     pub(super) fn pump_starved(&self) {
-        for inlet in self.inlets() {
+        for inlet in self.inlets().iter() {
             if inlet.starved.load(Ordering::SeqCst) {
                 self.pump(inlet.mechanism.id());
             }
@@ -99,27 +119,40 @@ impl Service {
 
     /// Reads every queue: the host's thread is the only reader there is.
     pub(super) fn pump_all(&self) {
-        for inlet in self.inlets() {
-            self.pump_inlet(&inlet, self.config.queue_max);
+        for inlet in self.inlets().iter() {
+            self.pump_inlet(inlet, self.config.queue_max, Self::enqueue);
         }
     }
 
-    fn pump_inlet(&self, inlet: &Arc<Inlet>, room: usize) {
+    fn pump_inlet(&self, inlet: &Arc<Inlet>, room: usize, push: fn(&Self, Work)) {
         let mut messages = Vec::new();
         let mut work = Vec::new();
-        {
+        let read = {
             let _gate = inlet.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
             inlet.starved.store(false, Ordering::SeqCst);
-            match inlet.mechanism.read(room, &mut messages) {
-                Ok(Left::Nothing) => {}
-                Ok(Left::More) => inlet.starved.store(true, Ordering::SeqCst),
-                Err(error) => return self.fail(error.text()),
+            let read = inlet.mechanism.read(room, &mut messages);
+            if matches!(read, Ok(Left::More)) {
+                inlet.starved.store(true, Ordering::SeqCst);
             }
             self.apply(inlet, messages, &mut work);
-        }
+            read
+        };
         for work in work {
-            self.push(work);
+            push(self, work);
         }
+        if let Err(error) = read {
+            self.unreadable(inlet, &error);
+        }
+    }
+
+    /// The library's own queue cannot be read any more: that is the end. One that the host brought may be broken without
+    /// harm to the others.
+    fn unreadable(&self, inlet: &Arc<Inlet>, error: &Error) {
+        if !inlet.mechanism.adopted() {
+            return self.fail(error.text());
+        }
+        self.drop_inlet(inlet.mechanism.id());
+        self.lose(inlet.mechanism.id(), error.errno());
     }
 
     /// Applies events in their order, then looks up where the faults are.
@@ -127,6 +160,7 @@ impl Service {
         let id = inlet.mechanism.id();
         let read_at = Instant::now();
         let mut faults = Vec::with_capacity(messages.len());
+        let mut remapped = false;
         for message in messages {
             match message {
                 Message::Fault { hva, flags, thread } => faults.push((hva, flags, thread)),
@@ -136,10 +170,12 @@ impl Service {
                 }
                 Message::Unmapped(range) => {
                     self.stats.events_unmap.add(1);
+                    remapped = true;
                     self.remove_range(id, &range, true, work);
                 }
                 Message::Moved { from, to } => {
                     self.stats.events_remap.add(1);
+                    remapped = true;
                     self.config.host.log(KUF_LOG_DEBUG, || format!("hva {from:#x?} moved to {to:#x}"));
                     let map = self.memory.map();
                     for (slot, _) in map.within_hva(id, from.clone()) {
@@ -153,6 +189,9 @@ impl Service {
                 }
             }
         }
+        if remapped {
+            self.unpark(id, true);
+        }
         let map = self.memory.map();
         for (hva, flags, thread) in faults {
             self.stats.faults.add(1);
@@ -162,12 +201,35 @@ impl Service {
                 Some((slot, page)) => {
                     work.push(Work::Fault(Fault { slot: slot.clone(), page, flags, thread, read_at }));
                 }
+                // Registered by the host, which may be about to add the slot: let it wait, not spin.
+                None if inlet.mechanism.adopted() => lock(&inlet.parked).push((hva, flags, thread, read_at)),
                 None => {
                     self.stats.faults_unknown.add(1);
                     inlet.mechanism.wake_stray(hva);
                 }
             }
         }
+    }
+
+    /// Looks again at faults that were in no slot: one was added (`mechanism`'s), or a mapping changed.
+    pub(super) fn unpark(&self, mechanism: u32, wake_rest: bool) {
+        let Some(inlet) = self.inlet(mechanism) else { return };
+        let map = self.memory.map();
+        let mut found = Vec::new();
+        lock(&inlet.parked).retain(|(hva, flags, thread, read_at)| match map.at_hva(mechanism, *hva) {
+            Some((slot, page)) => {
+                let (flags, thread, read_at) = (*flags, *thread, *read_at);
+                found.push(Fault { slot: slot.clone(), page, flags, thread, read_at });
+                false
+            }
+            None if wake_rest => {
+                self.stats.faults_unknown.add(1);
+                inlet.mechanism.wake_stray(*hva);
+                false
+            }
+            None => true,
+        });
+        found.into_iter().for_each(|fault| self.push(Work::Fault(fault)));
     }
 
     fn remove_range(&self, mechanism: u32, hva: &Range<u64>, unmapped: bool, work: &mut Vec<Work>) {
@@ -227,9 +289,7 @@ impl Service {
             views.iter().for_each(|view| map.add_fork(view.clone()));
             Ok(())
         });
-        let inlet =
-            Inlet { mechanism: child, host_fd: None, remote: true, fork: true, starved: AtomicBool::new(false) };
-        let (kind, error, text) = match added.and_then(|()| self.add(inlet)) {
+        let (kind, error, text) = match added.and_then(|()| self.add(Inlet::new(child, None, true, true))) {
             Ok(()) => (KUF_EVENT_FORKED, 0, "the process forked; the child is served too".to_owned()),
             Err(e) => (KUF_EVENT_FORKED, e.errno(), format!("the process forked and the child cannot be served: {e}")),
         };
@@ -237,14 +297,12 @@ impl Service {
     }
 
     fn forget_dead_children(&self) {
-        for inlet in self.inlets() {
-            if inlet.fork && !inlet.mechanism.alive() {
-                self.drop_inlet(inlet.mechanism.id());
-                let _ = self.memory.update(|map| {
-                    map.remove_forks(inlet.mechanism.id());
-                    Ok(())
-                });
-            }
+        for inlet in self.inlets().iter().filter(|inlet| inlet.fork && !inlet.mechanism.alive()) {
+            self.drop_inlet(inlet.mechanism.id());
+            let _ = self.memory.update(|map| {
+                map.remove_forks(inlet.mechanism.id());
+                Ok(())
+            });
         }
     }
 
@@ -253,12 +311,15 @@ impl Service {
         self.forget_dead_children();
         for inlet in self.inlets().iter().filter(|inlet| inlet.remote && !inlet.fork) {
             if !inlet.mechanism.alive() {
-                let map: Arc<Map> = self.memory.map();
-                for slot in map.slots().iter().filter(|slot| slot.mechanism.id() == inlet.mechanism.id()) {
-                    if let Some(Work::Notice { kind, gpa, len, error, text }) = self.gone(slot, libc::ESRCH) {
-                        self.config.host.event(kind, gpa, len, error, &text);
-                    }
-                }
+                self.lose(inlet.mechanism.id(), libc::ESRCH);
+            }
+        }
+    }
+
+    fn lose(&self, mechanism: u32, errno: i32) {
+        for slot in self.memory.map().slots().iter().filter(|slot| slot.mechanism.id() == mechanism) {
+            if let Some(work) = self.gone(slot, errno) {
+                self.push(work);
             }
         }
     }

@@ -67,6 +67,10 @@ impl Service {
         loop {
             let again = {
                 let _gate = slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner);
+                if let Some(errno) = slot.gone() {
+                    // Its addresses may be another slot's by now.
+                    return (opened, Err(Failed { page: pages.start, errno }));
+                }
                 self.settle_cancelled(slot, id, pages.clone());
                 let runs = slot.claims().begin_install(pages.clone(), id);
                 let again = self.install_runs(slot, id, &runs, base, content, &mut opened);
@@ -121,10 +125,7 @@ impl Service {
             let mut page = run.start;
             while page < run.end {
                 let from = match content {
-                    // SAFETY: `content` holds the bytes of every page from `base` to the end of the run.
-                    Content::Data(bytes) => {
-                        Content::Data(unsafe { bytes.add(((page - base) * slot.granule) as usize) })
-                    }
+                    Content::Data(bytes) => Content::Data(bytes.wrapping_add(((page - base) * slot.granule) as usize)),
                     other => other,
                 };
                 let Installed { pages, stop } = slot.mechanism.install(slot, &(page..run.end), from);

@@ -76,7 +76,7 @@ pub struct Service {
     /// The library's own userfaultfd; None when every slot brings one.
     own: Option<Arc<dyn Mechanism>>,
     /// Every queue there is to read.
-    inlets: RwLock<Vec<Arc<Inlet>>>,
+    inlets: RwLock<Arc<Vec<Arc<Inlet>>>>,
     work: (Sender<Work>, Receiver<Work>),
     /// Service threads that may be inside host code, of `config.fill_threads`: one more thread than that always watches.
     fillers: AtomicUsize,
@@ -166,13 +166,18 @@ impl Service {
 
     /// Gives service threads something to do.
     fn push(&self, work: Work) {
-        // The channel is unbounded, and closed only with the service.
-        let _ = self.work.0.send(work);
+        self.enqueue(work);
         if self.config.direct {
             self.ready.signal();
         } else if self.idle.load(Ordering::SeqCst) > 0 {
             self.waking.wake(1);
         }
+    }
+
+    /// As [`Service::push`], by a thread that goes on to work itself.
+    fn enqueue(&self, work: Work) {
+        // The channel is unbounded, and closed only with the service.
+        let _ = self.work.0.send(work);
     }
 
     /// Serves faults anew whose page turned out not to be on its way after all.
@@ -206,7 +211,7 @@ impl Service {
         self.stats.block_times(out)
     }
 
-    fn inlets(&self) -> Vec<Arc<Inlet>> {
+    fn inlets(&self) -> Arc<Vec<Arc<Inlet>>> {
         self.inlets.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

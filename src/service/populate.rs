@@ -128,10 +128,7 @@ impl Service {
                 }
                 let Some(run) = self.claim_ahead(slot, from..pages.end) else { break };
                 from = run.pages.end;
-                let before = slot.pages.count(State::Present);
                 self.fill(&run)?;
-                let done = slot.pages.count(State::Present).saturating_sub(before).min(from - run.pages.start);
-                self.stats.bytes_populated.add(done * slot.granule);
                 pace.bytes += (from - run.pages.start) * slot.granule;
             }
         }

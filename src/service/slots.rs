@@ -1,7 +1,7 @@
 //! Memory slots come and go.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use super::config::NewMemory;
 use super::host::refuse_inside_callbacks;
@@ -62,6 +62,8 @@ impl Service {
         for range in present {
             slot.pages.transition(slot.pages_of(&range), State::Absent, State::Present);
         }
+        // An event of this address range may have been read and not applied yet: the gate is free when it has been.
+        drop(mechanism.gate().write());
         // Known before it is armed: the first fault may come before attach returns.
         let added = self.memory.update(|map| map.add(slot.clone()));
         let attached = added.and_then(|()| {
@@ -76,6 +78,7 @@ impl Service {
             self.drop_inlet(mechanism.id());
         }
         attached?;
+        self.unpark(mechanism.id(), false);
         self.config.host.log(KUF_LOG_INFO, || {
             let how = if slot.shared.is_some() { "filled in place" } else { "filled by copy" };
             format!("memory slot {:#x}..{:#x}, granule {granule:#x}, {how}", new.gpa, new.gpa + new.len)
@@ -95,7 +98,7 @@ impl Service {
             return Ok((own, false));
         };
         let host_fd = borrow(fd, "uffd")?;
-        let known = self.inlets.read().unwrap_or_else(PoisonError::into_inner).iter().find_map(|inlet| {
+        let known = self.inlets().iter().find_map(|inlet| {
             let same = inlet.host_fd.is_some() && same_file(inlet.mechanism.inlet()?, host_fd);
             same.then(|| inlet.mechanism.clone())
         });
