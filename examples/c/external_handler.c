@@ -74,7 +74,8 @@ static void send_announcement(int channel, const struct announcement *announceme
         fail("sendmsg: %s", strerror(errno));
 }
 
-static void receive_announcement(int channel, struct announcement *announcement, int *descriptors)
+/* Returns false when the VMM has ended without one: its exit status says why. */
+static bool receive_announcement(int channel, struct announcement *announcement, int *descriptors)
 {
     union {
         struct cmsghdr header;
@@ -88,12 +89,15 @@ static void receive_announcement(int channel, struct announcement *announcement,
         .msg_controllen = sizeof(control),
     };
     ssize_t n = recvmsg(channel, &message, MSG_CMSG_CLOEXEC | MSG_WAITALL);
+    if (n == 0 || (n < 0 && errno == ECONNRESET))
+        return false;
     struct cmsghdr *rights = n < 0 ? NULL : CMSG_FIRSTHDR(&message);
     if (n != (ssize_t)sizeof(*announcement) || rights == NULL || rights->cmsg_type != SCM_RIGHTS ||
         announcement->descriptors < 1 || announcement->descriptors > 2 ||
         rights->cmsg_len != CMSG_LEN(announcement->descriptors * sizeof(int)))
-        fail("the VMM announces no memory");
+        fail("the VMM does not announce memory as it should");
     memcpy(descriptors, CMSG_DATA(rights), announcement->descriptors * sizeof(int));
+    return true;
 }
 
 static void send_byte(int channel, char byte)
@@ -266,11 +270,13 @@ static void on_event(void *opaque, const struct kuf_event *event)
         atomic_fetch_add(&handler->lost, 1);
 }
 
+/* Returns NULL when the VMM has ended before there was anything to serve. */
 static struct kuf *serve(struct handler *handler)
 {
     struct announcement announcement;
     int descriptors[2] = { -1, -1 };
-    receive_announcement(handler->channel, &announcement, descriptors);
+    if (!receive_announcement(handler->channel, &announcement, descriptors))
+        return NULL;
     if (announcement.len != MEMORY)
         fail("the VMM announces memory of another size");
 
@@ -364,7 +370,7 @@ static void run(enum round round)
     int channels[2];
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, channels) < 0)
         fail("socketpair: %s", strerror(errno));
-    fflush(stdout);
+    fflush(stdout); /* or the child would have a copy of what is not written yet */
     pid_t vmm = fork();
     if (vmm < 0)
         fail("fork: %s", strerror(errno));
@@ -376,9 +382,9 @@ static void run(enum round round)
 
     struct handler handler = { .round = round, .channel = channels[0] };
     struct kuf *kuf = serve(&handler);
-    if (round == GONE)
+    if (kuf != NULL && round == GONE)
         end_of_dead_vmm(&handler, kuf);
-    else
+    else if (kuf != NULL)
         end_of_healthy_vmm(&handler, kuf);
     close(channels[0]);
 
@@ -387,6 +393,8 @@ static void run(enum round round)
         fail("%s: the VMM was killed", round_names[round]);
     if (WEXITSTATUS(status) != 0)
         _exit(WEXITSTATUS(status));
+    if (kuf == NULL)
+        fail("%s: the VMM announced no memory", round_names[round]);
 }
 
 int main(int argc, char **argv)
