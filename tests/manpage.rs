@@ -124,7 +124,7 @@ fn page(header: &str, example: &str) -> String {
         let line = header.lines().find_map(|l| l.strip_prefix("#define ")?.strip_prefix(name)?.strip_prefix(' '));
         line.unwrap_or_else(|| panic!("{name} is in the header")).to_owned()
     };
-    let version = ["KUF_VERSION_MAJOR", "KUF_VERSION_MINOR", "KUF_VERSION_PATCH"].map(|name| value(name)).join(".");
+    let version = ["KUF_VERSION_MAJOR", "KUF_VERSION_MINOR", "KUF_VERSION_PATCH"].map(value).join(".");
     let functions: Vec<&Item> = items.iter().filter(|item| item.is_function()).collect();
     let starting = |word: &str| items.iter().filter(|item| item.code[0].starts_with(word)).collect::<Vec<_>>();
 
