@@ -11,7 +11,7 @@
 //! | `memory` | memory slots, address translation, shared files and their second mapping |
 //! | `mechanism` | what differs between kernels, behind one trait: `userfaultfd` |
 //! | `uapi` | the kernel's constants and structs; no logic |
-//! | `probe`, `stats`, `error`, `sync` | what this host can do; counters; failures in words; std or loom |
+//! | `probe`, `stats`, `error`, `panics`, `sync` | what this host can do; counters; failures in words; panics kept inside; std or loom |
 //!
 //! `docs/architecture.md` follows one fault through them.
 
@@ -30,6 +30,8 @@ mod mechanism;
 mod memory;
 #[doc(hidden)]
 pub mod pages;
+#[cfg(not(loom))]
+mod panics;
 #[cfg(not(loom))]
 mod probe;
 #[cfg(not(loom))]

@@ -1,11 +1,11 @@
 //! What every call has around it: no panic gets out, every failure leaves its errno and its words.
 
 use std::ffi::c_int;
-use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use libc::ssize_t;
 
 use crate::error::{remember, Error, Result};
+use crate::panics::quietly;
 
 /// Runs a call that returns 0 or a small number.
 pub fn guard(body: impl FnOnce() -> Result<c_int>) -> c_int {
@@ -21,8 +21,9 @@ pub fn guard_count(body: impl FnOnce() -> Result<usize>) -> ssize_t {
 }
 
 fn run<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
-    let result = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| {
-        Err(Error::new(libc::ENOTRECOVERABLE, "the library failed inside (a bug): close the handle and report it"))
+    let result = quietly(body).unwrap_or_else(|what| {
+        let text = format!("the library failed inside (a bug: {what}): close the handle and report it");
+        Err(Error::new(libc::ENOTRECOVERABLE, text))
     });
     if let Err(error) = &result {
         remember(error);

@@ -134,11 +134,16 @@ impl Service {
 
     /// Takes every unsettled page from whoever is at it and poisons it. Late answers find nothing to fill.
     fn poison_rest(&self, slot: &Arc<Slot>) {
-        let (id, runs, waiters) = {
+        let (id, runs, waiters) = loop {
             let mut claims = slot.claims();
-            let shut = claims.shut(&slot.pages);
-            slot.wake_sleepers(&claims);
-            shut
+            // A page that is on its way through the kernel is present in a moment. In a dead service it may stay there.
+            if self.life.load(Ordering::Acquire) == DEAD || !claims.installing(&(0..slot.pages.total())) {
+                let shut = claims.shut(&slot.pages);
+                slot.wake_sleepers(&claims);
+                break shut;
+            }
+            drop(claims);
+            std::thread::yield_now();
         };
         drop(waiters);
         if slot.gone().is_some() {

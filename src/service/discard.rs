@@ -43,6 +43,7 @@ impl Service {
                 break claims.begin_discard(&slot.pages, pages.clone());
             }
             drop(claims);
+            self.check_open()?;
             std::thread::yield_now();
         };
         for (n, run) in runs.iter().enumerate() {

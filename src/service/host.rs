@@ -4,7 +4,6 @@
 use std::cell::Cell;
 use std::ffi::{c_void, CString};
 use std::ops::Range;
-use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -13,6 +12,7 @@ use crate::capi::types::*;
 use crate::claims::Id;
 use crate::error::{Error, Result};
 use crate::memory::{Opaque, Slot};
+use crate::panics::loudly;
 
 /// The host's side of a handle.
 pub struct Host {
@@ -93,9 +93,9 @@ pub fn filling_here(slot: &Arc<Slot>) -> Option<Id> {
 fn call<T>(inside: Inside, body: impl FnOnce() -> T) -> Option<T> {
     // Put back, not cleared: an event may be raised by kuf_resolve inside a fill callback.
     let before = INSIDE.replace(Some(inside));
-    let result = catch_unwind(AssertUnwindSafe(body));
+    let result = loudly(body);
     INSIDE.set(before);
-    result.ok()
+    result
 }
 
 impl Host {

@@ -15,6 +15,8 @@ mod install;
 mod populate;
 mod resolve;
 mod slots;
+#[cfg(test)]
+mod tests;
 mod threads;
 
 use std::os::fd::OwnedFd;
@@ -101,6 +103,11 @@ impl Service {
             config.host.log(KUF_LOG_INFO, || format!("userfaultfd {}", way.text()));
             Some(Arc::new(uffd))
         };
+        Self::open_with(config, own)
+    }
+
+    /// Starts a service over `own`.
+    fn open_with(config: Config, own: Option<Arc<dyn Mechanism>>) -> Result<Arc<Self>> {
         let service = Arc::new(Self {
             memory: Memory::default(),
             own,

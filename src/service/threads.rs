@@ -5,7 +5,6 @@
 //! and not two. All of them wait on one epoll instance; the kernel wakes one per edge.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
@@ -14,6 +13,7 @@ use rustix::io::Errno;
 
 use super::{eventfd, lock_threads, Service, Work, OPEN};
 use crate::error::{Error, Result};
+use crate::panics::quietly;
 use crate::sync::lock;
 
 /// Epoll data of the work eventfd; mechanisms have their ids, from 1.
@@ -110,10 +110,8 @@ impl Service {
     fn spawn(self: &Arc<Self>, name: String, body: impl FnOnce(&Arc<Self>) + Send + 'static) -> Result<()> {
         let service = self.clone();
         let guarded = move || {
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(&service))) {
-                let what = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
-                let what = what.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-                let _ = catch_unwind(AssertUnwindSafe(|| service.fail(&format!("a service thread panicked: {what}"))));
+            if let Err(what) = quietly(|| body(&service)) {
+                let _ = quietly(|| service.fail(&format!("a service thread panicked: {what}")));
             }
         };
         let thread = with_signals_blocked(|| std::thread::Builder::new().name(name).spawn(guarded))
