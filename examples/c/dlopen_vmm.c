@@ -204,7 +204,7 @@ int main(int argc, char **argv)
         fputs(usage, c == 'h' ? stdout : stderr);
         return c == 'h' ? EXIT_SUCCESS : EXIT_FAILURE;
     }
-    watchdog(WATCHDOG_S);
+    example_begin(WATCHDOG_S);
     if (optind < argc) {
         run_vmm(argv[optind]);
         return EXIT_SUCCESS;

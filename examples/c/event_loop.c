@@ -277,7 +277,7 @@ int main(int argc, char **argv)
         default: fputs(usage, stderr); return EXIT_FAILURE;
         }
     }
-    watchdog(WATCHDOG_S);
+    example_begin(WATCHDOG_S);
     if (queued)
         run("queued", 0);
     if (direct)

@@ -68,9 +68,11 @@ static inline void watchdog_fired(int signal)
     _exit(EXIT_FAILURE);
 }
 
-/* Ends this process with a failure after so many seconds: an unserved fault would otherwise wait for ever. */
-static inline void watchdog(unsigned seconds)
+/* The first call of a process. It ends with a failure after so many seconds: an unserved fault would wait for ever. */
+static inline void example_begin(unsigned seconds)
 {
+    if (sysconf(_SC_PAGESIZE) != PAGE)
+        skip("the examples are written for hosts with pages of %d bytes", PAGE);
     signal(SIGALRM, watchdog_fired);
     alarm(seconds);
 }

@@ -206,7 +206,7 @@ static void *touch_last_page(void *argument)
 static _Noreturn void vmm_main(int channel, enum round round)
 {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
-    watchdog(WATCHDOG_S);
+    example_begin(WATCHDOG_S);
     int file;
     uint8_t *memory = map_memory(round, &file);
     int uffd = open_userfaultfd();
@@ -404,7 +404,7 @@ int main(int argc, char **argv)
         fputs(usage, c == 'h' ? stdout : stderr);
         return c == 'h' ? EXIT_SUCCESS : EXIT_FAILURE;
     }
-    watchdog(WATCHDOG_S);
+    example_begin(WATCHDOG_S);
     bool ran = false;
     for (enum round round = ANONYMOUS; round < ROUNDS; round++) {
         if (optind < argc && strcmp(argv[optind], round_names[round]) != 0)

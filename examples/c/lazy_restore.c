@@ -792,7 +792,7 @@ static struct options parse(int argc, char **argv)
 int main(int argc, char **argv)
 {
     struct options options = parse(argc, argv);
-    watchdog(WATCHDOG_S);
+    example_begin(WATCHDOG_S);
 
     struct machine trial = { .kvm = -1, .vm = -1 };
     const char *why = options.thread ? NULL : kvm_open(&trial);

@@ -227,7 +227,7 @@ static bool serve_connection(struct source *source, uint64_t sum)
 static _Noreturn void source_main(int listener, unsigned cuts)
 {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
-    watchdog(WATCHDOG_S);
+    example_begin(WATCHDOG_S);
     struct source source = { .memory = map_memory(), .cuts = cuts };
     pthread_mutex_init(&source.lock, NULL);
     for (uint64_t page = 0; page < PAGES; page++)
@@ -527,7 +527,7 @@ int main(int argc, char **argv)
     }
     if (cuts > CUTS_MAX)
         fail("--cuts is at most %d", CUTS_MAX);
-    watchdog(WATCHDOG_S);
+    example_begin(WATCHDOG_S);
 
     struct destination destination = { .link = -1 };
     int listener = listen_anywhere(&destination);

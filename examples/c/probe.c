@@ -138,7 +138,7 @@ int main(int argc, char **argv)
         default: fputs(usage, stderr); return EXIT_FAILURE;
         }
     }
-    watchdog(10);
+    example_begin(10);
 
     const char *kvm;
     int vm = open_vm(&kvm);
