@@ -88,7 +88,12 @@ mkdir -p "$cache"
 find "$cache" -maxdepth 1 -type d -name 'build.*' -mmin +720 -exec rm -rf {} +
 log=$cache/kernel-$hash.log
 temp=$(mktemp -d "$cache/build.XXXXXX")
-trap 'rm -rf "$temp"' EXIT
+make_pid=
+cleanup() {
+	[ -z "$make_pid" ] || { kill "$make_pid"; wait "$make_pid"; } 2>/dev/null || :
+	rm -rf "$temp"
+}
+trap cleanup EXIT
 trap 'exit 130' INT TERM HUP
 
 fail() {
@@ -112,8 +117,13 @@ done
 # Whatever the environment of our caller has for his own builds is not ours.
 unset MAKEFLAGS MFLAGS MAKELEVEL CFLAGS LDFLAGS ARCH CROSS_COMPILE
 
+# In the background, for a shell does not heed a signal while it waits for what
+# is in the foreground, and a build takes minutes.
 run_make() {
-	nice -n 10 make -s -C "$src" "$@" >>"$log" 2>&1
+	nice -n 10 make -s -C "$src" "$@" >>"$log" 2>&1 &
+	make_pid=$!
+	wait "$make_pid" || return
+	make_pid=
 }
 
 run_make tinyconfig || fail "cannot configure"
@@ -134,8 +144,8 @@ if [ -s "$temp/missing" ]; then
 fi
 
 # The image is to depend on nothing but what the hash covers.
-KBUILD_BUILD_TIMESTAMP='@1' KBUILD_BUILD_USER=libkuf KBUILD_BUILD_HOST=libkuf \
-	run_make -j"$jobs" bzImage || fail "cannot build"
+run_make -j"$jobs" KBUILD_BUILD_TIMESTAMP=@1 KBUILD_BUILD_USER=libkuf \
+	KBUILD_BUILD_HOST=libkuf bzImage || fail "cannot build"
 
 # Only what is whole ever has the name that is looked for.
 mkdir "$temp/out"

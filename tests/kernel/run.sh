@@ -3,13 +3,16 @@
 #
 # Run programs on the patched kernel, in an emulated machine.
 #
-#   run.sh [-dnv] [-k IMAGE] [-L DIR]... [-f FILE]... [-l LIST] [-t SECONDS]
-#          [-T SECONDS] [-m MIB] [-o DIR] [PROGRAM | DIRECTORY]...
+#   run.sh [-dnv] [-a WORDS] [-s PATTERN] [-k IMAGE] [-L DIR]... [-f FILE]...
+#          [-l LIST] [-t SECONDS] [-T SECONDS] [-m MIB] [-o DIR]
+#          [PROGRAM | DIRECTORY]...
 #
 #   -d          the debug variant of the kernel (lockdep and the like)
 #   -n          not the kernel's selftests, only what is given
 #   -s PATTERN  only the selftests whose name matches the shell pattern
 #   -v          show the console
+#   -a WORDS    add this to the kernel's command line, e.g. kvm_amd.npt=0 for
+#               shadow paging
 #   -k IMAGE    this kernel, instead of the one that build.sh makes
 #   -L DIR      look here for shared libraries first (more than one: -L again)
 #   -f FILE     pack this file too, as /tests/NAME
@@ -30,6 +33,7 @@
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+append=
 debug=
 selftests='*'
 verbose=
@@ -49,8 +53,9 @@ usage() {
 	exit 2
 }
 
-while getopts dns:vk:L:f:l:t:T:m:o:h opt; do
+while getopts a:dns:vk:L:f:l:t:T:m:o:h opt; do
 	case $opt in
+	a) append=$OPTARG ;;
 	d) debug=-d ;;
 	n) selftests= ;;
 	s) selftests=$OPTARG ;;
@@ -213,6 +218,7 @@ if [ -n "$debug" ]; then
 	cmdline="$cmdline sysctl.kernel.hung_task_timeout_secs=60
 		watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60"
 fi
+cmdline="$cmdline $append"
 
 console=$work/console.log
 results=$work/results.log

@@ -111,14 +111,33 @@ static void first_touch(void)
 	CHECK("all this without the eventfd", vm.event < 0);
 }
 
+static bool cpu_has(const char *flag)
+{
+	FILE *f = fopen("/proc/cpuinfo", "r");
+	char line[4096], word[32];
+	bool found = false;
+
+	snprintf(word, sizeof(word), " %s ", flag);
+	while (f && fgets(line, sizeof(line), f)) {
+		if (strncmp(line, "flags", 5))
+			continue;
+		line[strcspn(line, "\n")] = ' ';
+		found = strstr(line, word);
+		break;
+	}
+	if (f)
+		fclose(f);
+	return found;
+}
+
 static void refused(void)
 {
 	struct kvm_userspace_memory_region v1 = {
 		.slot = TEST_SLOT, .flags = UF_MEM_USERFAULT, .guest_phys_addr = TEST_GPA,
 		.memory_size = SIZE, .userspace_addr = (uintptr_t)vm.mem,
 	};
-	uint64_t last = 0x00007ffffffff000UL;
-	/* access_ok() is about where userspace ends, which is not exactly there */
+	/* Where userspace can end at most: the bitmap may reach up to there. */
+	uint64_t end = (cpu_has("la57") ? 1UL << 56 : 1UL << 47) - PAGE;
 	uint64_t beyond = 0x8000000000000000UL;
 
 	doing("refused", 30);
@@ -135,7 +154,16 @@ static void refused(void)
 	CHECK_ERRNO("bitmap that wraps around",
 		    set_slot(&vm, TEST_SLOT, UF_MEM_USERFAULT, TEST_GPA, SIZE, vm.mem,
 			     (void *)-8UL), EINVAL);
-	(void)last;
+	if (cpu_has("lam"))
+		skip("bitmap that ends a word too late", "address bits are ignored");
+	else
+		CHECK_ERRNO("bitmap that ends a word too late",
+			    set_slot(&vm, TEST_SLOT, UF_MEM_USERFAULT, TEST_GPA, SIZE,
+				     vm.mem, (void *)(end - (WORDS - 1) * 8)), EINVAL);
+	CHECK_ERRNO("bitmap that just ends in time",
+		    set_slot(&vm, TEST_SLOT, UF_MEM_USERFAULT, TEST_GPA, SIZE, vm.mem,
+			     (void *)(end - WORDS * 8)), 0);
+	CHECK_ERRNO("off again", toggle(0), 0);
 	set_guest(&vm, 0, guest_read, TEST_GPA, 0, 0);
 	CHECK("slot is as it was", halts(&vm, 0));
 	CHECK_ERRNO("garbage in the field without the flag",

@@ -640,6 +640,12 @@ static UNUSED uint64_t pattern64(uint64_t gpa)
 	return v;
 }
 
+/* Nested paging; the capability that shares our number says whether. */
+static UNUSED bool has_tdp(struct vm *vm)
+{
+	return ioctl(vm->kvm, KVM_CHECK_EXTENSION, UF_CAP_USERFAULT) > 0;
+}
+
 /* ---- statistics of the VM, e.g. pages_2m ---- */
 
 static UNUSED int64_t vm_stat(struct vm *vm, const char *name)

@@ -104,6 +104,10 @@ static void prefault(void)
 	struct uf_pre_fault_memory p = { .gpa = TEST_GPA, .size = 4 * PAGE };
 
 	doing("prefault", 20);
+	if (!has_tdp(&vm)) {
+		skip("KVM_PRE_FAULT_MEMORY", "shadow paging");
+		return;
+	}
 	unmark(&vm, TEST_GPA, vm.size);
 	mark(&vm, TEST_GPA + 2 * PAGE, PAGE);
 	CHECK_ERRNO("KVM_PRE_FAULT_MEMORY up to a marked page",
