@@ -54,8 +54,9 @@ $(BUILD)/$(SO): $(BUILD)/libkuf.a src/capi/libkuf.map Makefile
 	    -Wl,--as-needed -lgcc_s -lutil -lrt -lpthread -lm -ldl -lc $(LDFLAGS)
 	$(OBJCOPY) --strip-unneeded --add-gnu-debuglink=$@.debug $@.debug $@
 
-header: ## write include/kuf.h anew from the Rust source
+header: ## write include/kuf.h anew from the Rust source, and man/kuf.3 from it
 	KUF_BLESS=1 $(CARGO) test --test header
+	KUF_BLESS=1 $(CARGO) test --test manpage
 
 install: install-files ## install under PREFIX (LIBDIR, INCLUDEDIR, MANDIR, DESTDIR as usual)
 	@echo "installed in $(DESTDIR)$(LIBDIR); run ldconfig if the system's linker looks there"
@@ -72,7 +73,7 @@ install-files: build
 	    -e 's|@INCLUDEDIR@|$(patsubst $(PREFIX)/%,$${prefix}/%,$(INCLUDEDIR))|' \
 	    pkgconfig/kuf.pc.in >$(DESTDIR)$(LIBDIR)/pkgconfig/kuf.pc
 	chmod 644 $(DESTDIR)$(LIBDIR)/pkgconfig/kuf.pc
-	$(if $(wildcard man/kuf.3),$(INSTALL) -m 644 man/kuf.3 $(DESTDIR)$(MANDIR)/man3/kuf.3)
+	$(INSTALL) -m 644 man/kuf.3 $(DESTDIR)$(MANDIR)/man3/kuf.3
 
 uninstall: ## remove what install has put there (same variables)
 	rm -f $(addprefix $(DESTDIR)$(LIBDIR)/,$(SO) $(SONAME) libkuf.so libkuf.a pkgconfig/kuf.pc) \
@@ -80,7 +81,7 @@ uninstall: ## remove what install has put there (same variables)
 
 stage: $(BUILD)/stage.stamp ## install into build/stage, for examples and tests
 
-$(BUILD)/stage.stamp: $(BUILD)/$(SO) include/kuf.h pkgconfig/kuf.pc.in $(wildcard man/kuf.3)
+$(BUILD)/stage.stamp: $(BUILD)/$(SO) include/kuf.h pkgconfig/kuf.pc.in man/kuf.3
 	@tests/check/need.sh pkg-config=pkg-config
 	@rm -rf $(STAGE)
 	@$(MAKE) --no-print-directory -s install-files PREFIX=$(STAGE) LIBDIR=$(STAGE)/lib \

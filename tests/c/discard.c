@@ -37,8 +37,7 @@ static void go(bool shared)
     ok(holds_content(ram, BASE, 8 * page, 1), "%s: filled", kind);
     atomic_store(&source.generation, 2);
     is(kuf_discard(kuf, BASE + 2 * page, 3 * page, 0), 0, "%s: three pages are dropped", kind);
-    struct kuf_progress progress = progress_of(kuf, BASE);
-    is(progress.present, 5 * page, "%s: they are no longer present", kind);
+    comes_to(progress_of(kuf, BASE).present, 5 * page, "%s: they are no longer present", kind);
     ok(holds_content(ram + 2 * page, BASE + 2 * page, 3 * page, 2), "%s: they refill from the source", kind);
     ok(holds_content(ram, BASE, 2 * page, 1) && holds_content(ram + 5 * page, BASE + 5 * page, 3 * page, 1),
        "%s: their neighbours stay", kind);
@@ -58,8 +57,7 @@ static void go(bool shared)
     atomic_store(&source.bad_answer, -EIO);
     atomic_store(&source.bad_gpa, BASE + 10 * page);
     is(touch(ram + 10 * page), poison_signal(), "%s: a page that cannot be filled is poisoned", kind);
-    settle(kuf);
-    is(progress_of(kuf, BASE).poisoned, page, "%s: and counted", kind);
+    comes_to(progress_of(kuf, BASE).poisoned, page, "%s: and counted", kind);
     atomic_store(&source.bad_gpa, NO_GPA);
     is(kuf_discard(kuf, BASE + 10 * page, page, 0), 0, "%s: it is dropped", kind);
     is(progress_of(kuf, BASE).poisoned, 0, "%s: and no longer poisoned", kind);

@@ -54,7 +54,7 @@ int main(void)
     ok(holds_content(ram, BASE, 8 * page, 1), "eight pages are read");
     write_a_page(ram + 8 * page);
     write_a_page(ram + 9 * page);
-    wait_until(stats_of(kuf).blocked.count == 10);
+    comes_to(stats_of(kuf).blocked.count, 10, "ten waits are over");
     stats = stats_of(kuf);
     is(stats.faults, 10, "ten faults");
     is(stats.faults_write, 2, "two of them writes");
@@ -70,11 +70,10 @@ int main(void)
 
     atomic_store(&source.answer, KUF_ZERO);
     ok(holds_zeroes(ram + 10 * page, 2 * page), "two pages of zeroes");
-    settle(kuf);
-    is(stats_of(kuf).bytes_zeroed, 2 * page, "are counted");
+    comes_to(stats_of(kuf).bytes_zeroed, 2 * page, "are counted");
     atomic_store(&source.answer, -EIO);
     is(touch(ram + 12 * page), poison_signal(), "a page that cannot be filled");
-    wait_until(stats_of(kuf).bytes_poisoned == page);
+    comes_to(stats_of(kuf).bytes_poisoned, page, "is poisoned");
     is(stats_of(kuf).fills_failed, 1, "is counted");
     atomic_store(&source.answer, 0);
 
@@ -96,10 +95,8 @@ int main(void)
     atomic_store(&source.hold, false);
     pthread_join(one, NULL);
     pthread_join(two, NULL);
-    settle(kuf);
-    stats = stats_of(kuf);
-    is(stats.faults_joined, 1, "the second thread joined the first");
-    is(stats.faults_late, 0, "and nobody came late");
+    comes_to(stats_of(kuf).faults_joined, 1, "the second thread joined the first");
+    is(stats_of(kuf).faults_late, 0, "and nobody came late");
 
     struct kuf_populate rest = {.size = sizeof(rest), .gpa = BASE + 40 * page, .len = 20 * page};
     is(kuf_populate(kuf, &rest), 0, "twenty pages behind demand");
@@ -142,7 +139,7 @@ int main(void)
     kuf = open_with((struct kuf_options){.fill = source_fill, .opaque = &source, .demand_run = page});
     add_shared(kuf, BASE, shared, PAGES * page, fd, 0);
     ok(holds_content(shared, BASE, 8 * page, 1), "shared memory: eight pages are read");
-    settle(kuf);
+    comes_to(stats_of(kuf).blocked.count, 8, "shared memory: eight waits are over");
     stats = stats_of(kuf);
     is(stats.faults, 8, "shared memory: eight faults");
     is(stats.bytes_in_place, 8 * page, "shared memory: in place");

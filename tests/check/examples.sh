@@ -14,8 +14,5 @@ try "build" "$MAKE" -s examples WERROR=-Werror || finish
 for file in examples/c/*.c; do
     name=$(basename "$file" .c)
     program "$name" env LD_LIBRARY_PATH="$PWD/build/stage/lib" "build/examples/$name"
-    case $name in
-    dlopen_*) program "$name without the library" env -u LD_LIBRARY_PATH "build/examples/$name" ;;
-    esac
 done
 finish

@@ -14,6 +14,7 @@ soname=libkuf.so.${version%%.*}
 served="the first touch of page 3 reads 'k'"
 
 cat >"$work/by_hand.c" <<'END'
+#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <kuf.h>
 #include <stdio.h>
@@ -40,7 +41,7 @@ says() { # EXPECTED COMMAND...
 }
 
 compiles() { # LANGUAGE-OPTIONS... (words of pkg-config among them)
-    cc -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Werror "$@"
+    cc -std=c11 -Wall -Wextra -Wpedantic -Werror "$@"
 }
 
 # Under a prefix of its own, and LIBDIR as distributions set it.
