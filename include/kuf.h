@@ -17,14 +17,14 @@
  *
  * Words: a memory slot is a guest physical range (gpa) with the host mapping (hva) behind it. Its granule is the page
  * size of that mapping, the unit of everything here. A page is absent, being filled, present, or removed (the guest gave
- * it back: it reads as zero). To resolve a page is to make it present and wake whoever waits for it. A demand fault has somebody
- * waiting; populate fills with nobody waiting. A poisoned page raises SIGBUS when touched.
+ * it back: it reads as zero). To resolve a page is to make it present and wake whoever waits for it. A demand fault has
+ * somebody waiting; populate fills with nobody waiting. A poisoned page raises SIGBUS when touched.
  *
  * Rules that always hold:
  *   - The guest never sees bytes that are not its own: a page that could not be filled stays closed or is poisoned.
  *   - Calls return 0 or a count, else -errno, and kuf_error() says in words what to do. errno itself is not used.
  *   - A call that fails for its arguments has changed nothing.
- *   - Each struct that the caller passes starts with its size. Set the rest to zero for defaults: memset, or { .size = sizeof(x) }.
+ *   - Each struct that the caller passes starts with its size. The rest is zero for defaults: { .size = sizeof(x) }.
  *   - The library starts threads named kuf-*, which block all signals and end with kuf_close. It never exits, aborts,
  *     prints, or installs signal handlers, and stays loaded after dlclose.
  *   - gpa, hva and lengths are in bytes. Times are in nanoseconds unless the name says otherwise.
@@ -152,7 +152,10 @@
 /* Somebody waits for this page now; not set for pages that only kuf_populate asked for. */
 #define KUF_FAULT_DEMAND (1 << 2)
 
-/* The fault is a forked child's (KUF_OPEN_FOLLOW_FORK). Resolve it like any other: kuf_resolve serves parent and child. */
+/*
+ * The fault is a forked child's (KUF_OPEN_FOLLOW_FORK). Resolve it like any other: kuf_resolve serves parent and
+ * child.
+ */
 #define KUF_FAULT_FORKED (1 << 3)
 
 /* kuf_resolve: src is NULL and the range is zero. */
@@ -328,10 +331,11 @@ struct kuf_fill {
  *
  * Called on a service thread ("kuf-serve-N", "kuf-populate"), or on the host thread that is inside kuf_ensure,
  * kuf_vcpu_fault, kuf_close or kuf_remove_memory with KUF_CLOSE_POPULATE; by several threads at once for different
- * runs. No lock is held. It may block and take its time: other pages are served while a fill thread is free. It may call
- * kuf_resolve (also for its own run, then return KUF_DEFERRED), kuf_discard, kuf_pending, kuf_populate, kuf_progress,
- * kuf_stats, kuf_error and kuf_version; everything else returns -EDEADLK. It must not touch unresolved guest memory
- * (it would wait for itself). A Rust panic is caught and counts as -ENOTRECOVERABLE; a C++ exception or longjmp must not leave it.
+ * runs. No lock is held. It may block and take its time: other pages are served while a fill thread is free. It may
+ * call kuf_resolve (also for its own run, then return KUF_DEFERRED), kuf_discard, kuf_pending, kuf_populate,
+ * kuf_progress, kuf_stats, kuf_error and kuf_version; everything else returns -EDEADLK. It must not touch unresolved
+ * guest memory (it would wait for itself). A Rust panic is caught and counts as -ENOTRECOVERABLE; a C++ exception or
+ * longjmp must not leave it.
  */
 typedef int (*kuf_fill_fn)(void *opaque, struct kuf_fill *fill);
 
@@ -366,8 +370,9 @@ typedef void (*kuf_event_fn)(void *opaque, const struct kuf_event *event);
 typedef void (*kuf_log_fn)(void *opaque, uint32_t level, const char *text);
 
 /*
- * Called exactly once, when the library will never again use opaque or call any callback: before a kuf_close that waits
- * returns, or on a service thread after KUF_CLOSE_NOWAIT. Not called when kuf_open fails. Must not call the library.
+ * Called exactly once, when the library will never again use opaque or call any callback: before a kuf_close that
+ * waits returns, or on a service thread after KUF_CLOSE_NOWAIT. Not called when kuf_open fails. Must not call the
+ * library.
  */
 typedef void (*kuf_release_fn)(void *opaque);
 
@@ -433,8 +438,8 @@ struct kuf_memory {
      */
     uint64_t hva;
     /*
-     * Page size of the mapping in bytes: 0 to have it found out (not with KUF_MEMORY_REMOTE without KUF_MEMORY_FD, where
-     * 0 means the host's page size).
+     * Page size of the mapping in bytes: 0 to have it found out (not with KUF_MEMORY_REMOTE without KUF_MEMORY_FD,
+     * where 0 means the host's page size).
      */
     uint64_t granule;
     /* The shared file with KUF_MEMORY_FD (duplicated), else 0. */
@@ -488,7 +493,10 @@ struct kuf_populate {
     uint64_t rate;
 };
 
-/* How far a range is. Filled by kuf_progress. All in bytes; present + removed + absent + filling + deferred + poisoned = total. */
+/*
+ * How far a range is. Filled by kuf_progress. All in bytes; present + removed + absent + filling + deferred + poisoned
+ * = total.
+ */
 struct kuf_progress {
     /* sizeof(struct kuf_progress), set by the caller. Fields the library does not know are zeroed. */
     uint32_t size;
@@ -623,8 +631,8 @@ const char *kuf_error(void);
 /*
  * Whether a feature (KUF_FEATURE_*) works in this process on this kernel.
  *
- * Returns 1 or 0; -EINVAL for a feature this version does not know. Opens a userfaultfd for a moment at the first call.
- * Any thread.
+ * Returns 1 or 0; -EINVAL for a feature this version does not know. Opens a userfaultfd for a moment at the first
+ * call. Any thread.
  */
 int kuf_has_feature(uint32_t feature);
 
@@ -645,12 +653,12 @@ int kuf_probe(int vm_fd, struct kuf_probe *out);
  * Opens a fault service: duplicates the VM descriptor if one is given, opens the mechanism and starts the service
  * threads. Memory is added afterwards with kuf_add_memory.
  *
- * With options->fill the handle is *serviced*: service threads read faults, call it and place the pages. Without, it is
- * *caller-driven*: the host reads faults with kuf_read and answers with kuf_resolve. kuf_resolve works on both.
+ * With options->fill the handle is *serviced*: service threads read faults, call it and place the pages. Without, it
+ * is *caller-driven*: the host reads faults with kuf_read and answers with kuf_resolve. kuf_resolve works on both.
  *
  * Returns 0 and sets *out; on failure *out is NULL. Any thread.
- * -EINVAL: options or out is NULL, size is below that of the first version, an unknown flag or mechanism, a field out of
- *   its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback.
+ * -EINVAL: options or out is NULL, size is below that of the first version, an unknown flag or mechanism, a field out
+ *   of its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback.
  * -E2BIG: options has non-zero bytes that this version does not know.
  * -EBADF: vm_fd is not an open descriptor.
  * -ENOTSUP: the mechanism asked for by name does not work here.
@@ -662,18 +670,19 @@ int kuf_probe(int vm_fd, struct kuf_probe *out);
 int kuf_open(const struct kuf_options *options, struct kuf **out);
 
 /*
- * Ends a service and sets *kuf to NULL. No page that was not filled is ever released onto zeroes: with unresolved pages
- * the call is refused, or does what flags say.
+ * Ends a service and sets *kuf to NULL. No page that was not filled is ever released onto zeroes: with unresolved
+ * pages the call is refused, or does what flags say.
  *
  * flags: KUF_CLOSE_*.
  *
  * Once it has begun every other call on the handle fails with -EBADF, and those that wait in kuf_poll, kuf_ensure or
- * kuf_vcpu_fault return -ECANCELED. It then waits for fill callbacks that are running, unless KUF_CLOSE_NOWAIT is given;
- * pages are poisoned before that wait. A handle whose service died (KUF_EVENT_FATAL) is always closed, and poisons.
+ * kuf_vcpu_fault return -ECANCELED. It then waits for fill callbacks that are running, unless KUF_CLOSE_NOWAIT is
+ * given; pages are poisoned before that wait. A handle whose service died (KUF_EVENT_FATAL) is always closed, and
+ * poisons.
  *
  * Returns 0. Any thread.
- * -EINVAL: kuf or *kuf is NULL, an unknown flag, KUF_CLOSE_HANDOVER with other flags or with a slot whose userfaultfd is
- *   the library's own. -EBADF: closed already, or being closed.
+ * -EINVAL: kuf or *kuf is NULL, an unknown flag, KUF_CLOSE_HANDOVER with other flags or with a slot whose userfaultfd
+ *   is the library's own. -EBADF: closed already, or being closed.
  * -EBUSY: unresolved pages, and no flag says what to do; the handle goes on as before.
  * -EIO: KUF_CLOSE_POPULATE could not fill everything; the handle goes on as before.
  * -ENOTSUP: KUF_CLOSE_POPULATE without a fill callback.
@@ -688,24 +697,24 @@ int kuf_close(struct kuf **kuf, uint32_t flags);
  * memory: memory->size set by the caller; the descriptors in it stay the host's.
  *
  * Returns 0. Any thread but not from a callback (-EDEADLK).
- * -EINVAL: kuf or memory is NULL, size below that of the first version, an unknown flag; gpa, len, hva or fd_offset is 0 where
- *   it may not be, is not a multiple of the granule or overflows; the granule is not the mapping's page size; fd or uffd
- *   given without its flag; KUF_MEMORY_REMOTE without KUF_MEMORY_UFFD; a kind of mapping userfaultfd cannot serve.
+ * -EINVAL: kuf or memory is NULL, size below that of the first version, an unknown flag; gpa, len, hva or fd_offset is
+ *   0 where it may not be, is not a multiple of the granule or overflows; the granule is not the mapping's page size;
+ *   fd or uffd given without its flag; KUF_MEMORY_REMOTE without KUF_MEMORY_UFFD; a kind of mapping userfaultfd cannot
+ *   serve.
  * -E2BIG: memory has non-zero bytes that this version does not know.
  * -EEXIST: gpa..gpa+len overlaps a slot, or hva..hva+len one with the same userfaultfd.
  * -EFAULT: part of hva..hva+len is not mapped.
- * -EBADF: fd or uffd is not an open descriptor. -EBADFD: fd is not a shared memory file, is not the one mapped at hva, or
- *   uffd is not a userfaultfd.
+ * -EBADF: fd or uffd is not an open descriptor. -EBADFD: fd is not a shared memory file, is not the one mapped at hva,
+ *   or uffd is not a userfaultfd.
  * -EBUSY: another userfaultfd has the range. -ESRCH: the remote process is gone.
  * -ENOTSUP: the kernel cannot serve this kind of memory. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
  * Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file).
  */
-int kuf_add_memory(struct kuf *kuf,
-                   const struct kuf_memory *memory);
+int kuf_add_memory(struct kuf *kuf, const struct kuf_memory *memory);
 
 /*
- * Takes the slot that starts at gpa off the service; its memory stays mapped and is the host's alone: unregistered, huge
- * pages possible again, no cost left.
+ * Takes the slot that starts at gpa off the service; its memory stays mapped and is the host's alone: unregistered,
+ * huge pages possible again, no cost left.
  *
  * flags: 0, KUF_CLOSE_POISON, KUF_CLOSE_POPULATE or both.
  *
@@ -740,8 +749,9 @@ int kuf_fd(struct kuf *kuf);
 int kuf_poll(struct kuf *kuf, int timeout_ms);
 
 /*
- * Takes up to n faults, oldest first, without waiting. From then on the host owes each of them a kuf_resolve; kuf_pending lists
- * those still owed. A page is given once however many threads wait for it, and never when it is present.
+ * Takes up to n faults, oldest first, without waiting. From then on the host owes each of them a kuf_resolve;
+ * kuf_pending lists those still owed. A page is given once however many threads wait for it, and never when it is
+ * present.
  *
  * faults: room for n entries. n: 1 or more.
  *
@@ -749,117 +759,110 @@ int kuf_poll(struct kuf *kuf, int timeout_ms);
  * -EAGAIN: none now. -EINVAL: kuf or faults is NULL, n is 0. -ENOTSUP: the handle has a fill callback.
  * -EIO: the service is dead.
  */
-ssize_t kuf_read(struct kuf *kuf,
-                 struct kuf_fault *faults,
-                 size_t n);
+ssize_t kuf_read(struct kuf *kuf, struct kuf_fault *faults, size_t n);
 
 /*
- * Makes gpa..gpa+len present and wakes whoever waits for it: with data from src, or as flags say. Asked for or not, from
- * any thread, in any order, in any pieces, twice: pages that are present keep their bytes, and pages that the guest
- * has given back stay given back.
+ * Makes gpa..gpa+len present and wakes whoever waits for it: with data from src, or as flags say. Asked for or not,
+ * from any thread, in any order, in any pieces, twice: pages that are present keep their bytes, and pages that the
+ * guest has given back stay given back.
  *
  * gpa, len: multiples of the granule, len not 0, within one slot.
- * src: len readable bytes, any alignment, not unresolved guest memory; NULL with KUF_RESOLVE_ZERO, _IN_PLACE or _POISON. Not kept.
+ * src: len readable bytes, any alignment, not unresolved guest memory; NULL with KUF_RESOLVE_ZERO, _IN_PLACE or
+ * _POISON. Not kept.
  * flags: 0 or one KUF_RESOLVE_*.
  *
  * Never waits for host code: a page whose fill callback is running at this moment in place takes the bytes when the
  * callback returns KUF_DEFERRED or fails.
  *
- * Returns the bytes that this call made present (or poisoned); bytes that were present, given back, or are being made present by another
- * thread do not count. Any thread, also from callbacks.
- * -EINVAL: kuf is NULL, src is NULL or not as flags say, an unknown flag or two of them, misaligned, len is 0, overflow;
- *   KUF_RESOLVE_IN_PLACE on a slot that is not filled in place. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
- * -EFAULT: src is not readable over len bytes; what could be read up to there may be present (the call can be repeated).
- * -ENOMEM: the kernel has no memory for the pages. -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
+ * Returns the bytes that this call made present (or poisoned); bytes that were present, given back, or are being made
+ * present by another thread do not count. Any thread, also from callbacks.
+ * -EINVAL: kuf is NULL, src is NULL or not as flags say, an unknown flag or two of them, misaligned, len is 0,
+ *   overflow; KUF_RESOLVE_IN_PLACE on a slot that is not filled in place. -ENOENT: gpa is in no slot. -ERANGE: the
+ *   range leaves its slot.
+ * -EFAULT: src is not readable over len bytes; what could be read up to there may be present (the call can be
+ *   repeated).
+ * -ENOMEM: the kernel has no memory for the pages. -ESRCH: the process behind the slot is gone. -EIO: the service is
+ *   dead.
  * Kernel: UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE.
  */
-ssize_t kuf_resolve(struct kuf *kuf,
-                    uint64_t gpa,
-                    const void *src,
-                    size_t len,
-                    uint32_t flags);
+ssize_t kuf_resolve(struct kuf *kuf, uint64_t gpa, const void *src, size_t len, uint32_t flags);
 
 /*
- * For the KVM_RUN loop: serves the fault behind a KVM_EXIT_MEMORY_FAULT on the calling vCPU thread, with no hand-off. The page is filled
- * here, or waited for when another thread is filling it. With userfaultfd such exits do not occur, and the call is a
- * legal kuf_ensure over the granules that gpa..gpa+len touches.
+ * For the KVM_RUN loop: serves the fault behind a KVM_EXIT_MEMORY_FAULT on the calling vCPU thread, with no hand-off.
+ * The page is filled here, or waited for when another thread is filling it. With userfaultfd such exits do not occur,
+ * and the call is a legal kuf_ensure over the granules that gpa..gpa+len touches.
  *
  * gpa, len: kvm_run->memory_fault.gpa and .size, of any alignment. exit_flags: kvm_run->memory_fault.flags.
  *
  * Returns 0: run the vCPU again. Any thread but not from a callback (-EDEADLK); calls the fill callback.
- * -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot: not a fault of the library's; handle it as without it.
- * -ERANGE: the range leaves its slot. -EHWPOISON: the page could not be filled: inject a machine check or stop the guest.
+ * -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot: not a fault of the library's; handle it as
+ *   without it.
+ * -ERANGE: the range leaves its slot. -EHWPOISON: the page could not be filled: inject a machine check or stop the
+ *   guest.
  * -ECANCELED: kuf_close has begun. -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
  * Kernel: KVM_EXIT_MEMORY_FAULT (KVM API, 5).
  */
-int kuf_vcpu_fault(struct kuf *kuf,
-                   uint64_t gpa,
-                   uint64_t len,
-                   uint64_t exit_flags);
+int kuf_vcpu_fault(struct kuf *kuf, uint64_t gpa, uint64_t len, uint64_t exit_flags);
 
 /*
- * Returns when gpa..gpa+len is present, filling it at demand priority: for host threads that touch guest memory where the
- * mechanism does not catch them, or that must not be stopped by a fault later (device models, vhost set-up, gdb stubs).
+ * Returns when gpa..gpa+len is present, filling it at demand priority: for host threads that touch guest memory where
+ * the mechanism does not catch them, or that must not be stopped by a fault later (device models, vhost set-up, gdb
+ * stubs).
  *
- * gpa, len: of any alignment, within one slot; len not 0. timeout_ms: milliseconds at most, -1 for ever, 0 does not wait
- * for others but still fills what nobody has begun.
+ * gpa, len: of any alignment, within one slot; len not 0. timeout_ms: milliseconds at most, -1 for ever, 0 does not
+ * wait for others but still fills what nobody has begun.
  *
- * Returns 0: present or given back by the guest. Any thread but not from a callback (-EDEADLK); calls the fill callback
- * on the calling thread, so hold no lock that it takes.
- * -EINVAL: kuf is NULL, len is 0, overflow, timeout_ms below -1. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
+ * Returns 0: present or given back by the guest. Any thread but not from a callback (-EDEADLK); calls the fill
+ * callback on the calling thread, so hold no lock that it takes.
+ * -EINVAL: kuf is NULL, len is 0, overflow, timeout_ms below -1. -ENOENT: gpa is in no slot. -ERANGE: the range leaves
+ *   its slot.
  * -ETIMEDOUT: not in time. -EHWPOISON: part of the range could not be filled. -ECANCELED: kuf_close has begun.
  * -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
  */
-int kuf_ensure(struct kuf *kuf,
-               uint64_t gpa,
-               uint64_t len,
-               int timeout_ms);
+int kuf_ensure(struct kuf *kuf, uint64_t gpa, uint64_t len, int timeout_ms);
 
 /*
- * Fills a range in the background, behind all demand, in address order, at no more than a given rate. Requests queue up. KUF_EVENT_POPULATED
- * ends each one; a fill that fails ends it early and poisons nothing, for nobody has touched those pages.
+ * Fills a range in the background, behind all demand, in address order, at no more than a given rate. Requests queue
+ * up. KUF_EVENT_POPULATED ends each one; a fill that fails ends it early and poisons nothing, for nobody has touched
+ * those pages.
  *
  * request: request->size set by the caller.
  *
  * Returns 0: queued (or stopped, with KUF_POPULATE_STOP). Any thread, also from callbacks.
- * -EINVAL: kuf or request is NULL, size below that of the first version, an unknown flag, gpa or len not a multiple of the host's page size, len is 0
- *   (or not 0 with KUF_ALL), overflow. -E2BIG: request has non-zero bytes that this version does not know.
+ * -EINVAL: kuf or request is NULL, size below that of the first version, an unknown flag, gpa or len not a multiple of
+ *   the host's page size, len is 0 (or not 0 with KUF_ALL), overflow. -E2BIG: request has non-zero bytes that this
+ *   version does not know.
  * -ENOENT: no slot in the range. -ENOTSUP: the handle has no fill callback. -EIO: the service is dead.
  */
-int kuf_populate(struct kuf *kuf,
-                 const struct kuf_populate *request);
+int kuf_populate(struct kuf *kuf, const struct kuf_populate *request);
 
 /*
  * Drops the pages of gpa..gpa+len and arms them again: the next touch refills them from the source or, with
- * KUF_DISCARD_REMOVED, with zeroes. Poisoned pages become ordinary absent ones. A fill of such a page that is running is
- * not used: it is asked for again. The host sees to it that the guest does not use the range meanwhile; what it writes
- * during the call may be lost.
+ * KUF_DISCARD_REMOVED, with zeroes. Poisoned pages become ordinary absent ones. A fill of such a page that is running
+ * is not used: it is asked for again. The host sees to it that the guest does not use the range meanwhile; what it
+ * writes during the call may be lost.
  *
  * gpa, len: multiples of the granule, len not 0, within one slot. flags: 0 or KUF_DISCARD_REMOVED.
  *
  * Returns 0. Any thread, also from callbacks.
- * -EINVAL: kuf is NULL, an unknown flag, misaligned, len is 0, overflow. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
+ * -EINVAL: kuf is NULL, an unknown flag, misaligned, len is 0, overflow. -ENOENT: gpa is in no slot. -ERANGE: the
+ *   range leaves its slot.
  * -ENOTSUP: memory of another process that is not filled in place: only that process can drop it.
  * -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
  * Kernel: madvise(MADV_DONTNEED), fallocate(FALLOC_FL_PUNCH_HOLE) for shared files.
  */
-int kuf_discard(struct kuf *kuf,
-                uint64_t gpa,
-                uint64_t len,
-                uint32_t flags);
+int kuf_discard(struct kuf *kuf, uint64_t gpa, uint64_t len, uint32_t flags);
 
 /*
- * Lists what the host has been asked for and has not resolved: deferred runs and faults taken with kuf_read (or waiting to be). To be
- * asked for again from a source that has come back after its connection was lost.
+ * Lists what the host has been asked for and has not resolved: deferred runs and faults taken with kuf_read (or
+ * waiting to be). To be asked for again from a source that has come back after its connection was lost.
  *
  * faults: room for n entries, in order of gpa; may be NULL when n is 0.
  *
  * Returns the number of runs pending, which may be more than n. Any thread, also from callbacks.
  * -EINVAL: kuf is NULL, faults is NULL and n is not 0.
  */
-ssize_t kuf_pending(struct kuf *kuf,
-                    struct kuf_fault *faults,
-                    size_t n);
+ssize_t kuf_pending(struct kuf *kuf, struct kuf_fault *faults, size_t n);
 
 /*
  * How far the slot that holds gpa is, or all slots with KUF_ALL.

@@ -1,14 +1,14 @@
 //! Who owns each page that is being filled.
 //!
-//! A page in [`State::Filling`] belongs to exactly one claim here, and only the claim's owner may put bytes in its place.
-//! The table lives under the slot's mutex; states are changed together with it, and read without it. A claim has an
-//! identity, so that an owner that comes back late (a callback that took its time, say) learns which pages are still
+//! A page in [`State::Filling`] belongs to exactly one claim here, and only the claim's owner may put bytes in its
+//! place. The table lives under the slot's mutex; states are changed together with it, and read without it. A claim has
+//! an identity, so that an owner that comes back late (a callback that took its time, say) learns which pages are still
 //! its own: others may have been resolved by the host or given back by the guest meanwhile, and asked for anew.
 //!
-//! The way of a claim: `claim` → (fill) → `begin_install` → kernel → `settle`. On the way it may be deferred to the host,
-//! taken over by `kuf_resolve`, cancelled by a discard, or cut out by a removal. No claim is in [`Owner::Install`]
-//! unless its owner holds the mechanism's gate, which whoever reads kernel events takes exclusively: that is what
-//! orders removals against installs.
+//! The way of a claim: `claim` → (fill) → `begin_install` → kernel → `settle`. On the way it may be deferred to the
+//! host, taken over by `kuf_resolve`, cancelled by a discard, or cut out by a removal. No claim is in
+//! [`Owner::Install`] unless its owner holds the mechanism's gate, which whoever reads kernel events takes exclusively:
+//! that is what orders removals against installs.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -151,7 +151,8 @@ impl<W: Waits> Claims<W> {
         Some((id, run))
     }
 
-    /// Adds `waiter` to the claim on its page, which becomes a demanded one. Gives the waiter back when there is no claim.
+    /// Adds `waiter` to the claim on its page, which becomes a demanded one. Gives the waiter back when there is no
+    /// claim.
     pub fn join(&mut self, waiter: W) -> Result<Owner, W> {
         match self.at(waiter.page()) {
             Some((_, claim)) => {
@@ -168,7 +169,8 @@ impl<W: Waits> Claims<W> {
         self.at(page).map(|(_, claim)| claim.owner)
     }
 
-    /// Moves what `id` still owns of `range` to the kernel's hands. Cancelled parts stay behind for [`Claims::cancelled`].
+    /// Moves what `id` still owns of `range` to the kernel's hands. Cancelled parts stay behind for
+    /// [`Claims::cancelled`].
     pub fn begin_install(&mut self, range: Range<u64>, id: Id) -> Vec<Range<u64>> {
         self.isolate(&range);
         let mut runs = Vec::new();
@@ -239,8 +241,8 @@ impl<W: Waits> Claims<W> {
         early
     }
 
-    /// What the host may resolve of `range`. `mine` is the claim of the callback that the calling thread is in, if any: that callback
-    /// is not writing at this moment.
+    /// What the host may resolve of `range`. `mine` is the claim of the callback that the calling thread is in, if any:
+    /// that callback is not writing at this moment.
     pub fn take(&mut self, pages: &Pages, range: Range<u64>, in_place: bool, mine: Option<Id>) -> Taken {
         let id = self.fresh();
         let mut taken = Taken { id, ..Taken::default() };
@@ -279,7 +281,8 @@ impl<W: Waits> Claims<W> {
         taken
     }
 
-    /// Ends a `take` that could not be carried through on `range`: what the host owed is owed again, the rest is what it was.
+    /// Ends a `take` that could not be carried through on `range`: what the host owed is owed again, the rest is what
+    /// it was.
     /// Returns who waited for the latter.
     pub fn give_back(&mut self, pages: &Pages, range: Range<u64>, id: Id) -> Vec<W> {
         self.isolate(&range);
@@ -291,7 +294,8 @@ impl<W: Waits> Claims<W> {
         self.settle(pages, range, id, None)
     }
 
-    /// Keeps `bytes` for `range`, which [`Claims::take`] named as early. Gives them back when the callback has returned meanwhile.
+    /// Keeps `bytes` for `range`, which [`Claims::take`] named as early. Gives them back when the callback has returned
+    /// meanwhile.
     pub fn stash(&mut self, range: Range<u64>, bytes: Early) -> Result<(), Early> {
         self.isolate(&range);
         match self.by_start.get_mut(&range.start) {
@@ -320,7 +324,8 @@ impl<W: Waits> Claims<W> {
             .collect()
     }
 
-    /// The guest gave `range` back. Whatever was on its way there may not arrive. Returns who waited and is to be served anew.
+    /// The guest gave `range` back. Whatever was on its way there may not arrive. Returns who waited and is to be
+    /// served anew.
     pub fn remove(&mut self, pages: &Pages, range: Range<u64>) -> Vec<W> {
         debug_assert!(
             self.overlapping(&range).all(|c| c.owner != Owner::Install),
@@ -345,8 +350,8 @@ impl<W: Waits> Claims<W> {
         waiters
     }
 
-    /// Begins to drop `range`: claims what is present or poisoned, for the caller to drop in the kernel, lets removed pages be
-    /// absent again, and cancels fills that are under way.
+    /// Begins to drop `range`: claims what is present or poisoned, for the caller to drop in the kernel, lets removed
+    /// pages be absent again, and cancels fills that are under way.
     pub fn begin_discard(&mut self, pages: &Pages, range: Range<u64>) -> (Id, Vec<Range<u64>>) {
         let id = self.fresh();
         self.isolate(&range);
@@ -391,7 +396,8 @@ impl<W: Waits> Claims<W> {
         self.overlapping(range).any(|claim| claim.owner != Owner::Poison)
     }
 
-    /// Takes everything from everybody, for good: late owners find nothing. Returns the runs that were not settled and who waited for them.
+    /// Takes everything from everybody, for good: late owners find nothing. Returns the runs that were not settled and
+    /// who waited for them.
     pub fn shut(&mut self, pages: &Pages) -> (Id, Vec<Range<u64>>, Vec<W>) {
         let id = self.fresh();
         let mut waiters = Vec::new();

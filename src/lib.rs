@@ -1,6 +1,7 @@
 //! Guest page faults served for virtual machine monitors.
 //!
-//! The product is the C ABI (`include/kuf.h`, [`capi`]); Rust VMMs may use it through this crate as well. Where to look:
+//! The product is the C ABI (`include/kuf.h`, [`capi`]); Rust VMMs may use it through this crate as well. Where to
+//! look:
 //!
 //! | module | what it is |
 //! |---|---|
@@ -11,7 +12,7 @@
 //! | `memory` | memory slots, address translation, shared files and their second mapping |
 //! | `mechanism` | what differs between kernels, behind one trait: `userfaultfd` |
 //! | `uapi` | the kernel's constants and structs; no logic |
-//! | `probe`, `stats`, `error`, `panics`, `sync` | what this host can do; counters; failures in words; panics kept inside; std or loom |
+//! | `probe`, `stats`, `error`, `panics`, `sync` | this host; counters; failures in words; panics kept inside; std or loom |
 //!
 //! `docs/architecture.md` follows one fault through them.
 

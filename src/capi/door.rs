@@ -139,8 +139,8 @@ fn not_a_handle() -> Error {
     Error::new(libc::EINVAL, "kuf is not a handle that kuf_open returned")
 }
 
-/// Whether this is the process that loaded the library, by a page that the kernel wipes in a forked child: asking for the
-/// pid would be a system call in every call.
+/// Whether this is the process that loaded the library, by a page that the kernel wipes in a forked child: asking for
+/// the pid would be a system call in every call.
 fn in_opening_process() -> bool {
     use once_cell::sync::OnceCell;
     struct Page(NonNull<u8>);

@@ -34,8 +34,8 @@ pub extern "C" fn kuf_error() -> *const c_char {
 
 /// Whether a feature (KUF_FEATURE_*) works in this process on this kernel.
 ///
-/// Returns 1 or 0; -EINVAL for a feature this version does not know. Opens a userfaultfd for a moment at the first call.
-/// Any thread.
+/// Returns 1 or 0; -EINVAL for a feature this version does not know. Opens a userfaultfd for a moment at the first
+/// call. Any thread.
 #[no_mangle]
 pub extern "C" fn kuf_has_feature(feature: u32) -> c_int {
     guard(|| probe::has_feature(feature).map(c_int::from))
@@ -64,12 +64,12 @@ pub unsafe extern "C" fn kuf_probe(vm_fd: c_int, out: *mut kuf_probe) -> c_int {
 /// Opens a fault service: duplicates the VM descriptor if one is given, opens the mechanism and starts the service
 /// threads. Memory is added afterwards with kuf_add_memory.
 ///
-/// With options->fill the handle is *serviced*: service threads read faults, call it and place the pages. Without, it is
-/// *caller-driven*: the host reads faults with kuf_read and answers with kuf_resolve. kuf_resolve works on both.
+/// With options->fill the handle is *serviced*: service threads read faults, call it and place the pages. Without, it
+/// is *caller-driven*: the host reads faults with kuf_read and answers with kuf_resolve. kuf_resolve works on both.
 ///
 /// Returns 0 and sets *out; on failure *out is NULL. Any thread.
-/// -EINVAL: options or out is NULL, size is below that of the first version, an unknown flag or mechanism, a field out of
-///   its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback.
+/// -EINVAL: options or out is NULL, size is below that of the first version, an unknown flag or mechanism, a field out
+///   of its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback.
 /// -E2BIG: options has non-zero bytes that this version does not know.
 /// -EBADF: vm_fd is not an open descriptor.
 /// -ENOTSUP: the mechanism asked for by name does not work here.
@@ -97,18 +97,19 @@ pub unsafe extern "C" fn kuf_open(options: *const kuf_options, out: *mut *mut ku
     })
 }
 
-/// Ends a service and sets *kuf to NULL. No page that was not filled is ever released onto zeroes: with unresolved pages
-/// the call is refused, or does what flags say.
+/// Ends a service and sets *kuf to NULL. No page that was not filled is ever released onto zeroes: with unresolved
+/// pages the call is refused, or does what flags say.
 ///
 /// flags: KUF_CLOSE_*.
 ///
 /// Once it has begun every other call on the handle fails with -EBADF, and those that wait in kuf_poll, kuf_ensure or
-/// kuf_vcpu_fault return -ECANCELED. It then waits for fill callbacks that are running, unless KUF_CLOSE_NOWAIT is given;
-/// pages are poisoned before that wait. A handle whose service died (KUF_EVENT_FATAL) is always closed, and poisons.
+/// kuf_vcpu_fault return -ECANCELED. It then waits for fill callbacks that are running, unless KUF_CLOSE_NOWAIT is
+/// given; pages are poisoned before that wait. A handle whose service died (KUF_EVENT_FATAL) is always closed, and
+/// poisons.
 ///
 /// Returns 0. Any thread.
-/// -EINVAL: kuf or *kuf is NULL, an unknown flag, KUF_CLOSE_HANDOVER with other flags or with a slot whose userfaultfd is
-///   the library's own. -EBADF: closed already, or being closed.
+/// -EINVAL: kuf or *kuf is NULL, an unknown flag, KUF_CLOSE_HANDOVER with other flags or with a slot whose userfaultfd
+///   is the library's own. -EBADF: closed already, or being closed.
 /// -EBUSY: unresolved pages, and no flag says what to do; the handle goes on as before.
 /// -EIO: KUF_CLOSE_POPULATE could not fill everything; the handle goes on as before.
 /// -ENOTSUP: KUF_CLOSE_POPULATE without a fill callback.
@@ -138,14 +139,15 @@ pub unsafe extern "C" fn kuf_close(kuf: *mut *mut kuf, flags: u32) -> c_int {
 /// memory: memory->size set by the caller; the descriptors in it stay the host's.
 ///
 /// Returns 0. Any thread but not from a callback (-EDEADLK).
-/// -EINVAL: kuf or memory is NULL, size below that of the first version, an unknown flag; gpa, len, hva or fd_offset is 0 where
-///   it may not be, is not a multiple of the granule or overflows; the granule is not the mapping's page size; fd or uffd
-///   given without its flag; KUF_MEMORY_REMOTE without KUF_MEMORY_UFFD; a kind of mapping userfaultfd cannot serve.
+/// -EINVAL: kuf or memory is NULL, size below that of the first version, an unknown flag; gpa, len, hva or fd_offset is
+///   0 where it may not be, is not a multiple of the granule or overflows; the granule is not the mapping's page size;
+///   fd or uffd given without its flag; KUF_MEMORY_REMOTE without KUF_MEMORY_UFFD; a kind of mapping userfaultfd cannot
+///   serve.
 /// -E2BIG: memory has non-zero bytes that this version does not know.
 /// -EEXIST: gpa..gpa+len overlaps a slot, or hva..hva+len one with the same userfaultfd.
 /// -EFAULT: part of hva..hva+len is not mapped.
-/// -EBADF: fd or uffd is not an open descriptor. -EBADFD: fd is not a shared memory file, is not the one mapped at hva, or
-///   uffd is not a userfaultfd.
+/// -EBADF: fd or uffd is not an open descriptor. -EBADFD: fd is not a shared memory file, is not the one mapped at hva,
+///   or uffd is not a userfaultfd.
 /// -EBUSY: another userfaultfd has the range. -ESRCH: the remote process is gone.
 /// -ENOTSUP: the kernel cannot serve this kind of memory. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
 /// Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file).
@@ -164,8 +166,8 @@ pub unsafe extern "C" fn kuf_add_memory(kuf: *mut kuf, memory: *const kuf_memory
     })
 }
 
-/// Takes the slot that starts at gpa off the service; its memory stays mapped and is the host's alone: unregistered, huge
-/// pages possible again, no cost left.
+/// Takes the slot that starts at gpa off the service; its memory stays mapped and is the host's alone: unregistered,
+/// huge pages possible again, no cost left.
 ///
 /// flags: 0, KUF_CLOSE_POISON, KUF_CLOSE_POPULATE or both.
 ///
@@ -223,8 +225,9 @@ pub unsafe extern "C" fn kuf_poll(kuf: *mut kuf, timeout_ms: c_int) -> c_int {
     })
 }
 
-/// Takes up to n faults, oldest first, without waiting. From then on the host owes each of them a kuf_resolve; kuf_pending lists
-/// those still owed. A page is given once however many threads wait for it, and never when it is present.
+/// Takes up to n faults, oldest first, without waiting. From then on the host owes each of them a kuf_resolve;
+/// kuf_pending lists those still owed. A page is given once however many threads wait for it, and never when it is
+/// present.
 ///
 /// faults: room for n entries. n: 1 or more.
 ///
@@ -248,27 +251,32 @@ pub unsafe extern "C" fn kuf_read(kuf: *mut kuf, faults: *mut kuf_fault, n: usiz
     })
 }
 
-/// Makes gpa..gpa+len present and wakes whoever waits for it: with data from src, or as flags say. Asked for or not, from
-/// any thread, in any order, in any pieces, twice: pages that are present keep their bytes, and pages that the guest
-/// has given back stay given back.
+/// Makes gpa..gpa+len present and wakes whoever waits for it: with data from src, or as flags say. Asked for or not,
+/// from any thread, in any order, in any pieces, twice: pages that are present keep their bytes, and pages that the
+/// guest has given back stay given back.
 ///
 /// gpa, len: multiples of the granule, len not 0, within one slot.
-/// src: len readable bytes, any alignment, not unresolved guest memory; NULL with KUF_RESOLVE_ZERO, _IN_PLACE or _POISON. Not kept.
+/// src: len readable bytes, any alignment, not unresolved guest memory; NULL with KUF_RESOLVE_ZERO, _IN_PLACE or
+/// _POISON. Not kept.
 /// flags: 0 or one KUF_RESOLVE_*.
 ///
 /// Never waits for host code: a page whose fill callback is running at this moment in place takes the bytes when the
 /// callback returns KUF_DEFERRED or fails.
 ///
-/// Returns the bytes that this call made present (or poisoned); bytes that were present, given back, or are being made present by another
-/// thread do not count. Any thread, also from callbacks.
-/// -EINVAL: kuf is NULL, src is NULL or not as flags say, an unknown flag or two of them, misaligned, len is 0, overflow;
-///   KUF_RESOLVE_IN_PLACE on a slot that is not filled in place. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
-/// -EFAULT: src is not readable over len bytes; what could be read up to there may be present (the call can be repeated).
-/// -ENOMEM: the kernel has no memory for the pages. -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
+/// Returns the bytes that this call made present (or poisoned); bytes that were present, given back, or are being made
+/// present by another thread do not count. Any thread, also from callbacks.
+/// -EINVAL: kuf is NULL, src is NULL or not as flags say, an unknown flag or two of them, misaligned, len is 0,
+///   overflow; KUF_RESOLVE_IN_PLACE on a slot that is not filled in place. -ENOENT: gpa is in no slot. -ERANGE: the
+///   range leaves its slot.
+/// -EFAULT: src is not readable over len bytes; what could be read up to there may be present (the call can be
+///   repeated).
+/// -ENOMEM: the kernel has no memory for the pages. -ESRCH: the process behind the slot is gone. -EIO: the service is
+///   dead.
 /// Kernel: UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE.
 ///
 /// # Safety
-/// `kuf` came from kuf_open; `src` is NULL or an address whose `len` bytes nobody writes meanwhile (they may be unreadable).
+/// `kuf` came from kuf_open; `src` is NULL or an address whose `len` bytes nobody writes meanwhile (they may be
+/// unreadable).
 #[no_mangle]
 pub unsafe extern "C" fn kuf_resolve(kuf: *mut kuf, gpa: u64, src: *const c_void, len: usize, flags: u32) -> ssize_t {
     guard_count(|| {
@@ -279,15 +287,17 @@ pub unsafe extern "C" fn kuf_resolve(kuf: *mut kuf, gpa: u64, src: *const c_void
     })
 }
 
-/// For the KVM_RUN loop: serves the fault behind a KVM_EXIT_MEMORY_FAULT on the calling vCPU thread, with no hand-off. The page is filled
-/// here, or waited for when another thread is filling it. With userfaultfd such exits do not occur, and the call is a
-/// legal kuf_ensure over the granules that gpa..gpa+len touches.
+/// For the KVM_RUN loop: serves the fault behind a KVM_EXIT_MEMORY_FAULT on the calling vCPU thread, with no hand-off.
+/// The page is filled here, or waited for when another thread is filling it. With userfaultfd such exits do not occur,
+/// and the call is a legal kuf_ensure over the granules that gpa..gpa+len touches.
 ///
 /// gpa, len: kvm_run->memory_fault.gpa and .size, of any alignment. exit_flags: kvm_run->memory_fault.flags.
 ///
 /// Returns 0: run the vCPU again. Any thread but not from a callback (-EDEADLK); calls the fill callback.
-/// -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot: not a fault of the library's; handle it as without it.
-/// -ERANGE: the range leaves its slot. -EHWPOISON: the page could not be filled: inject a machine check or stop the guest.
+/// -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot: not a fault of the library's; handle it as
+///   without it.
+/// -ERANGE: the range leaves its slot. -EHWPOISON: the page could not be filled: inject a machine check or stop the
+///   guest.
 /// -ECANCELED: kuf_close has begun. -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
 /// Kernel: KVM_EXIT_MEMORY_FAULT (KVM API, 5).
 ///
@@ -303,15 +313,17 @@ pub unsafe extern "C" fn kuf_vcpu_fault(kuf: *mut kuf, gpa: u64, len: u64, exit_
     })
 }
 
-/// Returns when gpa..gpa+len is present, filling it at demand priority: for host threads that touch guest memory where the
-/// mechanism does not catch them, or that must not be stopped by a fault later (device models, vhost set-up, gdb stubs).
+/// Returns when gpa..gpa+len is present, filling it at demand priority: for host threads that touch guest memory where
+/// the mechanism does not catch them, or that must not be stopped by a fault later (device models, vhost set-up, gdb
+/// stubs).
 ///
-/// gpa, len: of any alignment, within one slot; len not 0. timeout_ms: milliseconds at most, -1 for ever, 0 does not wait
-/// for others but still fills what nobody has begun.
+/// gpa, len: of any alignment, within one slot; len not 0. timeout_ms: milliseconds at most, -1 for ever, 0 does not
+/// wait for others but still fills what nobody has begun.
 ///
-/// Returns 0: present or given back by the guest. Any thread but not from a callback (-EDEADLK); calls the fill callback
-/// on the calling thread, so hold no lock that it takes.
-/// -EINVAL: kuf is NULL, len is 0, overflow, timeout_ms below -1. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
+/// Returns 0: present or given back by the guest. Any thread but not from a callback (-EDEADLK); calls the fill
+/// callback on the calling thread, so hold no lock that it takes.
+/// -EINVAL: kuf is NULL, len is 0, overflow, timeout_ms below -1. -ENOENT: gpa is in no slot. -ERANGE: the range leaves
+///   its slot.
 /// -ETIMEDOUT: not in time. -EHWPOISON: part of the range could not be filled. -ECANCELED: kuf_close has begun.
 /// -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
 ///
@@ -327,14 +339,16 @@ pub unsafe extern "C" fn kuf_ensure(kuf: *mut kuf, gpa: u64, len: u64, timeout_m
     })
 }
 
-/// Fills a range in the background, behind all demand, in address order, at no more than a given rate. Requests queue up. KUF_EVENT_POPULATED
-/// ends each one; a fill that fails ends it early and poisons nothing, for nobody has touched those pages.
+/// Fills a range in the background, behind all demand, in address order, at no more than a given rate. Requests queue
+/// up. KUF_EVENT_POPULATED ends each one; a fill that fails ends it early and poisons nothing, for nobody has touched
+/// those pages.
 ///
 /// request: request->size set by the caller.
 ///
 /// Returns 0: queued (or stopped, with KUF_POPULATE_STOP). Any thread, also from callbacks.
-/// -EINVAL: kuf or request is NULL, size below that of the first version, an unknown flag, gpa or len not a multiple of the host's page size, len is 0
-///   (or not 0 with KUF_ALL), overflow. -E2BIG: request has non-zero bytes that this version does not know.
+/// -EINVAL: kuf or request is NULL, size below that of the first version, an unknown flag, gpa or len not a multiple of
+///   the host's page size, len is 0 (or not 0 with KUF_ALL), overflow. -E2BIG: request has non-zero bytes that this
+///   version does not know.
 /// -ENOENT: no slot in the range. -ENOTSUP: the handle has no fill callback. -EIO: the service is dead.
 ///
 /// # Safety
@@ -352,14 +366,15 @@ pub unsafe extern "C" fn kuf_populate(kuf: *mut kuf, request: *const kuf_populat
 }
 
 /// Drops the pages of gpa..gpa+len and arms them again: the next touch refills them from the source or, with
-/// KUF_DISCARD_REMOVED, with zeroes. Poisoned pages become ordinary absent ones. A fill of such a page that is running is
-/// not used: it is asked for again. The host sees to it that the guest does not use the range meanwhile; what it writes
-/// during the call may be lost.
+/// KUF_DISCARD_REMOVED, with zeroes. Poisoned pages become ordinary absent ones. A fill of such a page that is running
+/// is not used: it is asked for again. The host sees to it that the guest does not use the range meanwhile; what it
+/// writes during the call may be lost.
 ///
 /// gpa, len: multiples of the granule, len not 0, within one slot. flags: 0 or KUF_DISCARD_REMOVED.
 ///
 /// Returns 0. Any thread, also from callbacks.
-/// -EINVAL: kuf is NULL, an unknown flag, misaligned, len is 0, overflow. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
+/// -EINVAL: kuf is NULL, an unknown flag, misaligned, len is 0, overflow. -ENOENT: gpa is in no slot. -ERANGE: the
+///   range leaves its slot.
 /// -ENOTSUP: memory of another process that is not filled in place: only that process can drop it.
 /// -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
 /// Kernel: madvise(MADV_DONTNEED), fallocate(FALLOC_FL_PUNCH_HOLE) for shared files.
@@ -376,8 +391,8 @@ pub unsafe extern "C" fn kuf_discard(kuf: *mut kuf, gpa: u64, len: u64, flags: u
     })
 }
 
-/// Lists what the host has been asked for and has not resolved: deferred runs and faults taken with kuf_read (or waiting to be). To be
-/// asked for again from a source that has come back after its connection was lost.
+/// Lists what the host has been asked for and has not resolved: deferred runs and faults taken with kuf_read (or
+/// waiting to be). To be asked for again from a source that has come back after its connection was lost.
 ///
 /// faults: room for n entries, in order of gpa; may be NULL when n is 0.
 ///

@@ -83,7 +83,8 @@ pub const KUF_FAULT_WRITE: u32 = 1 << 0;
 pub const KUF_FAULT_MINOR: u32 = 1 << 1;
 /// Somebody waits for this page now; not set for pages that only kuf_populate asked for.
 pub const KUF_FAULT_DEMAND: u32 = 1 << 2;
-/// The fault is a forked child's (KUF_OPEN_FOLLOW_FORK). Resolve it like any other: kuf_resolve serves parent and child.
+/// The fault is a forked child's (KUF_OPEN_FOLLOW_FORK). Resolve it like any other: kuf_resolve serves parent and
+/// child.
 pub const KUF_FAULT_FORKED: u32 = 1 << 3;
 
 /// kuf_resolve: src is NULL and the range is zero.
@@ -265,10 +266,11 @@ pub struct kuf_event {
 ///
 /// Called on a service thread ("kuf-serve-N", "kuf-populate"), or on the host thread that is inside kuf_ensure,
 /// kuf_vcpu_fault, kuf_close or kuf_remove_memory with KUF_CLOSE_POPULATE; by several threads at once for different
-/// runs. No lock is held. It may block and take its time: other pages are served while a fill thread is free. It may call
-/// kuf_resolve (also for its own run, then return KUF_DEFERRED), kuf_discard, kuf_pending, kuf_populate, kuf_progress,
-/// kuf_stats, kuf_error and kuf_version; everything else returns -EDEADLK. It must not touch unresolved guest memory
-/// (it would wait for itself). A Rust panic is caught and counts as -ENOTRECOVERABLE; a C++ exception or longjmp must not leave it.
+/// runs. No lock is held. It may block and take its time: other pages are served while a fill thread is free. It may
+/// call kuf_resolve (also for its own run, then return KUF_DEFERRED), kuf_discard, kuf_pending, kuf_populate,
+/// kuf_progress, kuf_stats, kuf_error and kuf_version; everything else returns -EDEADLK. It must not touch unresolved
+/// guest memory (it would wait for itself). A Rust panic is caught and counts as -ENOTRECOVERABLE; a C++ exception or
+/// longjmp must not leave it.
 pub type kuf_fill_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void, fill: *mut kuf_fill) -> c_int>;
 
 /// Told about what happened. Called on whichever thread found out, with no lock held, after the state has changed.
@@ -279,8 +281,9 @@ pub type kuf_event_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void, 
 /// Must not call the library. The library prints nothing itself.
 pub type kuf_log_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void, level: u32, text: *const c_char)>;
 
-/// Called exactly once, when the library will never again use opaque or call any callback: before a kuf_close that waits
-/// returns, or on a service thread after KUF_CLOSE_NOWAIT. Not called when kuf_open fails. Must not call the library.
+/// Called exactly once, when the library will never again use opaque or call any callback: before a kuf_close that
+/// waits returns, or on a service thread after KUF_CLOSE_NOWAIT. Not called when kuf_open fails. Must not call the
+/// library.
 pub type kuf_release_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void)>;
 
 /// How to open a service. Zero means the default in every field.
@@ -338,8 +341,8 @@ pub struct kuf_memory {
     /// Host virtual address that backs gpa, in this process or, with KUF_MEMORY_REMOTE, in the other one; a multiple of
     /// the granule. The whole range must be mapped.
     pub hva: u64,
-    /// Page size of the mapping in bytes: 0 to have it found out (not with KUF_MEMORY_REMOTE without KUF_MEMORY_FD, where
-    /// 0 means the host's page size).
+    /// Page size of the mapping in bytes: 0 to have it found out (not with KUF_MEMORY_REMOTE without KUF_MEMORY_FD,
+    /// where 0 means the host's page size).
     pub granule: u64,
     /// The shared file with KUF_MEMORY_FD (duplicated), else 0.
     pub fd: i32,
@@ -369,7 +372,8 @@ pub struct kuf_populate {
     pub rate: u64,
 }
 
-/// How far a range is. Filled by kuf_progress. All in bytes; present + removed + absent + filling + deferred + poisoned = total.
+/// How far a range is. Filled by kuf_progress. All in bytes; present + removed + absent + filling + deferred + poisoned
+/// = total.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct kuf_progress {

@@ -115,8 +115,8 @@ pub trait Mechanism: Send + Sync {
     /// Where to write the bytes of `pages` directly; None when they have to be in a buffer. Err is an errno: no memory.
     fn place(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<Option<NonNull<u8>>, i32>;
 
-    /// Opens pages from the start of `pages`, which the caller has claimed, and wakes who waits for them. The caller holds
-    /// the gate shared.
+    /// Opens pages from the start of `pages`, which the caller has claimed, and wakes who waits for them. The caller
+    /// holds the gate shared.
     fn install(&self, slot: &Slot, pages: &Range<u64>, content: Content) -> Installed;
 
     /// Wakes who waits for `pages`, to look again.

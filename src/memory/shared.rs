@@ -36,8 +36,8 @@ impl SharedFile {
         Ok(Self { file, offset, alias, len })
     }
 
-    /// Makes the pages of `bytes` (a range of the slot) exist, so that writing them cannot raise SIGBUS, and returns where
-    /// to write. Content that was there stays. ENOMEM or ENOSPC when they cannot be had.
+    /// Makes the pages of `bytes` (a range of the slot) exist, so that writing them cannot raise SIGBUS, and returns
+    /// where to write. Content that was there stays. ENOMEM or ENOSPC when they cannot be had.
     pub fn place(&self, bytes: Range<u64>) -> std::result::Result<NonNull<u8>, Errno> {
         let at = self.at(&bytes);
         let len = (bytes.end - bytes.start) as usize;
@@ -61,7 +61,8 @@ impl SharedFile {
         unsafe { self.alias.add(bytes.start as usize) }
     }
 
-    /// Drops the pages of `bytes` from the file: they read as zero, in every mapping, and touching them faults as missing.
+    /// Drops the pages of `bytes` from the file: they read as zero, in every mapping, and touching them faults as
+    /// missing.
     pub fn punch(&self, bytes: &Range<u64>) -> std::result::Result<(), Errno> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         rustix::fs::fallocate(&self.file, flags, self.offset + bytes.start, bytes.end - bytes.start)

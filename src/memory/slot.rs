@@ -119,8 +119,8 @@ impl Slot {
         }
     }
 
-    /// A forked child's view of `slot`. What is private and present now is the child's already; what is shared is filled
-    /// in the root slot only, and mapped in the child when it is touched there.
+    /// A forked child's view of `slot`. What is private and present now is the child's already; what is shared is
+    /// filled in the root slot only, and mapped in the child when it is touched there.
     pub fn forked(slot: &Arc<Slot>, mechanism: Arc<dyn Mechanism>) -> Self {
         let view = Self::new(Parts {
             gpa: slot.gpa,

@@ -19,8 +19,8 @@ use crate::pages::State;
 
 type Queue = (Sender<(Arc<Slot>, u64)>, Receiver<(Arc<Slot>, u64)>);
 
-/// Faults for `kuf_read`, and the descriptor that says so. Who reads the queue looks at the page states again, so an entry
-/// whose page was resolved meanwhile does no harm.
+/// Faults for `kuf_read`, and the descriptor that says so. Who reads the queue looks at the page states again, so an
+/// entry whose page was resolved meanwhile does no harm.
 pub struct Ready {
     queue: Queue,
     signal: OwnedFd,

@@ -161,7 +161,8 @@ fn settled(slot: &Arc<Slot>) -> bool {
 
 fn unresolved(slot: &Slot) -> Error {
     let text = format!(
-        "the memory slot at gpa {:#x} has unresolved pages: pass KUF_CLOSE_POPULATE to fill them or KUF_CLOSE_POISON to poison them",
+        "the memory slot at gpa {:#x} has unresolved pages: pass KUF_CLOSE_POPULATE to fill them or KUF_CLOSE_POISON to \
+         poison them",
         slot.gpa
     );
     Error::new(libc::EBUSY, text)

@@ -162,8 +162,9 @@ impl Service {
         }
     }
 
-    /// A page that is present was touched: it has become so since, or this mapping does not show it yet, or it was dropped
-    /// without a word (no REMOVE events on an adopted userfaultfd), and then it is zero like all memory that was dropped.
+    /// A page that is present was touched: it has become so since, or this mapping does not show it yet, or it was
+    /// dropped without a word (no REMOVE events on an adopted userfaultfd), and then it is zero like all memory that
+    /// was dropped.
     fn map(&self, slot: &Arc<Slot>, id: Id, page: u64) {
         let pages = page..page + 1;
         let content = if slot.shared.is_some() { Content::InPlace } else { Content::Zero };

@@ -12,7 +12,8 @@ use crate::memory::Slot;
 use crate::pages::State;
 
 impl Service {
-    /// Drops `gpa..gpa+len`. `removed`: the guest gave it back, so it is zero from now on; else it refills from the source.
+    /// Drops `gpa..gpa+len`. `removed`: the guest gave it back, so it is zero from now on; else it refills from the
+    /// source.
     pub fn discard(&self, gpa: u64, len: u64, removed: bool) -> Result<()> {
         refuse_inside_quiet("kuf_discard")?;
         self.check_open()?;
@@ -54,7 +55,7 @@ impl Service {
                 return Err(match errno {
                     libc::ENOTSUP => Error::new(
                         libc::ENOTSUP,
-                        "only the process that owns this memory can drop it: it is not filled in place (no KUF_MEMORY_FD)",
+                        "only the process that owns this memory can drop it: the slot has no KUF_MEMORY_FD",
                     ),
                     errno => Error::system("dropping guest pages", errno),
                 });

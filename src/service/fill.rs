@@ -31,8 +31,8 @@ enum Place {
 }
 
 impl Service {
-    /// Fills a run: the only way from a claim to the host's callback. Err is the errno with which the source failed, for pages that
-    /// were not poisoned for it.
+    /// Fills a run: the only way from a claim to the host's callback. Err is the errno with which the source failed,
+    /// for pages that were not poisoned for it.
     pub(super) fn fill(&self, run: &Run) -> Result<(), i32> {
         let Run { slot, id, pages, wanted } = run;
         match self.fill_once(slot, *id, pages, wanted.is_some()) {
@@ -157,7 +157,8 @@ impl Service {
         }
     }
 
-    /// The source failed for a run. Where somebody waits it is asked again page by page: a neighbour may be what is bad.
+    /// The source failed for a run. Where somebody waits it is asked again page by page: a neighbour may be what is
+    /// bad.
     fn fill_failed(&self, run: &Run, errno: i32) -> Result<(), i32> {
         let Run { slot, id, pages, wanted } = run;
         if pages.end - pages.start == 1 && wanted.is_some() {

@@ -1,5 +1,5 @@
-//! Calls into the host: its four callbacks, each with nothing locked, each guarded against a panic, each remembered by the
-//! thread so that a call back into the library knows where it comes from.
+//! Calls into the host: its four callbacks, each with nothing locked, each guarded against a panic, each remembered by
+//! the thread so that a call back into the library knows where it comes from.
 
 use std::cell::Cell;
 use std::ffi::{c_void, CString};

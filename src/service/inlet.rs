@@ -145,8 +145,8 @@ impl Service {
         }
     }
 
-    /// The library's own queue cannot be read any more: that is the end. One that the host brought may be broken without
-    /// harm to the others.
+    /// The library's own queue cannot be read any more: that is the end. One that the host brought may be broken
+    /// without harm to the others.
     fn unreadable(&self, inlet: &Arc<Inlet>, error: &Error) {
         if !inlet.mechanism.adopted() {
             return self.fail(error.text());

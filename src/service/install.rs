@@ -25,8 +25,8 @@ pub struct Failed {
 }
 
 impl Service {
-    /// Opens what the claim `id` still owns of `pages` with `content` and wakes who waits. `base` is the page whose bytes
-    /// `content` starts with. Returns the pages opened here.
+    /// Opens what the claim `id` still owns of `pages` with `content` and wakes who waits. `base` is the page whose
+    /// bytes `content` starts with. Returns the pages opened here.
     pub(super) fn install(
         &self,
         slot: &Arc<Slot>,

@@ -1,7 +1,7 @@
 //! The fault service of one handle.
 //!
-//! A fault's way, left to right: `inlet` (read from the kernel) → `demand` (whose page is it?) → `fill` (ask the host) →
-//! `install` (open the page). What the host brings unasked enters at `resolve`; what nobody waits for, at `populate`.
+//! A fault's way, left to right: `inlet` (read from the kernel) → `demand` (whose page is it?) → `fill` (ask the host)
+//! → `install` (open the page). What the host brings unasked enters at `resolve`; what nobody waits for, at `populate`.
 
 mod caller;
 mod close;
@@ -80,7 +80,8 @@ pub struct Service {
     /// Every queue there is to read.
     inlets: RwLock<Arc<Vec<Arc<Inlet>>>>,
     work: (Sender<Work>, Receiver<Work>),
-    /// Service threads that may be inside host code, of `config.fill_threads`: one more thread than that always watches.
+    /// Service threads that may be inside host code, of `config.fill_threads`: one more thread than that always
+    /// watches.
     fillers: AtomicUsize,
     /// Service threads asleep.
     idle: AtomicUsize,

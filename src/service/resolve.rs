@@ -142,8 +142,8 @@ fn failure(errno: i32) -> Error {
     }
 }
 
-/// Refuses a source that ends before the range does, before anything is opened. What is mapped but unreadable is found by
-/// the kernel when it gets there.
+/// Refuses a source that ends before the range does, before anything is opened. What is mapped but unreadable is found
+/// by the kernel when it gets there.
 fn check_mapped(src: *const u8, len: u64) -> Result<()> {
     let page = rustix::param::page_size();
     let start = src.addr() & !(page - 1);

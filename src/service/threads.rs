@@ -1,8 +1,8 @@
 //! The service threads.
 //!
-//! There is one more thread than may be inside host code, so one always watches the kernel's queues. Which one it is changes:
-//! the thread that reads a fault fills it itself when a filler's place is free, so that a fault costs one thread wake-up
-//! and not two. All of them wait on one epoll instance; the kernel wakes one per edge.
+//! There is one more thread than may be inside host code, so one always watches the kernel's queues. Which one it is
+//! changes: the thread that reads a fault fills it itself when a filler's place is free, so that a fault costs one
+//! thread wake-up and not two. All of them wait on one epoll instance; the kernel wakes one per edge.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;

@@ -66,7 +66,8 @@ pub struct uffdio_copy {
     pub copy: i64,
 }
 
-/// `uffdio_zeropage`, `uffdio_continue` and `uffdio_poison` have one layout; `done` is the field that each names its own way.
+/// `uffdio_zeropage`, `uffdio_continue` and `uffdio_poison` have one layout; `done` is the field that each names its
+/// own way.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct uffdio_span {
@@ -75,8 +76,8 @@ pub struct uffdio_span {
     pub done: i64,
 }
 
-/// `struct uffd_msg` with the union spelled as words: a = pagefault.flags, remap.from, remove.start, fork.ufd (low half);
-/// b = pagefault.address, remap.to, remove.end; c = remap.len, pagefault.feat.ptid (low half).
+/// `struct uffd_msg` with the union spelled as words: a = pagefault.flags, remap.from, remove.start, fork.ufd (low
+/// half); b = pagefault.address, remap.to, remove.end; c = remap.len, pagefault.feat.ptid (low half).
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct uffd_msg {

@@ -1,5 +1,5 @@
-//! userfaultfd: the kernel parks whoever touches an absent page and queues a message; UFFDIO_COPY, _CONTINUE, _ZEROPAGE or
-//! _POISON puts the page there and wakes them. Every Linux has it.
+//! userfaultfd: the kernel parks whoever touches an absent page and queues a message; UFFDIO_COPY, _CONTINUE, _ZEROPAGE
+//! or _POISON puts the page there and wakes them. Every Linux has it.
 //!
 //! What needs care, and where it is taken: a count that is an errno (`ioctl::done`); EAGAIN while events are unread,
 //! EEXIST without a wake, partial runs (`install`, its callers in `service::install`); messages in an order that is not
@@ -43,7 +43,8 @@ fn next_id() -> u32 {
 }
 
 impl Userfaultfd {
-    /// Opens one for this process's memory. `events`: hear of what is removed, moved and unmapped; `forks`: of children.
+    /// Opens one for this process's memory. `events`: hear of what is removed, moved and unmapped; `forks`: of
+    /// children.
     pub fn open(user_mode_only: bool, events: bool, forks: bool) -> Result<(Self, open::Way)> {
         let (fd, way) = open::open(user_mode_only)?;
         let (offered, _) = open::offered(user_mode_only)?;
@@ -70,7 +71,8 @@ impl Userfaultfd {
     /// Takes over one that the host has opened, as its only reader. `remote`: for another process's memory.
     pub fn adopt(fd: OwnedFd, remote: bool) -> Result<Self> {
         rustix::io::ioctl_fionbio(&fd, true).map_err(|e| Error::system("O_NONBLOCK on uffd", e.raw_os_error()))?;
-        // Which features were agreed on cannot be asked: any event may come, and a thread id that was not agreed on reads as 0.
+        // Which features were agreed on cannot be asked: any event may come, and a thread id that was not agreed on
+        // reads as 0.
         Ok(Self::new(fd, true, remote))
     }
 
@@ -288,14 +290,16 @@ fn register_error(errno: Errno, hva: u64, len: u64) -> Error {
     let range = format!("hva {hva:#x}..{:#x}", hva + len);
     match errno {
         Errno::BUSY => Error::new(libc::EBUSY, format!("{range} is registered with another userfaultfd")),
-        Errno::SRCH | Errno::NOMEM => Error::new(
-            libc::ESRCH,
-            format!("{range}: the process that opened this userfaultfd is gone"),
-        ),
+        Errno::SRCH | Errno::NOMEM => {
+            Error::new(libc::ESRCH, format!("{range}: the process that opened this userfaultfd is gone"))
+        }
         Errno::NOTTY => Error::new(libc::EBADFD, "uffd is not a userfaultfd"),
         Errno::INVAL => Error::new(
             libc::EFAULT,
-            format!("{range} is not mapped, or UFFDIO_API was not done on this userfaultfd, or userfaultfd cannot serve this kind of memory"),
+            format!(
+                "{range} is not mapped, or UFFDIO_API was not done on this userfaultfd, or userfaultfd cannot serve \
+                 this kind of memory"
+            ),
         ),
         other => Error::system("UFFDIO_REGISTER", other.raw_os_error()),
     }

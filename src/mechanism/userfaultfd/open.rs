@@ -92,8 +92,8 @@ fn refusal(device: Errno, syscall: Errno) -> Error {
     }
 }
 
-/// The UFFD_FEATURE_* bits this kernel offers, and the way that worked. Found out once; a failure is looked into again at
-/// the next call, for permissions change.
+/// The UFFD_FEATURE_* bits this kernel offers, and the way that worked. Found out once; a failure is looked into again
+/// at the next call, for permissions change.
 pub fn offered(user_mode_only: bool) -> Result<(u64, Way)> {
     static OFFERED: OnceCell<(u64, Way)> = OnceCell::new();
     OFFERED
