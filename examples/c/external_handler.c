@@ -250,10 +250,8 @@ struct handler {
 static int fill(void *opaque, struct kuf_fill *fill)
 {
     struct handler *handler = opaque;
-    if (handler->round == GONE && fill->memory_offset + fill->len == MEMORY) {
-        send_byte(handler->channel, LEAVE); /* the source is slow, and the VMM dies before it has answered */
-        return KUF_DEFERRED;
-    }
+    if (handler->round == GONE && fill->memory_offset + fill->len == MEMORY)
+        return KUF_DEFERRED; /* the source is slow: the VMM dies before it has answered */
     for (uint64_t done = 0; done < fill->len; done += PAGE)
         pattern_write((uint8_t *)fill->buf + done, (fill->memory_offset + done) / PAGE);
     return KUF_FILLED;
@@ -283,7 +281,7 @@ static struct kuf *serve(struct handler *handler)
     struct kuf *kuf;
     struct kuf_options options = {
         .size = sizeof(options),
-        .flags = KUF_OPEN_USER_MODE_ONLY,
+        .flags = KUF_OPEN_ADOPT_ONLY, /* the handler opens no userfaultfd and needs no privilege */
         .fill = fill,
         .event = on_event,
         .opaque = handler,
@@ -346,15 +344,19 @@ static void end_of_healthy_vmm(struct handler *handler, struct kuf *kuf)
     send_byte(handler->channel, LEAVE);
 }
 
-/* The channel ends; the page that is still owed is answered with -ESRCH; nothing waits for anybody. */
+/* The VMM dies while a page is owed: the channel ends, kuf_resolve answers -ESRCH, and nothing waits for anybody. */
 static void end_of_dead_vmm(struct handler *handler, struct kuf *kuf)
 {
+    struct kuf_fault owed;
+    ssize_t n;
+    while ((n = kuf_pending(kuf, &owed, 1)) == 0)
+        sleep_us(1000); /* until the VMM's thread has touched the page */
+    if (n < 0)
+        fail("kuf_pending: %s", kuf_error());
     char byte;
+    send_byte(handler->channel, LEAVE);
     if (recv(handler->channel, &byte, 1, 0) != 0)
         fail("the VMM did not die");
-    struct kuf_fault owed;
-    if (kuf_pending(kuf, &owed, 1) < 1)
-        fail("kuf_pending: nothing is owed");
     static const uint8_t late[PAGE];
     ssize_t resolved = kuf_resolve(kuf, owed.gpa, late, PAGE, 0);
     if (resolved != -ESRCH)
