@@ -82,6 +82,12 @@ struct run {
 	size_t len;
 };
 
+/* Some write "ok - NAME", as TAP does without its numbers. */
+static const char *check_name(const char *s)
+{
+	return strncmp(s, "- ", 2) ? s : s + 2;
+}
+
 static void take_line(struct run *run)
 {
 	run->line[run->len] = 0;
@@ -90,15 +96,15 @@ static void take_line(struct run *run)
 		run->ok++;
 		if (strstr(run->line, "# SKIP")) {
 			skipped++;
-			result("skip %s: %s", run->name, run->line + 3);
+			result("skip %s: %s", run->name, check_name(run->line + 3));
 		} else {
 			passed++;
-			result("ok %s: %s", run->name, run->line + 3);
+			result("ok %s: %s", run->name, check_name(run->line + 3));
 		}
 	} else if (!strncmp(run->line, "not ok ", 7)) {
 		run->not_ok++;
 		failed++;
-		result("not ok %s: %s", run->name, run->line + 7);
+		result("not ok %s: %s", run->name, check_name(run->line + 7));
 	}
 }
 
