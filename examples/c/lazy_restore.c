@@ -753,6 +753,19 @@ static struct outcome restore_lazily(const struct options *options, int file)
     return outcome;
 }
 
+/*
+ * The guest, or a thread in its place, has touched a page that could not be filled and is poisoned. A VMM would inject a
+ * machine check into the guest; here it is the end.
+ */
+static void memory_is_lost(int signal)
+{
+    static const char text[] = "lazy_restore: FAIL: the guest has touched a page that could not be read from the file\n";
+    (void)signal;
+    if (write(STDERR_FILENO, text, sizeof(text) - 1) < 0)
+        _exit(EXIT_FAILURE);
+    _exit(EXIT_FAILURE);
+}
+
 /* ---- */
 
 static uint64_t number(const char *text, uint64_t least, uint64_t most)
@@ -793,6 +806,7 @@ int main(int argc, char **argv)
 {
     struct options options = parse(argc, argv);
     example_begin(WATCHDOG_S);
+    signal(SIGBUS, memory_is_lost);
 
     struct machine trial = { .kvm = -1, .vm = -1 };
     const char *why = options.thread ? NULL : kvm_open(&trial);
