@@ -18,6 +18,13 @@ fn committed_page_is_the_generated_one() {
     renders_without_a_warning(&path);
 }
 
+#[test]
+fn readme_shows_the_example_as_it_is() {
+    let example = read("examples/c/minimal.c");
+    let program = &example[example.find("#define").expect("code")..];
+    assert!(read("README.md").contains(program), "README.md shows another program than examples/c/minimal.c");
+}
+
 fn renders_without_a_warning(page: &Path) {
     match Command::new("groff").args(["-man", "-ww", "-z", "-Tutf8"]).arg(page).output() {
         Ok(run) => assert!(
