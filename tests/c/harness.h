@@ -198,7 +198,7 @@ static inline void begin(void)
 {
     harness_process = getpid();
     setvbuf(stdout, NULL, _IOLBF, 0);
-    watchdog(120);
+    watchdog(60);
 }
 
 /* ---- Small things -------------------------------------------------------------------------------------------------- */
