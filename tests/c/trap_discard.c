@@ -106,7 +106,7 @@ static void go(bool shared, long ms)
 
 int main(void)
 {
-    begin_watched(60);
+    begin_watched(30);
     go(false, 4000);
     go(true, 4000);
     return done();

@@ -148,7 +148,7 @@ static void many(bool shared)
 
 int main(void)
 {
-    begin_watched(100);
+    begin_watched(50);
     page = page_size();
     length = PAGES * page;
     family(false);

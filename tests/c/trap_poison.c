@@ -104,6 +104,28 @@ static void brought_meanwhile(bool shared)
     munmap(ram[0], length);
 }
 
+/* Poisoned by hand, with nobody who waits: the mark has to be gone for the next touch to fault at all. */
+static void heals(bool shared)
+{
+    const char *kind = shared ? "shared" : "anonymous";
+    size_t page = page_size(), length = PAGES * page;
+    unsigned char *ram[2] = {NULL, shared ? (unsigned char *)1 : NULL};
+    int fd;
+    struct kuf *kuf = open_here(page, 2);
+    add_here(kuf, ram, length, &fd);
+    is(kuf_resolve(kuf, BASE, NULL, 2 * page, KUF_RESOLVE_POISON), 2 * page, "%s: two pages are poisoned by hand", kind);
+    is(try_touch(ram[0]), poison_signal(), "%s: touching one raises the signal", kind);
+    is(kuf_discard(kuf, BASE, page, 0), 0, "%s: one is discarded", kind);
+    is(try_touch(ram[0]), 0, "%s: it can be touched", kind);
+    ok(try_touch(ram[0]) == 0 && holds_content(ram[0], BASE, page, 1), "%s: and is filled", kind);
+    is(kuf_discard(kuf, BASE + page, page, KUF_DISCARD_REMOVED), 0, "%s: the other is given back", kind);
+    is(try_touch(ram[0] + page), 0, "%s: it can be touched", kind);
+    ok(try_touch(ram[0] + page) == 0 && holds_zeroes(ram[0] + page, page), "%s: and is zero", kind);
+    close_watched(kuf, KUF_CLOSE_POPULATE);
+    close(fd);
+    munmap(ram[0], length);
+}
+
 int main(void)
 {
     begin_watched(60);
@@ -112,6 +134,7 @@ int main(void)
         everybody_gets_it(shared);
         atomic_store(&source.events[poison_event()], 0);
         brought_meanwhile(shared);
+        heals(shared);
     }
     return done();
 }

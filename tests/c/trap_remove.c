@@ -190,7 +190,7 @@ static void everything_at_once(bool shared, uint32_t queue_max, uint32_t threads
 
 int main(void)
 {
-    begin_watched(100);
+    begin_watched(50);
     for (int shared = 0; shared < 2; shared++) {
         during_a_run(shared, "arrives");
         during_a_run(shared, "comes short");
