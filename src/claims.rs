@@ -203,6 +203,16 @@ impl<W: Waits> Claims<W> {
             .collect()
     }
 
+    /// What `id` owns of `range`.
+    pub fn held(&mut self, range: Range<u64>, id: Id) -> Vec<Range<u64>> {
+        self.isolate(&range);
+        self.by_start
+            .range(range)
+            .filter(|(_, c)| c.id == id && c.owner == Owner::Fill)
+            .map(|(s, c)| *s..c.end)
+            .collect()
+    }
+
     /// Ends what `id` owns of `range`: the pages become `to`, or what they were when `to` is None. Returns who waited.
     pub fn settle(&mut self, pages: &Pages, range: Range<u64>, id: Id, to: Option<State>) -> Vec<W> {
         let mut waiters = Vec::new();
@@ -363,10 +373,11 @@ impl<W: Waits> Claims<W> {
                     extend(&mut runs, *start..claim.end);
                 }
                 Owner::Fill => {
-                    claim.cancel.get_or_insert(Cancel::Again);
+                    claim.cancel = Some(Cancel::Again);
                     claim.early = None;
                 }
-                Owner::Install | Owner::Host | Owner::Discard => {}
+                Owner::Host => claim.cancel = None,
+                Owner::Install | Owner::Discard => {}
             }
         }
         let mut from = range.start;
@@ -383,7 +394,9 @@ impl<W: Waits> Claims<W> {
 
     /// Whether a thread is inside the kernel for a page of `range`: it is out again in microseconds.
     pub fn installing(&self, range: &Range<u64>) -> bool {
-        self.overlapping(range).any(|claim| claim.owner == Owner::Install)
+        // A page that is present and only looked at again (a late fault) can be seen by the guest all the while.
+        self.overlapping(range)
+            .any(|c| c.owner == Owner::Install || c.owner == Owner::Fill && c.origin == State::Present)
     }
 
     /// Whether a thread of the library owns a page of `range`.

@@ -97,7 +97,7 @@ impl Service {
                 if state == State::Present {
                     self.stats.faults_late.add(1);
                 }
-                let terms = Terms { owner: Owner::Fill, in_place: false, demand: true };
+                let terms = Terms { owner: Owner::Fill, in_place: slot.shared.is_some(), demand: true };
                 let Some((id, _)) = claims.claim(&slot.pages, page, 1, state, terms) else { return Task::Nothing };
                 let _ = claims.join(waiter);
                 if state == State::Removed {
@@ -266,6 +266,10 @@ impl Service {
                     if claims.want(page) == Some(Owner::Poison) {
                         let text = format!("gpa {:#x} could not be filled", slot.gpa + page * slot.granule);
                         return Err(Error::new(libc::EHWPOISON, text));
+                    }
+                    // Looked at with the lock held: who ends it locks and wakes afterwards.
+                    if slot.gone().is_some() || self.check_open().is_err() {
+                        continue;
                     }
                     let (claims, in_time) = slot.sleep(claims, deadline);
                     drop(claims);

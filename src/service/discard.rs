@@ -60,6 +60,8 @@ impl Service {
                     errno => Error::system("dropping guest pages", errno),
                 });
             }
+            // Whoever has read the REMOVE event of this may not have applied it yet.
+            drop(slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner));
             self.stats.bytes_discarded.add((run.end - run.start) * slot.granule);
             let waiters = {
                 let mut claims = slot.claims();

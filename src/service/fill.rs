@@ -180,14 +180,8 @@ impl Service {
                 let mut claims = slot.claims();
                 let terms = Terms { owner: Owner::Fill, in_place: slot.shared.is_some(), demand: true };
                 let claimed = claims.claim(&slot.pages, page, 1, State::Absent, terms);
-                mine.into_iter()
-                    .filter_map(|waiter| claims.join(waiter).err())
-                    .collect::<Vec<_>>()
-                    .into_iter()
-                    .for_each(
-                        // Present by now: it was woken by whoever made it so.
-                        |waiter| self.stats.ended(waiter.thread, waiter.read_at),
-                    );
+                let strays: Vec<_> = mine.into_iter().filter_map(|waiter| claims.join(waiter).err()).collect();
+                self.push_again(slot, strays);
                 claimed
             };
             if let Some((id, pages)) = claimed {
@@ -202,7 +196,9 @@ impl Service {
     pub(super) fn poison(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: i32, why: &str) -> u64 {
         if let Some(shared) = &slot.shared {
             // What a failed fill has left there is nobody's.
-            let _ = shared.punch(&(pages.start * slot.granule..pages.end * slot.granule));
+            for run in slot.claims().held(pages.clone(), id) {
+                let _ = shared.punch(&(run.start * slot.granule..run.end * slot.granule));
+            }
         }
         let (gpa, len) = slot.gpa_of(&pages);
         let reason = std::io::Error::from_raw_os_error(errno);

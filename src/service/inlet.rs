@@ -125,18 +125,21 @@ impl Service {
     }
 
     fn pump_inlet(&self, inlet: &Arc<Inlet>, room: usize, push: fn(&Self, Work)) {
-        let mut messages = Vec::new();
         let mut work = Vec::new();
-        let read = {
-            let _gate = inlet.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
-            inlet.starved.store(false, Ordering::SeqCst);
-            let read = inlet.mechanism.read(room, &mut messages);
-            if matches!(read, Ok(Left::More)) {
-                inlet.starved.store(true, Ordering::SeqCst);
-            }
-            self.apply(inlet, messages, &mut work);
-            read
-        };
+        let mut read = Ok(Left::More);
+        while work.is_empty() && matches!(read, Ok(Left::More)) {
+            let mut messages = Vec::new();
+            read = {
+                let _gate = inlet.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
+                inlet.starved.store(false, Ordering::SeqCst);
+                let read = inlet.mechanism.read(room, &mut messages);
+                if matches!(read, Ok(Left::More)) {
+                    inlet.starved.store(true, Ordering::SeqCst);
+                }
+                self.apply(inlet, messages, &mut work);
+                read
+            };
+        }
         for work in work {
             push(self, work);
         }
@@ -251,7 +254,7 @@ impl Service {
     pub(super) fn give_back(&self, slot: &Arc<Slot>, pages: Range<u64>, work: &mut Vec<Work>) {
         use crate::pages::State;
         // Whatever the file holds where no page was ever filled is nobody's: it must not turn up at a minor fault.
-        if let Some(shared) = &slot.shared {
+        if let Some(shared) = slot.shared.as_ref().filter(|_| slot.parent.is_none()) {
             let mut from = pages.start;
             while let Some(run) = slot.pages.first_run(from..pages.end, State::Absent, u64::MAX) {
                 from = run.end;

@@ -71,8 +71,9 @@ impl Service {
                     // Its addresses may be another slot's by now.
                     return (opened, Err(Failed { page: pages.start, errno }));
                 }
-                self.settle_cancelled(slot, id, pages.clone());
+                // First: what is cancelled after this is in the kernel's hands, and whoever cancels waits for that.
                 let runs = slot.claims().begin_install(pages.clone(), id);
+                self.settle_cancelled(slot, id, pages.clone());
                 let again = self.install_runs(slot, id, &runs, base, content, &mut opened);
                 if again.is_some() {
                     slot.claims().suspend(pages.clone(), id);
@@ -218,6 +219,9 @@ impl Service {
 
     /// As [`Service::abandon`], but returns who waited.
     pub(super) fn abandon_quietly(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>) -> Vec<Waiter> {
+        // With the gate held, so that no removal comes between: what the guest gave back is not what it was.
+        let _gate = slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner);
+        self.settle_cancelled(slot, id, pages.clone());
         let mut claims = slot.claims();
         let waiters = claims.give_back(&slot.pages, pages, id);
         slot.wake_sleepers(&claims);

@@ -114,7 +114,7 @@ impl Service {
             own,
             inlets: RwLock::default(),
             work: unbounded(),
-            fillers: AtomicUsize::new(config.fill_threads),
+            fillers: AtomicUsize::new(if config.host.fill.is_some() { config.fill_threads } else { 1 }),
             idle: AtomicUsize::new(0),
             waking: threads::Waking::new(!config.direct)?,
             ready: Ready::new()?,

@@ -127,9 +127,9 @@ impl Service {
                     return Err(errno);
                 }
                 let Some(run) = self.claim_ahead(slot, from..pages.end) else { break };
-                from = run.pages.end;
+                from = run.pages.start;
                 self.fill(&run)?;
-                pace.bytes += (from - run.pages.start) * slot.granule;
+                pace.bytes += (run.pages.end - run.pages.start) * slot.granule;
             }
         }
         // Deferred runs and those that demand is filling are part of the request.

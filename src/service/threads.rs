@@ -97,7 +97,7 @@ impl Service {
             return self.waking.watch_level(self.ready.fd());
         }
         // Without a callback nothing a service thread does can block: one is enough.
-        let threads = if self.serviced() { self.config.fill_threads + 1 } else { 1 };
+        let threads = if self.serviced() { self.config.fill_threads + 1 } else { 2 };
         for n in 0..threads {
             self.spawn(format!("kuf-serve-{n}"), |service| service.serve_loop())?;
         }
@@ -169,6 +169,7 @@ impl Service {
                 if !self.work.1.is_empty() && self.idle.load(Ordering::SeqCst) > 0 {
                     self.waking.wake(1);
                 }
+                self.pump_starved();
                 self.work_on(work);
                 if !self.running() {
                     return;
