@@ -81,7 +81,7 @@ static int in_child(void (*body)(void))
 {
     pid_t child = fork();
     if (child == 0) {
-        watchdog(60);
+        begin_child();
         body();
         exit(atomic_load(&harness_failures) != 0);
     }

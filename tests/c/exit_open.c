@@ -25,7 +25,7 @@ static void *ensure_all(void *unused)
 /* A serviced handle with callbacks that never return, threads that wait and a request that runs. */
 static void open_busy(int answer)
 {
-    watchdog(60);
+    begin_child();
     size_t page = page_size();
     kuf = open_with((struct kuf_options){.fill = source_fill, .event = source_event, .opaque = &source, .demand_run = page});
     ram = map_anonymous(PAGES * page);
@@ -60,7 +60,7 @@ static void quick_end(void)
 
 static void driven(void)
 {
-    watchdog(60);
+    begin_child();
     kuf = open_driven(NULL);
     ram = map_anonymous(PAGES * page_size());
     add(kuf, BASE, ram, PAGES * page_size());

@@ -17,7 +17,7 @@ static int wait_for(pid_t child)
 /* Every call of the handle in the child; ends it through exit, so that what runs there is run. */
 static void child_calls(struct kuf *kuf)
 {
-    watchdog(60);
+    begin_child();
     size_t page = page_size();
     static unsigned char bytes[4096];
     struct kuf_progress progress = {.size = sizeof(progress)};
@@ -50,7 +50,7 @@ static void child_calls(struct kuf *kuf)
 /* A child may use the library for itself. */
 static void child_opens(void)
 {
-    watchdog(60);
+    begin_child();
     static struct source own = SOURCE_INIT;
     struct kuf *kuf = open_serviced(&own);
     unsigned char *ram = map_anonymous(PAGES * page_size());
@@ -83,7 +83,7 @@ int main(void)
     is(wait_for(child), 0, "a child opens a handle of its own");
     child = fork();
     if (child == 0) {
-        watchdog(60);
+        begin_child();
         exit(!holds_content(ram, BASE, page, 1));
     }
     is(wait_for(child), 0, "a page that was filled before is the child's as well");
@@ -104,7 +104,7 @@ int main(void)
     ok(holds_content(ram, BASE, 4 * page, 1), "following forks: some pages are filled before");
     child = fork();
     if (child == 0) {
-        watchdog(60);
+        begin_child();
         /* Its own copy: what it reads is the source's, also where the parent has touched nothing. */
         exit(!holds_content(ram, BASE, length, 1));
     }
