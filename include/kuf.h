@@ -55,7 +55,10 @@
 /* Let the library choose: the best mechanism whose behaviour it can establish on this kernel. */
 #define KUF_MECHANISM_AUTO 0
 
-/* userfaultfd(2). Every Linux; catches vCPUs, KVM itself, vhost and the VMM's own threads alike. */
+/*
+ * userfaultfd(2). Every Linux with CONFIG_USERFAULTFD; catches vCPUs, KVM itself, vhost and the VMM's own threads
+ * alike.
+ */
 #define KUF_MECHANISM_USERFAULTFD 1
 
 /* KVM userfault bitmap (KVM_MEM_USERFAULT). Named here so that programs can ask; not served by this version. */
@@ -137,9 +140,10 @@
 #define KUF_MEMORY_REMOTE (1 << 2)
 
 /*
- * Ask the source for every page, whatever the file already holds. Without it, ranges of a KUF_MEMORY_FD file that
- * hold data when the slot is added count as present and keep their bytes. Use it when a handler that died may have
- * left half-filled pages behind, and mark pages known to be whole with KUF_RESOLVE_IN_PLACE.
+ * Ask the source for every page, whatever the file already holds. Without it, ranges of a KUF_MEMORY_FD file that hold
+ * data when the slot is added count as present and keep their bytes. Use it when a handler that died may have left
+ * half-filled pages behind, before anything touches or populates the memory (filling in place writes over what the
+ * guest has changed), and mark pages known to be whole with KUF_RESOLVE_IN_PLACE.
  */
 #define KUF_MEMORY_FILL_ALL (1 << 3)
 
@@ -168,8 +172,9 @@
 #define KUF_RESOLVE_IN_PLACE (1 << 1)
 
 /*
- * kuf_resolve: src is NULL and the bytes are lost. Touching these pages raises SIGBUS (in a guest: KVM_RUN fails with
- * EHWPOISON or a machine check); an event is raised. Undone by kuf_discard.
+ * kuf_resolve: src is NULL and the bytes are lost. Touching these pages raises SIGBUS; an event is raised. Touched by
+ * a guest, KVM sends it to the vCPU thread (BUS_MCEERR_AR, with the hva) and KVM_RUN returns EINTR. Undone by
+ * kuf_discard.
  */
 #define KUF_RESOLVE_POISON (1 << 2)
 
@@ -182,7 +187,10 @@
 /* kuf_populate: stop every populate request that is still running; gpa and len are ignored. */
 #define KUF_POPULATE_STOP (1 << 0)
 
-/* kuf_close, kuf_remove_memory: poison what is still unresolved, so that touching it raises SIGBUS. */
+/*
+ * kuf_close, kuf_remove_memory: poison what is still unresolved, so that touching it raises SIGBUS. What a shared file
+ * holds there is dropped, in all its mappings; the poison itself is on the slot's own mapping.
+ */
 #define KUF_CLOSE_POISON (1 << 0)
 
 /*
@@ -199,7 +207,8 @@
 
 /*
  * kuf_close: leave unresolved pages closed and registered, because the host hands its own descriptor of the
- * userfaultfd to another handler. Only when every slot was added with KUF_MEMORY_UFFD.
+ * userfaultfd to another handler; who waits is announced there anew. Only when every slot was added with
+ * KUF_MEMORY_UFFD, and not with KUF_CLOSE_POISON or KUF_CLOSE_POPULATE.
  */
 #define KUF_CLOSE_HANDOVER (1 << 3)
 
@@ -209,7 +218,7 @@
  */
 #define KUF_PROGRESS_COMPLETE (1 << 0)
 
-/* kuf_progress.flags: the process or the mapping behind the slot is gone (ESRCH, ENOENT). */
+/* kuf_progress.flags: the process behind the slot is gone, or its userfaultfd cannot be read (KUF_EVENT_GONE). */
 #define KUF_PROGRESS_GONE (1 << 1)
 
 /* Pages gpa..gpa+len could not be filled (error says why) and are poisoned: touching them raises SIGBUS. */
@@ -221,22 +230,31 @@
  */
 #define KUF_EVENT_CLOSED_OFF 2
 
-/* Every page of the slot gpa..gpa+len is present or removed. */
+/*
+ * Every page of the slot gpa..gpa+len is present or removed: the time for kuf_remove_memory without flags. Not raised
+ * for a slot with poisoned pages, which kuf_close and kuf_remove_memory do accept.
+ */
 #define KUF_EVENT_COMPLETE 3
 
-/* A kuf_populate request over gpa..gpa+len has ended; error is 0, or the -errno of the fill that stopped it. */
+/*
+ * A kuf_populate request over gpa..gpa+len (0 and 0 for KUF_ALL) has ended; error is 0, or the -errno of the fill that
+ * stopped it, or -ECANCELED (KUF_POPULATE_STOP). Not raised for requests that kuf_close cuts off.
+ */
 #define KUF_EVENT_POPULATED 4
 
-/* The process or the mapping behind the slot gpa..gpa+len went away (error: -ESRCH, -ENOENT). */
+/*
+ * The process behind the slot gpa..gpa+len is gone (error: -ESRCH), or its userfaultfd cannot be read (that -errno).
+ * Noticed within a second. Memory that was unmapped counts as removed instead.
+ */
 #define KUF_EVENT_GONE 5
 
 /*
- * The service of this handle is dead after a failure inside the library. Unresolved pages stay closed; every call but
- * kuf_close fails with -EIO; kuf_close poisons them.
+ * The service of this handle is dead after a failure inside the library. Unresolved pages stay closed; every call that
+ * serves memory fails with -EIO; kuf_close poisons them.
  */
 #define KUF_EVENT_FATAL 6
 
-/* The process forked and the child's memory is served as well (KUF_OPEN_FOLLOW_FORK). */
+/* The process forked and the child's memory is served as well (KUF_OPEN_FOLLOW_FORK); with an error: it is not. */
 #define KUF_EVENT_FORKED 7
 
 /* Log levels, most urgent first. A record is passed on when its level is at most kuf_options.log_level. */
@@ -269,6 +287,9 @@
 /* userfaultfd serves KVM guests for this process (kernel-mode faults are allowed). */
 #define KUF_FEATURE_KERNEL_FAULTS 4
 
+/* userfaultfd works for this process at least for user-mode faults (KUF_OPEN_USER_MODE_ONLY). */
+#define KUF_FEATURE_USER_FAULTS 5
+
 /*
  * One VM's fault service. Opaque; made by kuf_open, ended by kuf_close.
  *
@@ -296,7 +317,7 @@ struct kuf_probe {
      * For each mechanism: in words, how it works here (which way userfaultfd was opened) or why it does not and what
      * to do about it. NUL-terminated.
      */
-    char why[KUF_MECHANISM_COUNT][256];
+    char why[KUF_MECHANISM_COUNT][512];
 };
 
 /* A run of pages to be filled, as handed to the fill callback. Valid until the callback returns. */
@@ -330,10 +351,11 @@ struct kuf_fill {
  * raised. Any other value is a failure with -EPROTO.
  *
  * Called on a service thread ("kuf-serve-N", "kuf-populate"), or on the host thread that is inside kuf_ensure,
- * kuf_vcpu_fault, kuf_close or kuf_remove_memory with KUF_CLOSE_POPULATE; by several threads at once for different
+ * kuf_vcpu_fault, or kuf_close or kuf_remove_memory with KUF_CLOSE_POPULATE; by several threads at once for different
  * runs. No lock is held. It may block and take its time: other pages are served while a fill thread is free. It may
  * call kuf_resolve (also for its own run, then return KUF_DEFERRED), kuf_discard, kuf_pending, kuf_populate,
- * kuf_progress, kuf_stats, kuf_error and kuf_version; everything else returns -EDEADLK. It must not touch unresolved
+ * kuf_progress, kuf_stats and kuf_block_times. Calls that could wait for it return -EDEADLK, on any handle: kuf_close,
+ * kuf_add_memory, kuf_remove_memory, kuf_poll, kuf_read, kuf_ensure, kuf_vcpu_fault. It must not touch unresolved
  * guest memory (it would wait for itself). A Rust panic is caught and counts as -ENOTRECOVERABLE; a C++ exception or
  * longjmp must not leave it.
  */
@@ -371,8 +393,8 @@ typedef void (*kuf_log_fn)(void *opaque, uint32_t level, const char *text);
 
 /*
  * Called exactly once, when the library will never again use opaque or call any callback: before a kuf_close that
- * waits returns, or on a service thread after KUF_CLOSE_NOWAIT. Not called when kuf_open fails. Must not call the
- * library.
+ * waits returns, or on the last thread that leaves the library after KUF_CLOSE_NOWAIT. Not called when kuf_open fails.
+ * Must not call the library.
  */
 typedef void (*kuf_release_fn)(void *opaque);
 
@@ -624,7 +646,8 @@ uint32_t kuf_version(void);
 
 /*
  * The calling thread's last failure in words: what was wrong and what to do about it. Never NULL; "" when no call of
- * this thread has failed. Calls that succeed leave it alone. Valid until the next failing call of this thread.
+ * this thread has failed. Calls that succeed leave it alone. Valid until the next failing call of this thread. (In
+ * f(kuf_open(...), kuf_error()) C may evaluate the second argument first: call it in a statement of its own.)
  */
 const char *kuf_error(void);
 
@@ -642,9 +665,9 @@ int kuf_has_feature(uint32_t feature);
  * vm_fd: a KVM VM file descriptor, or -1 to learn only what does not need one.
  * out: out->size set by the caller.
  *
- * Returns 0, also when nothing works (out->mechanisms is 0 then).
+ * Returns 0, also when nothing works (out->mechanisms is 0 then). Any thread.
  * -EINVAL: out is NULL or its size is below that of the first version; vm_fd is neither -1 nor a KVM VM.
- * -EBADF: vm_fd is not an open descriptor. Any thread.
+ * -EBADF: vm_fd is not an open descriptor.
  * Kernel: userfaultfd(2), ioctl_userfaultfd(2), KVM_CHECK_EXTENSION.
  */
 int kuf_probe(int vm_fd, struct kuf_probe *out);
@@ -692,7 +715,8 @@ int kuf_close(struct kuf **kuf, uint32_t flags);
 
 /*
  * Puts a memory slot under the service: from its return on, no absent page of it can be touched without being served.
- * Pages that exist already keep their bytes. May be called while other slots are in use.
+ * Pages that exist already keep their bytes and are not asked for, so do not populate the mapping (MAP_POPULATE). May
+ * be called while other slots are in use. Reads /proc/self/maps.
  *
  * memory: memory->size set by the caller; the descriptors in it stay the host's.
  *
@@ -707,7 +731,8 @@ int kuf_close(struct kuf **kuf, uint32_t flags);
  * -EBADF: fd or uffd is not an open descriptor. -EBADFD: fd is not a shared memory file, is not the one mapped at hva,
  *   or uffd is not a userfaultfd.
  * -EBUSY: another userfaultfd has the range. -ESRCH: the remote process is gone.
- * -ENOTSUP: the kernel cannot serve this kind of memory. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
+ * -ENOTSUP: the kernel cannot serve this kind of memory; a hugetlbfs file that holds data, without
+ *   KUF_MEMORY_FILL_ALL. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
  * Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file).
  */
 int kuf_add_memory(struct kuf *kuf, const struct kuf_memory *memory);
@@ -757,7 +782,7 @@ int kuf_poll(struct kuf *kuf, int timeout_ms);
  *
  * Returns the number taken. Any thread; several may read at once and get different faults.
  * -EAGAIN: none now. -EINVAL: kuf or faults is NULL, n is 0. -ENOTSUP: the handle has a fill callback.
- * -EIO: the service is dead.
+ * -EDEADLK: called from a callback. -ECANCELED: kuf_close has begun. -EIO: the service is dead.
  */
 ssize_t kuf_read(struct kuf *kuf, struct kuf_fault *faults, size_t n);
 
@@ -781,8 +806,8 @@ ssize_t kuf_read(struct kuf *kuf, struct kuf_fault *faults, size_t n);
  *   range leaves its slot.
  * -EFAULT: src is not readable over len bytes; what could be read up to there may be present (the call can be
  *   repeated).
- * -ENOMEM: the kernel has no memory for the pages. -ESRCH: the process behind the slot is gone. -EIO: the service is
- *   dead.
+ * -EDEADLK: src is itself guest memory that is not present. -ENOMEM: the kernel has no memory for the pages. -ESRCH:
+ *   the process behind the slot is gone. -EIO: the service is dead.
  * Kernel: UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE.
  */
 ssize_t kuf_resolve(struct kuf *kuf, uint64_t gpa, const void *src, size_t len, uint32_t flags);
@@ -793,6 +818,9 @@ ssize_t kuf_resolve(struct kuf *kuf, uint64_t gpa, const void *src, size_t len, 
  * and the call is a legal kuf_ensure over the granules that gpa..gpa+len touches.
  *
  * gpa, len: kvm_run->memory_fault.gpa and .size, of any alignment. exit_flags: kvm_run->memory_fault.flags.
+ *
+ * For a page that is present it returns 0 at once: handle exits that have another cause first. On a caller-driven
+ * handle the page is queued for kuf_read and waited for, so not from the thread that reads.
  *
  * Returns 0: run the vCPU again. Any thread but not from a callback (-EDEADLK); calls the fill callback.
  * -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot: not a fault of the library's; handle it as
@@ -813,7 +841,8 @@ int kuf_vcpu_fault(struct kuf *kuf, uint64_t gpa, uint64_t len, uint64_t exit_fl
  * wait for others but still fills what nobody has begun.
  *
  * Returns 0: present or given back by the guest. Any thread but not from a callback (-EDEADLK); calls the fill
- * callback on the calling thread, so hold no lock that it takes.
+ * callback on the calling thread, so hold no lock that it takes. On a caller-driven handle the pages are queued for
+ * kuf_read and waited for: not from the thread that reads.
  * -EINVAL: kuf is NULL, len is 0, overflow, timeout_ms below -1. -ENOENT: gpa is in no slot. -ERANGE: the range leaves
  *   its slot.
  * -ETIMEDOUT: not in time. -EHWPOISON: part of the range could not be filled. -ECANCELED: kuf_close has begun.
@@ -854,13 +883,14 @@ int kuf_populate(struct kuf *kuf, const struct kuf_populate *request);
 int kuf_discard(struct kuf *kuf, uint64_t gpa, uint64_t len, uint32_t flags);
 
 /*
- * Lists what the host has been asked for and has not resolved: deferred runs and faults taken with kuf_read (or
- * waiting to be). To be asked for again from a source that has come back after its connection was lost.
+ * Lists what the host has been asked for and has not resolved: runs deferred or still inside their fill callback, and
+ * faults taken with kuf_read (or waiting to be). To be asked for again from a source that has come back after its
+ * connection was lost.
  *
  * faults: room for n entries, in order of gpa; may be NULL when n is 0.
  *
  * Returns the number of runs pending, which may be more than n. Any thread, also from callbacks.
- * -EINVAL: kuf is NULL, faults is NULL and n is not 0.
+ * -EINVAL: kuf is NULL, faults is NULL and n is not 0. -ECANCELED: kuf_close has begun. -EIO: the service is dead.
  */
 ssize_t kuf_pending(struct kuf *kuf, struct kuf_fault *faults, size_t n);
 

@@ -396,7 +396,12 @@ impl<W: Waits> Claims<W> {
     pub fn installing(&self, range: &Range<u64>) -> bool {
         // A page that is present and only looked at again (a late fault) can be seen by the guest all the while.
         self.overlapping(range)
-            .any(|c| c.owner == Owner::Install || c.owner == Owner::Fill && c.origin == State::Present)
+            .any(|c| c.owner == Owner::Install || (c.owner == Owner::Fill && c.origin == State::Present))
+    }
+
+    /// Whether another thread is dropping a page of `range`.
+    pub fn dropping(&self, range: &Range<u64>) -> bool {
+        self.overlapping(range).any(|claim| claim.owner == Owner::Discard)
     }
 
     /// Whether a thread of the library owns a page of `range`.
@@ -432,9 +437,10 @@ impl<W: Waits> Claims<W> {
         (id, runs, waiters)
     }
 
-    /// What the host owes, in order.
-    pub fn owed(&self) -> impl Iterator<Item = Owed> + '_ {
-        self.by_start.iter().filter(|(_, claim)| claim.owner == Owner::Host).map(|(start, claim)| Owed {
+    /// What the host has been asked for, in order: what it owes, and what a callback has not returned for yet.
+    pub fn asked(&self) -> impl Iterator<Item = Owed> + '_ {
+        let asked = |c: &Claim<W>| c.owner == Owner::Host || (c.owner == Owner::Fill && c.origin == State::Absent);
+        self.by_start.iter().filter(move |(_, claim)| asked(claim)).map(|(start, claim)| Owed {
             pages: *start..claim.end,
             demand: claim.demand,
             since: claim.since,

@@ -76,7 +76,7 @@ impl Report {
             page_size: rustix::param::page_size() as u32,
             uffd_features: self.features,
             error: [0; KUF_MECHANISM_COUNT],
-            why: [[0; 256]; KUF_MECHANISM_COUNT],
+            why: [[0; 512]; KUF_MECHANISM_COUNT],
         };
         for (n, found) in self.found.iter().enumerate() {
             let text = match found {
@@ -110,6 +110,7 @@ pub fn has_feature(feature: u32) -> Result<bool> {
         KUF_FEATURE_MINOR => offered(UFFD_FEATURE_MINOR_SHMEM),
         KUF_FEATURE_THREAD_ID => offered(UFFD_FEATURE_THREAD_ID),
         KUF_FEATURE_KERNEL_FAULTS => open::open(false).is_ok(),
+        KUF_FEATURE_USER_FAULTS => open::open(true).is_ok(),
         other => return Err(Error::new(libc::EINVAL, format!("feature {other} is unknown to this version"))),
     })
 }

@@ -35,7 +35,7 @@ sized! {
     kuf_options: 96,
     kuf_memory: 72,
     kuf_populate: 32,
-    kuf_probe: 1064,
+    kuf_probe: 2088,
     kuf_progress: 72,
     kuf_stats: 1584,
 }
@@ -160,6 +160,11 @@ pub fn options(o: &kuf_options) -> Result<Config> {
     }
     if has(KUF_OPEN_DIRECT) && o.fill.is_some() {
         return invalid("KUF_OPEN_DIRECT has no thread that could call options->fill".into());
+    }
+    if has(KUF_OPEN_DIRECT) && has(KUF_OPEN_FOLLOW_FORK) {
+        return invalid(
+            "KUF_OPEN_FOLLOW_FORK needs a thread: with KUF_OPEN_DIRECT fork would wait for kuf_read".into(),
+        );
     }
     if has(KUF_OPEN_ADOPT_ONLY) && has(KUF_OPEN_FOLLOW_FORK) {
         let text =

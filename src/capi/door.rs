@@ -4,8 +4,10 @@
 //! recognised, on any thread, for ever. It is kept in a list, so that leak checkers see it owned.
 
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 
+use once_cell::sync::OnceCell;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::types::{kuf, KUF_CLOSE_NOWAIT};
@@ -17,6 +19,8 @@ const MAGIC: u64 = 0x6b75_665f_646f_6f72;
 /// What a `struct kuf *` points to.
 pub struct Door {
     magic: u64,
+    /// The process that opened it.
+    process: Option<u64>,
     service: RwLock<Option<Arc<Service>>>,
     /// Calls inside, and whoever waits for the last to leave.
     calls: Mutex<usize>,
@@ -35,10 +39,9 @@ static DOORS: Mutex<Vec<&'static Door>> = Mutex::new(Vec::new());
 impl Door {
     /// A handle for `service`.
     pub fn open(service: Arc<Service>) -> *mut kuf {
-        // The mark of this process has to be there before it forks.
-        in_opening_process();
         let door: &'static Door = Box::leak(Box::new(Door {
             magic: MAGIC,
+            process: this_process(),
             service: RwLock::new(Some(service)),
             calls: Mutex::new(0),
             left: Condvar::new(),
@@ -86,6 +89,9 @@ impl Door {
             while *calls > 0 {
                 calls = door.left.wait(calls).unwrap_or_else(PoisonError::into_inner);
             }
+            // A kuf_discard that was inside may have made pages absent since.
+            drop(calls);
+            service.settle_rest(flags);
         }
         service.end(flags);
         Ok(())
@@ -101,7 +107,7 @@ impl Door {
         if door.magic != MAGIC {
             return Err(not_a_handle());
         }
-        if !in_opening_process() {
+        if door.process != this_process() {
             let text = "this handle belongs to the parent process: its threads do not exist here";
             return Err(Error::new(libc::ECHILD, text));
         }
@@ -139,27 +145,32 @@ fn not_a_handle() -> Error {
     Error::new(libc::EINVAL, "kuf is not a handle that kuf_open returned")
 }
 
-/// Whether this is the process that loaded the library, by a page that the kernel wipes in a forked child: asking for
-/// the pid would be a system call in every call.
-fn in_opening_process() -> bool {
-    use once_cell::sync::OnceCell;
-    struct Page(NonNull<u8>);
-    // SAFETY: written once, before it is shared.
+/// A number that is this process's alone: on a page that the kernel wipes in a forked child, because asking for the pid
+/// would be a system call in every call. A child that opens handles of its own gets a number of its own. None: no such
+/// page (before Linux 4.14), and forks go unnoticed.
+fn this_process() -> Option<u64> {
+    struct Page(NonNull<AtomicU64>);
+    // SAFETY: an atomic, mapped for the life of the process.
     unsafe impl Send for Page {}
     // SAFETY: as above.
     unsafe impl Sync for Page {}
     static PAGE: OnceCell<Page> = OnceCell::new();
+    static NEXT: AtomicU64 = AtomicU64::new(1);
     let page = PAGE.get_or_try_init(|| {
         let len = rustix::param::page_size();
-        // SAFETY: a new mapping where the kernel likes; wiped in children only.
-        unsafe {
-            let prot = ProtFlags::READ | ProtFlags::WRITE;
-            let at = rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, MapFlags::PRIVATE)?;
-            rustix::mm::madvise(at, len, Advice::LinuxWipeOnFork)?;
-            at.cast::<u8>().write(1);
-            NonNull::new(at.cast()).map(Page).ok_or(rustix::io::Errno::NOMEM)
-        }
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping where the kernel likes.
+        let at = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, MapFlags::PRIVATE) }?;
+        // SAFETY: the page just mapped; wiped in children only.
+        unsafe { rustix::mm::madvise(at, len, Advice::LinuxWipeOnFork) }?;
+        NonNull::new(at.cast()).map(Page).ok_or(rustix::io::Errno::NOMEM)
     });
-    // SAFETY: mapped above, never unmapped. Without the page (before Linux 4.14) forks go unnoticed.
-    page.map_or(true, |page| unsafe { page.0.as_ptr().read_volatile() } == 1)
+    // SAFETY: mapped above, zero at first and after a fork, never unmapped.
+    let number = unsafe { page.ok()?.0.as_ref() };
+    if number.load(Ordering::Relaxed) == 0 {
+        // NEXT is inherited by a child, so it goes on counting there.
+        let next = NEXT.fetch_add(1, Ordering::Relaxed);
+        let _ = number.compare_exchange(0, next, Ordering::Relaxed, Ordering::Relaxed);
+    }
+    Some(number.load(Ordering::Relaxed))
 }

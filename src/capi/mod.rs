@@ -26,7 +26,8 @@ pub extern "C" fn kuf_version() -> u32 {
 }
 
 /// The calling thread's last failure in words: what was wrong and what to do about it. Never NULL; "" when no call of
-/// this thread has failed. Calls that succeed leave it alone. Valid until the next failing call of this thread.
+/// this thread has failed. Calls that succeed leave it alone. Valid until the next failing call of this thread. (In
+/// f(kuf_open(...), kuf_error()) C may evaluate the second argument first: call it in a statement of its own.)
 #[no_mangle]
 pub extern "C" fn kuf_error() -> *const c_char {
     error::last_text()
@@ -46,9 +47,9 @@ pub extern "C" fn kuf_has_feature(feature: u32) -> c_int {
 /// vm_fd: a KVM VM file descriptor, or -1 to learn only what does not need one.
 /// out: out->size set by the caller.
 ///
-/// Returns 0, also when nothing works (out->mechanisms is 0 then).
+/// Returns 0, also when nothing works (out->mechanisms is 0 then). Any thread.
 /// -EINVAL: out is NULL or its size is below that of the first version; vm_fd is neither -1 nor a KVM VM.
-/// -EBADF: vm_fd is not an open descriptor. Any thread.
+/// -EBADF: vm_fd is not an open descriptor.
 /// Kernel: userfaultfd(2), ioctl_userfaultfd(2), KVM_CHECK_EXTENSION.
 ///
 /// # Safety
@@ -134,7 +135,8 @@ pub unsafe extern "C" fn kuf_close(kuf: *mut *mut kuf, flags: u32) -> c_int {
 }
 
 /// Puts a memory slot under the service: from its return on, no absent page of it can be touched without being served.
-/// Pages that exist already keep their bytes. May be called while other slots are in use.
+/// Pages that exist already keep their bytes and are not asked for, so do not populate the mapping (MAP_POPULATE). May
+/// be called while other slots are in use. Reads /proc/self/maps.
 ///
 /// memory: memory->size set by the caller; the descriptors in it stay the host's.
 ///
@@ -149,7 +151,8 @@ pub unsafe extern "C" fn kuf_close(kuf: *mut *mut kuf, flags: u32) -> c_int {
 /// -EBADF: fd or uffd is not an open descriptor. -EBADFD: fd is not a shared memory file, is not the one mapped at hva,
 ///   or uffd is not a userfaultfd.
 /// -EBUSY: another userfaultfd has the range. -ESRCH: the remote process is gone.
-/// -ENOTSUP: the kernel cannot serve this kind of memory. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
+/// -ENOTSUP: the kernel cannot serve this kind of memory; a hugetlbfs file that holds data, without
+///   KUF_MEMORY_FILL_ALL. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
 /// Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file).
 ///
 /// # Safety
@@ -233,7 +236,7 @@ pub unsafe extern "C" fn kuf_poll(kuf: *mut kuf, timeout_ms: c_int) -> c_int {
 ///
 /// Returns the number taken. Any thread; several may read at once and get different faults.
 /// -EAGAIN: none now. -EINVAL: kuf or faults is NULL, n is 0. -ENOTSUP: the handle has a fill callback.
-/// -EIO: the service is dead.
+/// -EDEADLK: called from a callback. -ECANCELED: kuf_close has begun. -EIO: the service is dead.
 ///
 /// # Safety
 /// `kuf` came from kuf_open; `faults` is NULL or has room for `n` entries.
@@ -270,8 +273,8 @@ pub unsafe extern "C" fn kuf_read(kuf: *mut kuf, faults: *mut kuf_fault, n: usiz
 ///   range leaves its slot.
 /// -EFAULT: src is not readable over len bytes; what could be read up to there may be present (the call can be
 ///   repeated).
-/// -ENOMEM: the kernel has no memory for the pages. -ESRCH: the process behind the slot is gone. -EIO: the service is
-///   dead.
+/// -EDEADLK: src is itself guest memory that is not present. -ENOMEM: the kernel has no memory for the pages. -ESRCH:
+///   the process behind the slot is gone. -EIO: the service is dead.
 /// Kernel: UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE.
 ///
 /// # Safety
@@ -292,6 +295,9 @@ pub unsafe extern "C" fn kuf_resolve(kuf: *mut kuf, gpa: u64, src: *const c_void
 /// and the call is a legal kuf_ensure over the granules that gpa..gpa+len touches.
 ///
 /// gpa, len: kvm_run->memory_fault.gpa and .size, of any alignment. exit_flags: kvm_run->memory_fault.flags.
+///
+/// For a page that is present it returns 0 at once: handle exits that have another cause first. On a caller-driven
+/// handle the page is queued for kuf_read and waited for, so not from the thread that reads.
 ///
 /// Returns 0: run the vCPU again. Any thread but not from a callback (-EDEADLK); calls the fill callback.
 /// -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot: not a fault of the library's; handle it as
@@ -321,7 +327,8 @@ pub unsafe extern "C" fn kuf_vcpu_fault(kuf: *mut kuf, gpa: u64, len: u64, exit_
 /// wait for others but still fills what nobody has begun.
 ///
 /// Returns 0: present or given back by the guest. Any thread but not from a callback (-EDEADLK); calls the fill
-/// callback on the calling thread, so hold no lock that it takes.
+/// callback on the calling thread, so hold no lock that it takes. On a caller-driven handle the pages are queued for
+/// kuf_read and waited for: not from the thread that reads.
 /// -EINVAL: kuf is NULL, len is 0, overflow, timeout_ms below -1. -ENOENT: gpa is in no slot. -ERANGE: the range leaves
 ///   its slot.
 /// -ETIMEDOUT: not in time. -EHWPOISON: part of the range could not be filled. -ECANCELED: kuf_close has begun.
@@ -391,13 +398,14 @@ pub unsafe extern "C" fn kuf_discard(kuf: *mut kuf, gpa: u64, len: u64, flags: u
     })
 }
 
-/// Lists what the host has been asked for and has not resolved: deferred runs and faults taken with kuf_read (or
-/// waiting to be). To be asked for again from a source that has come back after its connection was lost.
+/// Lists what the host has been asked for and has not resolved: runs deferred or still inside their fill callback, and
+/// faults taken with kuf_read (or waiting to be). To be asked for again from a source that has come back after its
+/// connection was lost.
 ///
 /// faults: room for n entries, in order of gpa; may be NULL when n is 0.
 ///
 /// Returns the number of runs pending, which may be more than n. Any thread, also from callbacks.
-/// -EINVAL: kuf is NULL, faults is NULL and n is not 0.
+/// -EINVAL: kuf is NULL, faults is NULL and n is not 0. -ECANCELED: kuf_close has begun. -EIO: the service is dead.
 ///
 /// # Safety
 /// `kuf` came from kuf_open; `faults` is NULL or has room for `n` entries.

@@ -19,7 +19,8 @@ pub const KUF_ALL: u64 = 0xffff_ffff_ffff_ffff;
 
 /// Let the library choose: the best mechanism whose behaviour it can establish on this kernel.
 pub const KUF_MECHANISM_AUTO: u32 = 0;
-/// userfaultfd(2). Every Linux; catches vCPUs, KVM itself, vhost and the VMM's own threads alike.
+/// userfaultfd(2). Every Linux with CONFIG_USERFAULTFD; catches vCPUs, KVM itself, vhost and the VMM's own threads
+/// alike.
 pub const KUF_MECHANISM_USERFAULTFD: u32 = 1;
 /// KVM userfault bitmap (KVM_MEM_USERFAULT). Named here so that programs can ask; not served by this version.
 pub const KUF_MECHANISM_KVM_BITMAP: u32 = 2;
@@ -72,9 +73,10 @@ pub const KUF_MEMORY_FD: u32 = 1 << 0;
 pub const KUF_MEMORY_UFFD: u32 = 1 << 1;
 /// kuf_memory.hva is an address of another process, the one that opened kuf_memory.uffd. Needs KUF_MEMORY_UFFD.
 pub const KUF_MEMORY_REMOTE: u32 = 1 << 2;
-/// Ask the source for every page, whatever the file already holds. Without it, ranges of a KUF_MEMORY_FD file that
-/// hold data when the slot is added count as present and keep their bytes. Use it when a handler that died may have
-/// left half-filled pages behind, and mark pages known to be whole with KUF_RESOLVE_IN_PLACE.
+/// Ask the source for every page, whatever the file already holds. Without it, ranges of a KUF_MEMORY_FD file that hold
+/// data when the slot is added count as present and keep their bytes. Use it when a handler that died may have left
+/// half-filled pages behind, before anything touches or populates the memory (filling in place writes over what the
+/// guest has changed), and mark pages known to be whole with KUF_RESOLVE_IN_PLACE.
 pub const KUF_MEMORY_FILL_ALL: u32 = 1 << 3;
 
 /// A write caused the fault.
@@ -92,8 +94,9 @@ pub const KUF_RESOLVE_ZERO: u32 = 1 << 0;
 /// kuf_resolve: src is NULL and the bytes are in the shared file already (written through another mapping, pwrite,
 /// or kuf_fill.buf / kuf_fault.place). Only for slots that are filled in place.
 pub const KUF_RESOLVE_IN_PLACE: u32 = 1 << 1;
-/// kuf_resolve: src is NULL and the bytes are lost. Touching these pages raises SIGBUS (in a guest: KVM_RUN fails with
-/// EHWPOISON or a machine check); an event is raised. Undone by kuf_discard.
+/// kuf_resolve: src is NULL and the bytes are lost. Touching these pages raises SIGBUS; an event is raised. Touched by
+/// a guest, KVM sends it to the vCPU thread (BUS_MCEERR_AR, with the hva) and KVM_RUN returns EINTR. Undone by
+/// kuf_discard.
 pub const KUF_RESOLVE_POISON: u32 = 1 << 2;
 
 /// kuf_discard: the guest gave the range back (balloon, free page reporting): it reads as zero from now on. Without
@@ -102,8 +105,8 @@ pub const KUF_DISCARD_REMOVED: u32 = 1 << 0;
 
 /// kuf_populate: stop every populate request that is still running; gpa and len are ignored.
 pub const KUF_POPULATE_STOP: u32 = 1 << 0;
-
-/// kuf_close, kuf_remove_memory: poison what is still unresolved, so that touching it raises SIGBUS.
+/// kuf_close, kuf_remove_memory: poison what is still unresolved, so that touching it raises SIGBUS. What a shared file
+/// holds there is dropped, in all its mappings; the poison itself is on the slot's own mapping.
 pub const KUF_CLOSE_POISON: u32 = 1 << 0;
 /// kuf_close, kuf_remove_memory: fill what is still unresolved first. A page that cannot be filled makes the call fail
 /// with -EIO and leaves the handle open, unless KUF_CLOSE_POISON is given too.
@@ -112,13 +115,14 @@ pub const KUF_CLOSE_POPULATE: u32 = 1 << 1;
 /// kuf_options.release is called when the last one has returned, and opaque must stay valid until then.
 pub const KUF_CLOSE_NOWAIT: u32 = 1 << 2;
 /// kuf_close: leave unresolved pages closed and registered, because the host hands its own descriptor of the
-/// userfaultfd to another handler. Only when every slot was added with KUF_MEMORY_UFFD.
+/// userfaultfd to another handler; who waits is announced there anew. Only when every slot was added with
+/// KUF_MEMORY_UFFD, and not with KUF_CLOSE_POISON or KUF_CLOSE_POPULATE.
 pub const KUF_CLOSE_HANDOVER: u32 = 1 << 3;
 
 /// kuf_progress.flags: every page of the range is present or removed. The slot can be taken off the library with
 /// kuf_remove_memory, and no cost stays behind.
 pub const KUF_PROGRESS_COMPLETE: u32 = 1 << 0;
-/// kuf_progress.flags: the process or the mapping behind the slot is gone (ESRCH, ENOENT).
+/// kuf_progress.flags: the process behind the slot is gone, or its userfaultfd cannot be read (KUF_EVENT_GONE).
 pub const KUF_PROGRESS_GONE: u32 = 1 << 1;
 
 /// Pages gpa..gpa+len could not be filled (error says why) and are poisoned: touching them raises SIGBUS.
@@ -126,16 +130,19 @@ pub const KUF_EVENT_POISONED: u32 = 1;
 /// Pages gpa..gpa+len could not be filled and the kernel cannot poison them (before Linux 6.6). In the own process they
 /// were made PROT_NONE (touching raises SIGSEGV); in another process whoever touches them stays blocked.
 pub const KUF_EVENT_CLOSED_OFF: u32 = 2;
-/// Every page of the slot gpa..gpa+len is present or removed.
+/// Every page of the slot gpa..gpa+len is present or removed: the time for kuf_remove_memory without flags. Not raised
+/// for a slot with poisoned pages, which kuf_close and kuf_remove_memory do accept.
 pub const KUF_EVENT_COMPLETE: u32 = 3;
-/// A kuf_populate request over gpa..gpa+len has ended; error is 0, or the -errno of the fill that stopped it.
+/// A kuf_populate request over gpa..gpa+len (0 and 0 for KUF_ALL) has ended; error is 0, or the -errno of the fill that
+/// stopped it, or -ECANCELED (KUF_POPULATE_STOP). Not raised for requests that kuf_close cuts off.
 pub const KUF_EVENT_POPULATED: u32 = 4;
-/// The process or the mapping behind the slot gpa..gpa+len went away (error: -ESRCH, -ENOENT).
+/// The process behind the slot gpa..gpa+len is gone (error: -ESRCH), or its userfaultfd cannot be read (that -errno).
+/// Noticed within a second. Memory that was unmapped counts as removed instead.
 pub const KUF_EVENT_GONE: u32 = 5;
-/// The service of this handle is dead after a failure inside the library. Unresolved pages stay closed; every call but
-/// kuf_close fails with -EIO; kuf_close poisons them.
+/// The service of this handle is dead after a failure inside the library. Unresolved pages stay closed; every call that
+/// serves memory fails with -EIO; kuf_close poisons them.
 pub const KUF_EVENT_FATAL: u32 = 6;
-/// The process forked and the child's memory is served as well (KUF_OPEN_FOLLOW_FORK).
+/// The process forked and the child's memory is served as well (KUF_OPEN_FOLLOW_FORK); with an error: it is not.
 pub const KUF_EVENT_FORKED: u32 = 7;
 
 /// Log levels, most urgent first. A record is passed on when its level is at most kuf_options.log_level.
@@ -159,6 +166,8 @@ pub const KUF_FEATURE_MINOR: u32 = 2;
 pub const KUF_FEATURE_THREAD_ID: u32 = 3;
 /// userfaultfd serves KVM guests for this process (kernel-mode faults are allowed).
 pub const KUF_FEATURE_KERNEL_FAULTS: u32 = 4;
+/// userfaultfd works for this process at least for user-mode faults (KUF_OPEN_USER_MODE_ONLY).
+pub const KUF_FEATURE_USER_FAULTS: u32 = 5;
 
 /// One VM's fault service. Opaque; made by kuf_open, ended by kuf_close.
 ///
@@ -187,7 +196,7 @@ pub struct kuf_probe {
     pub error: [i32; KUF_MECHANISM_COUNT],
     /// For each mechanism: in words, how it works here (which way userfaultfd was opened) or why it does not and what
     /// to do about it. NUL-terminated.
-    pub why: [[c_char; 256]; KUF_MECHANISM_COUNT],
+    pub why: [[c_char; 512]; KUF_MECHANISM_COUNT],
 }
 
 /// A run of pages to be filled, as handed to the fill callback. Valid until the callback returns.
@@ -265,10 +274,11 @@ pub struct kuf_event {
 /// raised. Any other value is a failure with -EPROTO.
 ///
 /// Called on a service thread ("kuf-serve-N", "kuf-populate"), or on the host thread that is inside kuf_ensure,
-/// kuf_vcpu_fault, kuf_close or kuf_remove_memory with KUF_CLOSE_POPULATE; by several threads at once for different
+/// kuf_vcpu_fault, or kuf_close or kuf_remove_memory with KUF_CLOSE_POPULATE; by several threads at once for different
 /// runs. No lock is held. It may block and take its time: other pages are served while a fill thread is free. It may
 /// call kuf_resolve (also for its own run, then return KUF_DEFERRED), kuf_discard, kuf_pending, kuf_populate,
-/// kuf_progress, kuf_stats, kuf_error and kuf_version; everything else returns -EDEADLK. It must not touch unresolved
+/// kuf_progress, kuf_stats and kuf_block_times. Calls that could wait for it return -EDEADLK, on any handle: kuf_close,
+/// kuf_add_memory, kuf_remove_memory, kuf_poll, kuf_read, kuf_ensure, kuf_vcpu_fault. It must not touch unresolved
 /// guest memory (it would wait for itself). A Rust panic is caught and counts as -ENOTRECOVERABLE; a C++ exception or
 /// longjmp must not leave it.
 pub type kuf_fill_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void, fill: *mut kuf_fill) -> c_int>;
@@ -282,8 +292,8 @@ pub type kuf_event_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void, 
 pub type kuf_log_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void, level: u32, text: *const c_char)>;
 
 /// Called exactly once, when the library will never again use opaque or call any callback: before a kuf_close that
-/// waits returns, or on a service thread after KUF_CLOSE_NOWAIT. Not called when kuf_open fails. Must not call the
-/// library.
+/// waits returns, or on the last thread that leaves the library after KUF_CLOSE_NOWAIT. Not called when kuf_open fails.
+/// Must not call the library.
 pub type kuf_release_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void)>;
 
 /// How to open a service. Zero means the default in every field.

@@ -134,6 +134,9 @@ pub trait Mechanism: Send + Sync {
     /// Whether the memory's process still exists.
     fn alive(&self) -> bool;
 
+    /// Whether its addresses are another process's.
+    fn remote(&self) -> bool;
+
     /// Whether the host holds a descriptor of its own and could hand it to another handler.
     fn adopted(&self) -> bool;
 

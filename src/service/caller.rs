@@ -70,9 +70,11 @@ impl Service {
             let mut claims = slot.claims();
             let terms = Terms { owner: Owner::Host, in_place, demand: true };
             let claimed = claims.claim(&slot.pages, page, 1, State::Absent, terms);
-            let _ = claims.join(waiter);
+            let stray = claims.join(waiter).err();
             if claimed.is_none() {
-                return;
+                drop(claims);
+                // Not absent any more, and not on its way: given back meanwhile, say.
+                return self.push_again(slot, stray.into_iter().collect());
             }
         }
         self.ready.push(slot.clone(), page);
@@ -181,7 +183,7 @@ impl Service {
         let mut n = 0;
         for slot in map.all() {
             let claims = slot.claims();
-            for owed in claims.owed() {
+            for owed in claims.asked() {
                 if let Some(to) = out.get_mut(n) {
                     let demand = if owed.demand { KUF_FAULT_DEMAND } else { 0 };
                     to.write(describe(slot, &owed.pages, demand, owed.since));

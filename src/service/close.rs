@@ -8,6 +8,7 @@ use super::{Service, DEAD};
 use crate::capi::types::*;
 use crate::error::{Error, Result};
 use crate::memory::Slot;
+use crate::pages::State;
 
 impl Service {
     /// `kuf_remove_memory`.
@@ -22,12 +23,15 @@ impl Service {
             .find(|slot| slot.gpa == gpa)
             .ok_or_else(|| Error::new(libc::ENOENT, format!("no memory slot starts at gpa {gpa:#x}")))?;
         if flags & KUF_CLOSE_POPULATE != 0 {
+            // It waits for fills, of which the thread that raises an event may be one.
+            refuse_inside_callbacks("kuf_remove_memory with KUF_CLOSE_POPULATE")?;
             self.populate_before_end(Some((slot.gpa, slot.len)), flags)?;
         }
+        let settled = settled(slot);
         if slot.claims().busy(&(0..slot.pages.total())) {
             return Err(Error::new(libc::EBUSY, "a fill of this slot is running: try again when it has ended"));
         }
-        if flags & KUF_CLOSE_POISON == 0 && !settled(slot) {
+        if flags & KUF_CLOSE_POISON == 0 && !settled {
             return Err(unresolved(slot));
         }
         let views: Vec<_> = map.forks_of(slot).cloned().collect();
@@ -119,6 +123,10 @@ impl Service {
     pub fn end(&self, flags: u32) {
         self.stop_threads(flags & KUF_CLOSE_NOWAIT != 0);
         if flags & KUF_CLOSE_HANDOVER != 0 {
+            // What was read here and not served is asked again, of whoever reads next.
+            for slot in self.memory.map().all() {
+                slot.mechanism.wake(slot, &(0..slot.pages.total()));
+            }
             return;
         }
         // Every page is present, removed or poisoned now: unregistering wakes nobody onto a wrong page.
@@ -155,8 +163,16 @@ impl Service {
     }
 }
 
+/// Whether nothing is left to be filled. A page whose toucher has gone on already may not be booked yet: that is waited
+/// for.
 fn settled(slot: &Arc<Slot>) -> bool {
-    slot.gone().is_some() || slot.settled_for_good()
+    while slot.gone().is_none() && !slot.settled_for_good() {
+        if slot.pages.count(State::Absent) > 0 || !slot.claims().installing(&(0..slot.pages.total())) {
+            return slot.settled_for_good();
+        }
+        std::thread::yield_now();
+    }
+    true
 }
 
 fn unresolved(slot: &Slot) -> Error {

@@ -45,7 +45,7 @@ impl Service {
                 // A failure has poisoned the page and told the host.
                 let _ = self.fill(&Run { slot, id, pages, wanted: Some(page) });
             }
-            Task::Zero(id) => self.zero(&slot, id, page, flags & KUF_FAULT_MINOR != 0),
+            Task::Zero(id) => self.zero(&slot, id, page),
             Task::Map(id) => self.map(&slot, id, page),
             Task::Poison => self.touch_poison(&slot, page),
             Task::Parent(root) => {
@@ -138,10 +138,10 @@ impl Service {
     }
 
     /// A page that the guest gave back is touched again.
-    fn zero(&self, slot: &Arc<Slot>, id: Id, page: u64, minor: bool) {
+    fn zero(&self, slot: &Arc<Slot>, id: Id, page: u64) {
         let pages = page..page + 1;
-        if minor && slot.shared.is_some() {
-            // Still in the file: it was unmapped only, and its bytes are the guest's own.
+        if slot.shared.is_some() {
+            // Still in the file, then it was unmapped only, and its bytes are the guest's own.
             match self.install(slot, id, pages.clone(), page, Content::InPlace) {
                 (_, Err(failed)) if failed.errno == libc::EFAULT => {}
                 (_, Err(failed)) => return self.could_not(slot, id, pages, failed.errno),
@@ -171,7 +171,7 @@ impl Service {
         match self.install(slot, id, pages.clone(), page, content) {
             (_, Ok(())) => {}
             (_, Err(failed)) if failed.errno == libc::EFAULT && slot.shared.is_some() => {
-                self.zero(slot, id, page, false);
+                self.zero(slot, id, page);
             }
             (_, Err(failed)) => self.could_not(slot, id, pages, failed.errno),
         }

@@ -38,7 +38,7 @@ impl Service {
     fn drop_present(&self, slot: &Arc<Slot>, pages: Range<u64>, state: State) -> Result<()> {
         let (id, runs) = loop {
             let mut claims = slot.claims();
-            if !claims.installing(&pages) {
+            if !claims.installing(&pages) && !claims.dropping(&pages) {
                 // Not whole any more from here on, whatever becomes of the rest.
                 slot.complete.store(false, Ordering::Release);
                 break claims.begin_discard(&slot.pages, pages.clone());

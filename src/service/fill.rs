@@ -129,7 +129,7 @@ impl Service {
     }
 
     /// Bytes that kuf_resolve brought while the callback was running.
-    fn install_early(&self, slot: &Arc<Slot>, id: Id, early: Vec<(Range<u64>, Early)>) {
+    pub(super) fn install_early(&self, slot: &Arc<Slot>, id: Id, early: Vec<(Range<u64>, Early)>) {
         for (pages, bytes) in early {
             let at = || slot.shared.as_ref().map(|s| s.at(&(pages.start * slot.granule..pages.end * slot.granule)));
             let content = match (&bytes, at()) {
@@ -211,7 +211,8 @@ impl Service {
             return poisoned;
         };
         let rest = failed.page..pages.end;
-        let closed = slot.mechanism.close_off(slot, &rest);
+        let held = slot.claims().held(rest.clone(), id);
+        let closed = held.iter().all(|run| slot.mechanism.close_off(slot, run));
         {
             let mut claims = slot.claims();
             claims.poison(rest.clone(), id);

@@ -140,9 +140,14 @@ impl Host {
         call(Inside::Event, || unsafe { callback(self.opaque.0, &event) });
     }
 
+    /// Whether log records of `level` are passed on.
+    pub fn wants(&self, level: u32) -> bool {
+        self.log.is_some() && level <= self.log_level
+    }
+
     /// Passes on a log record if the host wants its level.
     pub fn log(&self, level: u32, text: impl FnOnce() -> String) {
-        let Some(callback) = self.log.filter(|_| level <= self.log_level) else { return };
+        let Some(callback) = self.log.filter(|_| self.wants(level)) else { return };
         let text = CString::new(text().replace(['\0', '\n'], " ")).unwrap_or_default();
         // SAFETY: as the header promises; the text outlives the call.
         call(Inside::Quiet, || unsafe { callback(self.opaque.0, level, text.as_ptr()) });

@@ -179,7 +179,7 @@ impl Service {
                 Message::Moved { from, to } => {
                     self.stats.events_remap.add(1);
                     remapped = true;
-                    self.config.host.log(KUF_LOG_DEBUG, || format!("hva {from:#x?} moved to {to:#x}"));
+                    self.note(KUF_LOG_DEBUG, || format!("hva {from:#x?} moved to {to:#x}"), work);
                     let map = self.memory.map();
                     for (slot, _) in map.within_hva(id, from.clone()) {
                         slot.moved(from.clone(), Some(to));
@@ -235,9 +235,16 @@ impl Service {
         found.into_iter().for_each(|fault| self.push(Work::Fault(fault)));
     }
 
+    /// A log record to be passed on when the gate is free again.
+    fn note(&self, level: u32, text: impl FnOnce() -> String, work: &mut Vec<Work>) {
+        if self.config.host.wants(level) {
+            work.push(Work::Log(level, text()));
+        }
+    }
+
     fn remove_range(&self, mechanism: u32, hva: &Range<u64>, unmapped: bool, work: &mut Vec<Work>) {
         let what = if unmapped { "unmapped" } else { "removed" };
-        self.config.host.log(KUF_LOG_DEBUG, || format!("hva {hva:#x?} {what}"));
+        self.note(KUF_LOG_DEBUG, || format!("hva {hva:#x?} {what}"), work);
         let map = self.memory.map();
         for (slot, pages) in map.within_hva(mechanism, hva.clone()) {
             self.give_back(&slot, pages, work);

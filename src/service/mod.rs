@@ -20,7 +20,7 @@ mod tests;
 mod threads;
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -57,6 +57,8 @@ pub struct Fault {
 /// Something for a service thread to do.
 enum Work {
     Fault(Fault),
+    /// A log record, from where no host code may run.
+    Log(u32, String),
     /// An event found while reading the kernel: raised by a thread that is free to enter host code.
     Notice {
         kind: u32,
@@ -90,6 +92,9 @@ pub struct Service {
     populate: populate::Queue,
     buffers: Pool,
     life: AtomicU8,
+    opened: Instant,
+    /// When processes were last looked after, in milliseconds since then.
+    looked: AtomicU64,
     threads: Mutex<Vec<JoinHandle<()>>>,
     stats: Stats,
 }
@@ -121,6 +126,8 @@ impl Service {
             populate: populate::Queue::default(),
             buffers: Pool::default(),
             life: AtomicU8::new(OPEN),
+            opened: Instant::now(),
+            looked: AtomicU64::new(0),
             threads: Mutex::new(Vec::new()),
             stats: Stats::default(),
             config,

@@ -10,7 +10,7 @@ use super::Service;
 use crate::claims::{Early, Id};
 use crate::error::{Error, Result};
 use crate::mechanism::Content;
-use crate::memory::Slot;
+use crate::memory::{Map, Slot};
 
 impl Service {
     /// Makes `gpa..gpa+len` present. Returns the bytes made so by this call.
@@ -29,6 +29,7 @@ impl Service {
         }
         if let Resolution::Data(src) = how {
             check_mapped(src, len)?;
+            check_not_unresolved(&map, src, len)?;
         }
         let opened = self.resolve_pages(slot, pages.clone(), how)?;
         if slot.shared.is_none() {
@@ -54,6 +55,9 @@ impl Service {
                     Ok(n) => opened += n,
                     Err(errno) => {
                         for run in &taken.install[n..] {
+                            // Another thread may have brought bytes for it meanwhile.
+                            let early = slot.claims().early(run.clone(), taken.id);
+                            self.install_early(slot, taken.id, early);
                             self.abandon(slot, taken.id, run.clone());
                         }
                         return Err(failure(errno));
@@ -155,6 +159,20 @@ fn check_mapped(src: *const u8, len: u64) -> Result<()> {
         // SAFETY: only looks up what is mapped; `resident` has a byte for each page.
         if unsafe { libc::mincore(at as *mut _, len, resident.as_mut_ptr()) } != 0 {
             return Err(short());
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a source that is unresolved guest memory: reading it would wait for this very service.
+fn check_not_unresolved(map: &Map, src: *const u8, len: u64) -> Result<()> {
+    let src = src.addr() as u64;
+    for slot in map.slots().iter().filter(|slot| !slot.mechanism.remote()) {
+        for (slot, pages) in map.within_hva(slot.mechanism.id(), src..src.saturating_add(len)) {
+            if slot.pages.first_open(pages).is_some() {
+                let text = "src is guest memory that is not present itself: reading it would wait for this service";
+                return Err(Error::new(libc::EDEADLK, text));
+            }
         }
     }
     Ok(())

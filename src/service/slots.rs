@@ -33,6 +33,13 @@ impl Service {
                 return Err(Error::new(libc::EINVAL, text));
             }
         }
+        if let Some(mapping) = mappings.iter().find(|m| !m.shared && m.inode != 0 && !m.anonymous_huge) {
+            let text = format!(
+                "hva {:#x} is a private mapping of a file: userfaultfd does not catch what the file holds",
+                mapping.hva.start
+            );
+            return Err(Error::new(libc::EINVAL, text));
+        }
         let private = match (&file, mappings.first()) {
             (Some((file, offset)), Some(_)) => {
                 check_file_is_mapped(file, *offset, &new, &mappings)?;
@@ -79,6 +86,10 @@ impl Service {
         }
         attached?;
         self.unpark(mechanism.id(), false);
+        if mechanism.adopted() {
+            // An earlier reader of this userfaultfd may have taken faults with it: who waits asks again.
+            mechanism.wake(&slot, &(0..slot.pages.total()));
+        }
         self.config.host.log(KUF_LOG_INFO, || {
             let how = if slot.shared.is_some() { "filled in place" } else { "filled by copy" };
             format!("memory slot {:#x}..{:#x}, granule {granule:#x}, {how}", new.gpa, new.gpa + new.len)
@@ -99,7 +110,8 @@ impl Service {
         };
         let host_fd = borrow(fd, "uffd")?;
         let known = self.inlets().iter().find_map(|inlet| {
-            let same = inlet.host_fd.is_some() && same_file(inlet.mechanism.inlet()?, host_fd);
+            let brought_as = inlet.host_fd?;
+            let same = same_file(inlet.mechanism.inlet()?, host_fd).unwrap_or(brought_as == fd);
             same.then(|| inlet.mechanism.clone())
         });
         if let Some(known) = known {
@@ -210,14 +222,14 @@ fn is_userfaultfd(fd: i32) -> bool {
     std::fs::read_link(format!("/proc/self/fd/{fd}")).is_ok_and(|link| link.as_os_str() == "anon_inode:[userfaultfd]")
 }
 
-/// Whether two descriptors are of one open file.
-fn same_file(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> bool {
+/// Whether two descriptors are of one open file; None where the kernel does not tell (kcmp).
+fn same_file(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> Option<bool> {
     use std::os::fd::AsRawFd;
     const KCMP_FILE: libc::c_int = 0;
     let me = rustix::process::getpid().as_raw_nonzero().get();
     // SAFETY: compares, touches nothing.
     let order = unsafe { libc::syscall(libc::SYS_kcmp, me, me, KCMP_FILE, a.as_raw_fd(), b.as_raw_fd()) };
-    order == 0
+    (order >= 0).then_some(order == 0)
 }
 
 /// A duplicate of the VM descriptor of `kuf_open`.

@@ -75,6 +75,9 @@ impl Mechanism for Faulty {
     fn alive(&self) -> bool {
         self.real.alive()
     }
+    fn remote(&self) -> bool {
+        self.real.remote()
+    }
     fn adopted(&self) -> bool {
         self.real.adopted()
     }

@@ -145,9 +145,7 @@ impl Service {
             if !self.running() {
                 return;
             }
-            if events.as_ref().is_some_and(Vec::is_empty) {
-                self.look_after_processes();
-            }
+            self.look_now_and_then();
             for event in events.into_iter().flatten() {
                 match u32::try_from(event) {
                     Ok(0) | Err(_) => self.waking.take_one(),
@@ -186,7 +184,18 @@ impl Service {
     pub(super) fn work_on(&self, work: Work) {
         match work {
             Work::Fault(fault) => self.serve(fault),
+            Work::Log(level, text) => self.config.host.log(level, || text),
             Work::Notice { kind, gpa, len, error, text } => self.config.host.event(kind, gpa, len, error, &text),
+        }
+    }
+
+    /// Whatever else there is to do: steady faults of one process must not hide the end of another.
+    fn look_now_and_then(&self) {
+        let now = self.opened.elapsed().as_millis() as u64;
+        let last = self.looked.load(Ordering::Relaxed);
+        let due = now.saturating_sub(last) >= LOOK_MS as u64;
+        if due && self.looked.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            self.look_after_processes();
         }
     }
 

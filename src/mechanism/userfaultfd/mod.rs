@@ -168,7 +168,7 @@ impl Mechanism for Userfaultfd {
             for extent in &extents[..done] {
                 let _ = ioctl::unregister(self.fd(), extent.hva, extent.len);
             }
-            return Err(register_error(errno, extent.hva, extent.len));
+            return Err(register_error(errno, extent.hva, extent.len, self.remote));
         }
         Ok(())
     }
@@ -217,24 +217,33 @@ impl Mechanism for Userfaultfd {
     }
 
     fn drop_pages(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<(), i32> {
-        let bytes = pages.start * slot.granule..pages.end * slot.granule;
-        if let Some(shared) = &slot.shared {
-            return shared.punch(&bytes).map_err(|e| e.raw_os_error());
+        match (&slot.shared, self.remote) {
+            (None, true) => return Err(libc::ENOTSUP),
+            (Some(shared), true) => {
+                let bytes = pages.start * slot.granule..pages.end * slot.granule;
+                return shared.punch(&bytes).map_err(|e| e.raw_os_error());
+            }
+            (_, false) => {}
         }
-        if self.remote {
-            return Err(libc::ENOTSUP);
-        }
-        let advice = if slot.private { Advice::LinuxDontNeed } else { Advice::LinuxRemove };
         let mut page = pages.start;
         while page < pages.end {
-            let Some((hva, mapped)) = slot.hva_of(page) else { return Ok(()) };
+            let Some((hva, mapped)) = slot.hva_of(page) else { break };
             let n = mapped.min(pages.end - page);
+            // Also for a shared file: punching a hole leaves poison marks where they are.
+            let advice =
+                if slot.private || slot.shared.is_some() { Advice::LinuxDontNeed } else { Advice::LinuxRemove };
             // SAFETY: guest memory of a slot that the host has put in the library's hands, to be dropped as it asked.
             unsafe { rustix::mm::madvise(hva as *mut _, (n * slot.granule) as usize, advice) }
                 .map_err(|e| e.raw_os_error())?;
             page += n;
         }
-        Ok(())
+        match &slot.shared {
+            Some(shared) => {
+                let bytes = pages.start * slot.granule..pages.end * slot.granule;
+                shared.punch(&bytes).map_err(|e| e.raw_os_error())
+            }
+            None => Ok(()),
+        }
     }
 
     fn close_off(&self, slot: &Slot, pages: &Range<u64>) -> bool {
@@ -263,6 +272,10 @@ impl Mechanism for Userfaultfd {
         ioctl::zeropage(self.fd(), NOWHERE, rustix::param::page_size() as u64).1 != Some(Errno::SRCH)
     }
 
+    fn remote(&self) -> bool {
+        self.remote
+    }
+
     fn adopted(&self) -> bool {
         self.adopted
     }
@@ -286,20 +299,24 @@ fn stop(errno: Errno) -> Stop {
     }
 }
 
-fn register_error(errno: Errno, hva: u64, len: u64) -> Error {
+fn register_error(errno: Errno, hva: u64, len: u64, remote: bool) -> Error {
     let range = format!("hva {hva:#x}..{:#x}", hva + len);
     match errno {
         Errno::BUSY => Error::new(libc::EBUSY, format!("{range} is registered with another userfaultfd")),
-        Errno::SRCH | Errno::NOMEM => {
+        Errno::SRCH | Errno::NOMEM if remote => {
             Error::new(libc::ESRCH, format!("{range}: the process that opened this userfaultfd is gone"))
         }
         Errno::NOTTY => Error::new(libc::EBADFD, "uffd is not a userfaultfd"),
-        Errno::INVAL => Error::new(
+        Errno::INVAL if remote => Error::new(
             libc::EFAULT,
             format!(
-                "{range} is not mapped, or UFFDIO_API was not done on this userfaultfd, or userfaultfd cannot serve \
-                 this kind of memory"
+                "{range} is not mapped in the other process, or UFFDIO_API was not done on this userfaultfd, or \
+                 userfaultfd cannot serve this kind of memory"
             ),
+        ),
+        Errno::INVAL => Error::new(
+            libc::EINVAL,
+            format!("{range}: UFFDIO_API was not done on this userfaultfd, or it cannot serve this kind of memory"),
         ),
         other => Error::system("UFFDIO_REGISTER", other.raw_os_error()),
     }
