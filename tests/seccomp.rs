@@ -1,0 +1,874 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The system calls in `docs/seccomp.md` are enough, and each that is said to be made always is made.
+//!
+//! The test runs itself again as a child: that opens its services, puts a filter of exactly the documented calls on all of
+//! its threads, where anything else kills it, and uses what the library has. Then once more for each documented call
+//! without that call, which has to kill it.
+//!
+//! What the child does on its own account under the filter it does with calls that the library never makes (`HOST`).
+
+use std::cell::UnsafeCell;
+use std::collections::BTreeMap;
+use std::ffi::{c_int, c_void, CStr};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::Command;
+use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering::SeqCst};
+
+use ::kuf::capi::types::*;
+use ::kuf::capi::*;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+};
+
+/// Not the library's: sleep, say something, take a signal, end, fork and wait for it.
+const HOST: [i64; 6] = [
+    libc::SYS_pselect6,
+    libc::SYS_writev,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_exit_group,
+    libc::SYS_clone,
+    libc::SYS_wait4,
+];
+
+/// What the child is told: the part of the list, and what to leave out of it.
+const PART: &str = "KUF_TEST_SECCOMP_PART";
+const WITHOUT: &str = "KUF_TEST_SECCOMP_WITHOUT";
+const NAMES_IT: &str = "KUF_TEST_SECCOMP_NAMES_IT";
+
+/// Exit statuses of the child.
+const SKIPPED: i32 = 77;
+const FORBIDDEN: i32 = 78;
+
+// ---- The document ---------------------------------------------------------------------------------------------------
+
+/// Parts of the list: while the service runs; what adding, removing and closing add to that; what following forks adds.
+const SERVES: usize = 0;
+const CHANGES: usize = 1;
+const FORKS: usize = 2;
+
+/// One system call, or one with one value of one argument.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct Entry {
+    /// SERVES, CHANGES or FORKS.
+    part: usize,
+    call: String,
+    /// (index, value), as in struct seccomp_data.
+    argument: Option<(u8, u64)>,
+    always: bool,
+}
+
+impl Entry {
+    fn name(&self) -> String {
+        match self.argument {
+            None => self.call.clone(),
+            Some((index, value)) => format!("{}[{index}]={value:#x}", self.call),
+        }
+    }
+}
+
+/// The rows of the tables: `| call | arguments | made | by | why |`.
+fn documented() -> Vec<Entry> {
+    let mut entries = Vec::new();
+    let mut part = SERVES;
+    for line in include_str!("../docs/seccomp.md").lines() {
+        part = match line {
+            "## Calls made while the service runs" => SERVES,
+            "## Calls that kuf_add_memory, kuf_remove_memory and kuf_close add" => CHANGES,
+            "## Calls that KUF_OPEN_FOLLOW_FORK adds while the service runs" => FORKS,
+            other => {
+                assert!(!other.starts_with("## "), "a heading that says nothing about its table: {other}");
+                part
+            }
+        };
+        let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+        let [_, call, arguments, made, _, _, _] = cells[..] else { continue };
+        let Some(call) = call.strip_prefix('`').and_then(|call| call.strip_suffix('`')) else { continue };
+        let always = match made {
+            "always" => true,
+            "sometimes" => false,
+            other => panic!("{call}: made `{other}`, which is neither always nor sometimes"),
+        };
+        let entry = |argument| Entry { part, call: call.to_owned(), argument, always };
+        if arguments == "any" {
+            entries.push(entry(None));
+            continue;
+        }
+        let index = arguments.strip_prefix("args[").and_then(|rest| rest.get(..1)?.parse().ok());
+        let index = index.unwrap_or_else(|| panic!("{call}: `{arguments}` names no argument"));
+        let values = arguments.split([' ', ',', '(', ')']).filter_map(|word| word.strip_prefix("0x"));
+        let before = entries.len();
+        entries.extend(values.map(|hex| entry(Some((index, u64::from_str_radix(hex, 16).expect("hexadecimal"))))));
+        assert!(entries.len() > before, "{call}: `{arguments}` gives no value");
+    }
+    for part in [SERVES, CHANGES, FORKS] {
+        assert!(entries.iter().any(|e| e.part == part), "a table of part {part}");
+    }
+    entries
+}
+
+/// Calls that not every architecture has are known by name only where they are.
+fn number(call: &str) -> Option<i64> {
+    macro_rules! numbers {
+        ($($name:ident)*) => { match call { $(stringify!($name) => Some(paste_number!($name)),)* _ => None } };
+    }
+    macro_rules! paste_number {
+        (read) => {
+            libc::SYS_read
+        };
+        (write) => {
+            libc::SYS_write
+        };
+        (ioctl) => {
+            libc::SYS_ioctl
+        };
+        (futex) => {
+            libc::SYS_futex
+        };
+        (epoll_pwait) => {
+            libc::SYS_epoll_pwait
+        };
+        (epoll_pwait2) => {
+            libc::SYS_epoll_pwait2
+        };
+        (epoll_ctl) => {
+            libc::SYS_epoll_ctl
+        };
+        (ppoll) => {
+            libc::SYS_ppoll
+        };
+        (madvise) => {
+            libc::SYS_madvise
+        };
+        (fallocate) => {
+            libc::SYS_fallocate
+        };
+        (mincore) => {
+            libc::SYS_mincore
+        };
+        (process_vm_readv) => {
+            libc::SYS_process_vm_readv
+        };
+        (getpid) => {
+            libc::SYS_getpid
+        };
+        (sched_yield) => {
+            libc::SYS_sched_yield
+        };
+        (clock_nanosleep) => {
+            libc::SYS_clock_nanosleep
+        };
+        (nanosleep) => {
+            libc::SYS_nanosleep
+        };
+        (userfaultfd) => {
+            libc::SYS_userfaultfd
+        };
+        (clock_gettime) => {
+            libc::SYS_clock_gettime
+        };
+        (mmap) => {
+            libc::SYS_mmap
+        };
+        (munmap) => {
+            libc::SYS_munmap
+        };
+        (mremap) => {
+            libc::SYS_mremap
+        };
+        (mprotect) => {
+            libc::SYS_mprotect
+        };
+        (brk) => {
+            libc::SYS_brk
+        };
+        (getrandom) => {
+            libc::SYS_getrandom
+        };
+        (restart_syscall) => {
+            libc::SYS_restart_syscall
+        };
+        (rseq) => {
+            libc::SYS_rseq
+        };
+        (set_robust_list) => {
+            libc::SYS_set_robust_list
+        };
+        (prctl) => {
+            libc::SYS_prctl
+        };
+        (sched_getaffinity) => {
+            libc::SYS_sched_getaffinity
+        };
+        (sigaltstack) => {
+            libc::SYS_sigaltstack
+        };
+        (rt_sigprocmask) => {
+            libc::SYS_rt_sigprocmask
+        };
+        (gettid) => {
+            libc::SYS_gettid
+        };
+        (exit) => {
+            libc::SYS_exit
+        };
+        (close) => {
+            libc::SYS_close
+        };
+        (openat) => {
+            libc::SYS_openat
+        };
+        (fcntl) => {
+            libc::SYS_fcntl
+        };
+        (fstat) => {
+            libc::SYS_fstat
+        };
+        (fstatfs) => {
+            libc::SYS_fstatfs
+        };
+        (statx) => {
+            libc::SYS_statx
+        };
+        (lseek) => {
+            libc::SYS_lseek
+        };
+        (readlinkat) => {
+            libc::SYS_readlinkat
+        };
+        (kcmp) => {
+            libc::SYS_kcmp
+        };
+    }
+    #[cfg(target_arch = "x86_64")]
+    match call {
+        "open" => return Some(libc::SYS_open),
+        "readlink" => return Some(libc::SYS_readlink),
+        _ => {}
+    }
+    numbers!(read write ioctl futex epoll_pwait epoll_pwait2 epoll_ctl ppoll madvise fallocate mincore process_vm_readv
+        getpid sched_yield clock_nanosleep nanosleep clock_gettime userfaultfd mmap munmap mremap mprotect brk getrandom restart_syscall rseq
+        set_robust_list prctl sched_getaffinity sigaltstack rt_sigprocmask gettid exit close openat fcntl fstat fstatfs
+        statx lseek readlinkat kcmp)
+}
+
+fn filter(part: usize, without: Option<&str>, otherwise: SeccompAction) -> BpfProgram {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = HOST.into_iter().map(|call| (call, Vec::new())).collect();
+    let entries: Vec<Entry> = documented().into_iter().filter(|e| e.part == SERVES || e.part == part).collect();
+    let mut seen = std::collections::BTreeSet::new();
+    for entry in entries.iter().filter(|e| Some(e.name().as_str()) != without && seen.insert(e.name())) {
+        let call = match number(&entry.call) {
+            Some(call) => call,
+            None if cfg!(target_arch = "x86_64") => panic!("{}: no such call", entry.call),
+            None => continue,
+        };
+        let rule = entry.argument.map(|(index, value)| {
+            let equal = SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value);
+            SeccompRule::new(vec![equal.expect("a condition")]).expect("a rule")
+        });
+        let mixed = rules.get(&call).is_some_and(|rules| rules.is_empty() || rule.is_none());
+        assert!(!mixed, "{}: listed with any argument and once more", entry.call);
+        rules.entry(call).or_default().extend(rule);
+    }
+    let arch = std::env::consts::ARCH.try_into().expect("an architecture that seccompiler knows");
+    SeccompFilter::new(rules, otherwise, SeccompAction::Allow, arch).expect("rules").try_into().expect("a program")
+}
+
+// ---- The test -------------------------------------------------------------------------------------------------------
+
+#[test]
+fn the_documented_system_calls_are_enough_and_none_too_many() {
+    if let Ok(part) = std::env::var(PART) {
+        child(part.parse().expect("a part"));
+    }
+    let arch: Result<seccompiler::TargetArch, _> = std::env::consts::ARCH.try_into();
+    if arch.is_err() {
+        return println!("SKIP: seccompiler does not know this architecture");
+    }
+    // SAFETY: asks whether a filter action is known; touches one word.
+    let known = unsafe {
+        let kill = libc::SECCOMP_RET_KILL_PROCESS;
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const kill)
+    };
+    if known != 0 {
+        let error = std::io::Error::last_os_error();
+        return println!("SKIP: this process may set no seccomp filter that kills: {error}");
+    }
+    for part in [SERVES, CHANGES, FORKS] {
+        let (code, signal, said) = run(part, None, false);
+        if code == Some(SKIPPED) {
+            println!("{}", said.lines().find(|line| line.starts_with("SKIP")).unwrap_or("SKIP"));
+            continue;
+        }
+        if signal == Some(libc::SIGSYS) {
+            let (.., name) = run(part, None, true);
+            panic!("part {part}: a system call that docs/seccomp.md does not list:\n{said}{name}");
+        }
+        assert!(code == Some(0), "part {part} under its filter ended with {code:?}, signal {signal:?}:\n{said}");
+        let entries = documented();
+        let entries: Vec<_> =
+            entries.iter().filter(|e| e.part == part && e.always && number(&e.call).is_some()).collect();
+        let idle: Vec<String> = entries
+            .iter()
+            .map(|e| e.name())
+            .filter(|name| run(part, Some(name), false).1 != Some(libc::SIGSYS))
+            .collect();
+        assert!(
+            idle.is_empty(),
+            "part {part}: docs/seccomp.md says that these are always made, and goes without: {idle:?}"
+        );
+        println!("part {part}: the list is enough, and {} entries proved needed one by one", entries.len());
+    }
+}
+
+fn run(part: usize, without: Option<&str>, names_it: bool) -> (Option<i32>, Option<i32>, String) {
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command.args(["--exact", "the_documented_system_calls_are_enough_and_none_too_many", "--nocapture"]);
+    command.env(PART, part.to_string()).env_remove(WITHOUT).env_remove(NAMES_IT);
+    if let Some(without) = without {
+        command.env(WITHOUT, without);
+    }
+    if names_it {
+        command.env(NAMES_IT, "1");
+    }
+    // SAFETY: two system calls, no memory.
+    unsafe {
+        command.pre_exec(|| {
+            let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            libc::setrlimit(libc::RLIMIT_CORE, &none);
+            Ok(())
+        })
+    };
+    let output = command.output().expect("the child runs");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.code(), output.status.signal(), said)
+}
+
+// ---- The child: only system calls of HOST and of the list from the filter on ------------------------------------------
+
+fn say(text: &str) {
+    let part = libc::iovec { iov_base: text.as_ptr().cast_mut().cast(), iov_len: text.len() };
+    // SAFETY: reads the text.
+    unsafe { libc::writev(2, &part, 1) };
+}
+
+fn leave(code: i32) -> ! {
+    // SAFETY: ends the process, with nothing left to do.
+    unsafe { libc::syscall(libc::SYS_exit_group, code) };
+    unreachable!()
+}
+
+fn pause() {
+    let time = libc::timespec { tv_sec: 0, tv_nsec: 200_000 };
+    let none = null_mut::<c_void>();
+    // SAFETY: reads `time`.
+    unsafe { libc::syscall(libc::SYS_pselect6, 0, none, none, none, &raw const time, none) };
+}
+
+fn wait_until(mut condition: impl FnMut() -> bool) {
+    while !condition() {
+        pause();
+    }
+}
+
+/// Not assert: a panic would read files for its backtrace.
+fn check(good: bool, what: &str) {
+    if !good {
+        // SAFETY: never NULL.
+        let why = unsafe { CStr::from_ptr(kuf_error()) }.to_string_lossy();
+        say(&format!("wrong: {what} (last error: {why})\n"));
+        leave(1);
+    }
+}
+
+extern "C" fn forbidden(_signal: c_int, info: *mut libc::siginfo_t, _context: *mut c_void) {
+    // si_syscall, after si_call_addr.
+    // SAFETY: the kernel has filled in a siginfo of SIGSYS.
+    let call = unsafe { info.cast::<u8>().add(24).cast::<c_int>().read() };
+    say(&format!("system call number {call}\n"));
+    leave(FORBIDDEN);
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A thread that does one thing after the other, started before the filter.
+struct Helper {
+    job: AtomicPtr<Job>,
+    busy: AtomicBool,
+}
+
+impl Helper {
+    fn start() -> &'static Self {
+        let helper: &'static Self =
+            Box::leak(Box::new(Self { job: AtomicPtr::new(null_mut()), busy: AtomicBool::new(false) }));
+        std::thread::spawn(move || loop {
+            let job = helper.job.swap(null_mut(), SeqCst);
+            if job.is_null() {
+                pause();
+                continue;
+            }
+            // SAFETY: made by `give`, taken once.
+            let job = unsafe { Box::from_raw(job) };
+            job();
+            helper.busy.store(false, SeqCst);
+        });
+        helper
+    }
+
+    fn give(&self, job: impl FnOnce() + Send + 'static) {
+        self.wait();
+        self.busy.store(true, SeqCst);
+        self.job.store(Box::into_raw(Box::new(Box::new(job))), SeqCst);
+    }
+
+    fn wait(&self) {
+        wait_until(|| !self.busy.load(SeqCst));
+    }
+}
+
+const PAGE: u64 = 4096;
+const PAGES: u64 = 64;
+const LEN: u64 = PAGES * PAGE;
+/// Guest physical addresses of the serviced slots, by kind of memory, and of the others.
+const PRIVATE: u64 = 1 << 32;
+const FILE: u64 = 2 << 32;
+const SHARED: u64 = 3 << 32;
+const TOUCHED: u64 = 4 << 32;
+const LATER: u64 = 5 << 32;
+
+/// What the next fills answer.
+static ANSWER: AtomicI32 = AtomicI32::new(KUF_FILLED);
+
+fn word(gpa: u64) -> u64 {
+    gpa | 1
+}
+
+unsafe extern "C-unwind" fn fill(_opaque: *mut c_void, fill: *mut kuf_fill) -> c_int {
+    let answer = ANSWER.load(SeqCst);
+    if answer == KUF_FILLED {
+        // SAFETY: the library's word for it.
+        unsafe { write_pages((*fill).buf.cast(), (*fill).gpa, (*fill).len) };
+    }
+    answer
+}
+
+unsafe fn write_pages(at: *mut u64, gpa: u64, len: u64) {
+    for offset in (0..len).step_by(8) {
+        // SAFETY: the caller's word for `len` bytes.
+        unsafe { at.add(offset as usize / 8).write_volatile(word(gpa + offset)) };
+    }
+}
+
+static POPULATED: AtomicU64 = AtomicU64::new(0);
+
+unsafe extern "C-unwind" fn event(_opaque: *mut c_void, event: *const kuf_event) {
+    // SAFETY: valid during the call.
+    if unsafe { (*event).kind } == KUF_EVENT_POPULATED {
+        POPULATED.fetch_add(1, SeqCst);
+    }
+}
+
+fn zeroed<T>() -> T {
+    // SAFETY: used for the structs of the C ABI only, for which all-zero is the default.
+    unsafe { std::mem::zeroed() }
+}
+
+#[derive(Clone, Copy)]
+struct Handle(*mut kuf);
+// SAFETY: any call from any thread.
+unsafe impl Send for Handle {}
+// SAFETY: as above.
+unsafe impl Sync for Handle {}
+
+#[derive(Clone, Copy)]
+struct Ram {
+    at: u64,
+    gpa: u64,
+    fd: c_int,
+}
+
+impl Ram {
+    fn new(gpa: u64, flags: c_int, file: bool) -> Self {
+        // SAFETY: a new file and a new mapping.
+        let (at, fd) = unsafe {
+            let fd = if file { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) } else { -1 };
+            check(!file || libc::ftruncate(fd, LEN as i64) == 0, "a memfd");
+            let prot = libc::PROT_READ | libc::PROT_WRITE;
+            let at = libc::mmap(null_mut(), LEN as usize, prot, flags, fd, 0);
+            check(at != libc::MAP_FAILED, "a mapping");
+            libc::madvise(at, LEN as usize, libc::MADV_NOHUGEPAGE);
+            (at as u64, fd)
+        };
+        Self { at, gpa, fd }
+    }
+
+    fn add_to(self, handle: Handle) {
+        let mut memory = kuf_memory { size: size_of::<kuf_memory>() as u32, ..zeroed() };
+        (memory.gpa, memory.len, memory.hva) = (self.gpa, LEN, self.at);
+        if self.fd >= 0 {
+            (memory.flags, memory.fd) = (KUF_MEMORY_FD, self.fd);
+        }
+        // SAFETY: a handle and a struct.
+        check(unsafe { kuf_add_memory(handle.0, &memory) } == 0, "kuf_add_memory");
+    }
+
+    fn gpa(self, page: u64) -> u64 {
+        self.gpa + page * PAGE
+    }
+
+    fn read(self, page: u64) -> u64 {
+        // SAFETY: mapped.
+        unsafe { ((self.at + page * PAGE) as *const u64).read_volatile() }
+    }
+}
+
+fn open(flags: u64, serviced: bool) -> Handle {
+    let mut options = kuf_options { size: size_of::<kuf_options>() as u32, flags, ..zeroed() };
+    if serviced {
+        options.demand_run = PAGE;
+        options.fill = Some(fill);
+        options.event = Some(event);
+    }
+    let mut handle = null_mut();
+    // SAFETY: a struct and room for a handle.
+    let mut got = unsafe { kuf_open(&options, &mut handle) };
+    if got == -libc::EPERM && flags & KUF_OPEN_FOLLOW_FORK == 0 {
+        options.flags |= KUF_OPEN_USER_MODE_ONLY;
+        // SAFETY: as above.
+        got = unsafe { kuf_open(&options, &mut handle) };
+    }
+    if matches!(-got, libc::EPERM | libc::ENOSYS | libc::ENOTSUP) {
+        // SAFETY: never NULL.
+        println!("SKIP: kuf_open: {}", unsafe { CStr::from_ptr(kuf_error()) }.to_string_lossy());
+        std::process::exit(SKIPPED);
+    }
+    check(got == 0, "kuf_open");
+    Handle(handle)
+}
+
+/// Everything the child has, made before the filter.
+struct Setup {
+    serviced: Handle,
+    driven: Handle,
+    direct: Handle,
+    /// In the serviced handle: PRIVATE, FILE, SHARED, TOUCHED.
+    rams: [Ram; 4],
+    driven_ram: [Ram; 2],
+    direct_ram: Ram,
+    /// To be added later.
+    later: [Ram; 2],
+    /// The host's own userfaultfd.
+    uffd: c_int,
+    bytes: &'static [u64],
+    touch: &'static Helper,
+    call: &'static Helper,
+}
+
+fn child(part: usize) -> ! {
+    // SAFETY: a signal that ends the process when something hangs.
+    unsafe { libc::alarm(100) };
+    let (private, shared) = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, libc::MAP_SHARED);
+    let rams = [
+        Ram::new(PRIVATE, private, false),
+        Ram::new(FILE, shared, true),
+        Ram::new(SHARED, shared | libc::MAP_ANONYMOUS, false),
+        Ram::new(TOUCHED, private, false),
+    ];
+    for page in 0..8 {
+        // Present, and nobody has told the library.
+        // SAFETY: mapped, not yet in anybody's hands.
+        unsafe { write_pages((rams[3].at + page * PAGE) as *mut u64, rams[3].gpa(page), PAGE) };
+    }
+    let setup = Setup {
+        serviced: open(if part == FORKS { KUF_OPEN_FOLLOW_FORK } else { 0 }, true),
+        driven: open(0, false),
+        direct: open(KUF_OPEN_DIRECT, false),
+        rams,
+        driven_ram: [Ram::new(PRIVATE, private, false), Ram::new(FILE, shared, true)],
+        direct_ram: Ram::new(PRIVATE, private, false),
+        later: [Ram::new(LATER, private, false), Ram::new(LATER + LEN, shared, true)],
+        uffd: if part == CHANGES { userfaultfd() } else { -1 },
+        bytes: vec![0_u64; (LEN / 8) as usize].leak(),
+        touch: Helper::start(),
+        call: Helper::start(),
+    };
+    setup.rams.iter().for_each(|ram| ram.add_to(setup.serviced));
+    setup.driven_ram.iter().for_each(|ram| ram.add_to(setup.driven));
+    setup.direct_ram.add_to(setup.direct);
+    setup.touch.give(|| ());
+    setup.call.give(|| ());
+    setup.touch.wait();
+    setup.call.wait();
+    let without = std::env::var(WITHOUT).ok();
+    let names_it = std::env::var_os(NAMES_IT).is_some();
+    let otherwise = if names_it { SeccompAction::Trap } else { SeccompAction::KillProcess };
+    if names_it {
+        let mut action: libc::sigaction = zeroed();
+        action.sa_sigaction = forbidden as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
+        // SAFETY: a handler that ends the process.
+        unsafe { libc::sigaction(libc::SIGSYS, &action, null_mut()) };
+    }
+    if std::env::var_os("KUF_TEST_SECCOMP_OFF").is_none() {
+        let program = filter(part, without.as_deref(), otherwise);
+        check(seccompiler::apply_filter_all_threads(&program).is_ok(), "the filter is put on all threads");
+        std::mem::forget(program);
+    }
+    say("# the filter is on\n");
+    serve(&setup);
+    deferred(&setup);
+    resolved(&setup);
+    discarded(&setup);
+    populated(&setup);
+    poisoned(&setup);
+    driven(&setup, setup.driven, setup.driven_ram[0]);
+    driven(&setup, setup.driven, setup.driven_ram[1]);
+    driven(&setup, setup.direct, setup.direct_ram);
+    asked(&setup);
+    match part {
+        CHANGES => {
+            comes_and_goes(&setup);
+            adopts(&setup);
+            closes(&setup);
+        }
+        FORKS => forks(&setup),
+        _ => {}
+    }
+    say("# done\n");
+    leave(0);
+}
+
+fn touches(setup: &Setup, ram: Ram, pages: std::ops::Range<u64>, want: fn(u64) -> u64) {
+    setup.touch.give(move || {
+        for page in pages {
+            check(ram.read(page) == want(ram.gpa(page)), "a page that was touched holds its bytes");
+        }
+    });
+}
+
+fn serve(setup: &Setup) {
+    for ram in &setup.rams[..3] {
+        touches(setup, *ram, 0..8, word);
+        setup.touch.wait();
+        ANSWER.store(KUF_ZERO, SeqCst);
+        touches(setup, *ram, 8..10, |_| 0);
+        setup.touch.wait();
+        ANSWER.store(KUF_FILLED, SeqCst);
+        // SAFETY: a handle.
+        unsafe {
+            check(kuf_ensure(setup.serviced.0, ram.gpa(10), 2 * PAGE, -1) == 0, "kuf_ensure");
+            check(kuf_vcpu_fault(setup.serviced.0, ram.gpa(12), PAGE, 0) == 0, "kuf_vcpu_fault");
+        }
+    }
+}
+
+fn owed(handle: Handle) -> isize {
+    // SAFETY: a handle, no room.
+    unsafe { kuf_pending(handle.0, null_mut(), 0) }
+}
+
+fn resolve(handle: Handle, gpa: u64, src: *const c_void, len: u64, flags: u32, what: &str) {
+    // SAFETY: a handle, and `len` bytes or NULL.
+    check(unsafe { kuf_resolve(handle.0, gpa, src, len as usize, flags) } == len as isize, what);
+}
+
+fn bytes_for(setup: &Setup, gpa: u64, len: u64) -> *const c_void {
+    let at = setup.bytes.as_ptr().cast_mut();
+    // SAFETY: the buffer is as long as a slot, and only this thread looks at it.
+    unsafe { write_pages(at, gpa, len) };
+    at.cast_const().cast()
+}
+
+fn deferred(setup: &Setup) {
+    ANSWER.store(KUF_DEFERRED, SeqCst);
+    for ram in &setup.rams[..3] {
+        touches(setup, *ram, 16..17, word);
+        wait_until(|| owed(setup.serviced) == 1);
+        let (handle, gpa) = (setup.serviced, ram.gpa(16));
+        setup.call.give(move || {
+            let Handle(handle) = { handle };
+            // SAFETY: a handle.
+            let got = unsafe { kuf_ensure(handle, gpa, 1, -1) };
+            check(got == 0, "kuf_ensure of a page that is awaited");
+        });
+        // The waiter sleeps by now, or will find the page there.
+        (0..20).for_each(|_| pause());
+        resolve(setup.serviced, gpa, bytes_for(setup, gpa, PAGE), PAGE, 0, "kuf_resolve of a deferred page");
+        setup.call.wait();
+        setup.touch.wait();
+    }
+    ANSWER.store(KUF_FILLED, SeqCst);
+}
+
+fn resolved(setup: &Setup) {
+    for ram in &setup.rams[..3] {
+        let gpa = ram.gpa(20);
+        resolve(setup.serviced, gpa, bytes_for(setup, gpa, 4 * PAGE), 4 * PAGE, 0, "kuf_resolve unasked");
+        resolve(setup.serviced, ram.gpa(24), null(), PAGE, KUF_RESOLVE_ZERO, "kuf_resolve of zeroes");
+        touches(setup, *ram, 20..24, word);
+        touches(setup, *ram, 24..25, |_| 0);
+        setup.touch.wait();
+    }
+}
+
+fn discarded(setup: &Setup) {
+    for ram in &setup.rams[..3] {
+        // SAFETY: a handle.
+        unsafe {
+            check(kuf_discard(setup.serviced.0, ram.gpa(0), PAGE, 0) == 0, "kuf_discard");
+            check(kuf_discard(setup.serviced.0, ram.gpa(1), PAGE, KUF_DISCARD_REMOVED) == 0, "kuf_discard as removed");
+        }
+        touches(setup, *ram, 0..1, word);
+        touches(setup, *ram, 1..2, |_| 0);
+        setup.touch.wait();
+    }
+}
+
+fn populated(setup: &Setup) {
+    let before = POPULATED.load(SeqCst);
+    let mut request = kuf_populate { size: size_of::<kuf_populate>() as u32, ..zeroed() };
+    (request.gpa, request.len) = (TOUCHED, LEN);
+    // SAFETY: a handle and a struct.
+    check(unsafe { kuf_populate(setup.serviced.0, &request) } == 0, "kuf_populate");
+    (request.gpa, request.len, request.rate) = (FILE + 32 * PAGE, 16 * PAGE, 64 << 20);
+    // SAFETY: as above.
+    check(unsafe { kuf_populate(setup.serviced.0, &request) } == 0, "kuf_populate at a rate");
+    wait_until(|| POPULATED.load(SeqCst) == before + 2);
+    touches(setup, setup.rams[3], 0..PAGES, word);
+    touches(setup, setup.rams[1], 32..48, word);
+    setup.touch.wait();
+    let mut stats = kuf_stats { size: size_of::<kuf_stats>() as u32, ..zeroed() };
+    // SAFETY: a handle and a struct.
+    check(unsafe { kuf_stats(setup.serviced.0, &mut stats) } == 0, "kuf_stats");
+    check(stats.install_exists > 0, "pages were found present and their waiters woken");
+}
+
+fn poisoned(setup: &Setup) {
+    ANSWER.store(-libc::EIO, SeqCst);
+    for ram in &setup.rams[..3] {
+        // SAFETY: a handle.
+        unsafe {
+            check(kuf_ensure(setup.serviced.0, ram.gpa(30), PAGE, -1) == -libc::EHWPOISON, "kuf_ensure of a bad page");
+        }
+        resolve(setup.serviced, ram.gpa(31), null(), PAGE, KUF_RESOLVE_POISON, "kuf_resolve with poison");
+    }
+    ANSWER.store(KUF_FILLED, SeqCst);
+}
+
+fn driven(setup: &Setup, handle: Handle, ram: Ram) {
+    // SAFETY: a handle.
+    unsafe {
+        check(kuf_poll(handle.0, 0) == 0 && kuf_poll(handle.0, 1) == 0, "kuf_poll with nothing there");
+        check(kuf_fd(handle.0) >= 0, "kuf_fd");
+    }
+    touches(setup, ram, 0..4, word);
+    for page in 0..4 {
+        let mut fault: kuf_fault = zeroed();
+        // SAFETY: a handle and room for one.
+        unsafe {
+            check(kuf_poll(handle.0, -1) == 1, "kuf_poll");
+            let mut got;
+            while {
+                got = kuf_read(handle.0, &mut fault, 1);
+                got == -libc::EAGAIN as isize
+            } {
+                check(kuf_poll(handle.0, -1) == 1, "kuf_poll again");
+            }
+            check(got == 1 && fault.gpa == ram.gpa(page), "kuf_read gives the page that is touched");
+            let (mut src, mut flags) = (bytes_for(setup, fault.gpa, PAGE), 0);
+            if !fault.place.is_null() && page % 2 == 1 {
+                write_pages(fault.place.cast(), fault.gpa, PAGE);
+                (src, flags) = (null(), KUF_RESOLVE_IN_PLACE);
+            }
+            resolve(handle, fault.gpa, src, PAGE, flags, "kuf_resolve of what was read");
+        }
+    }
+    setup.touch.wait();
+}
+
+fn asked(setup: &Setup) {
+    for handle in [setup.serviced, setup.driven, setup.direct] {
+        let mut progress = kuf_progress { size: size_of::<kuf_progress>() as u32, ..zeroed() };
+        let mut stats = kuf_stats { size: size_of::<kuf_stats>() as u32, ..zeroed() };
+        // SAFETY: a handle, and structs or no room.
+        unsafe {
+            check(kuf_progress(handle.0, KUF_ALL, &mut progress) == 0, "kuf_progress");
+            check(kuf_stats(handle.0, &mut stats) == 0 && stats.faults > 0, "kuf_stats");
+            check(kuf_block_times(handle.0, null_mut(), 0) >= 0, "kuf_block_times");
+            check(kuf_progress(handle.0, 1, &mut progress) == -libc::ENOENT, "kuf_progress of nothing");
+        }
+    }
+}
+
+fn comes_and_goes(setup: &Setup) {
+    for ram in setup.later {
+        for _ in 0..2 {
+            ram.add_to(setup.serviced);
+            touches(setup, ram, 0..8, word);
+            setup.touch.wait();
+            // SAFETY: a handle.
+            let got = unsafe { kuf_remove_memory(setup.serviced.0, ram.gpa, KUF_CLOSE_POPULATE) };
+            check(got == 0, "kuf_remove_memory");
+        }
+    }
+}
+
+/// UFFDIO_API done, no features.
+fn userfaultfd() -> c_int {
+    let mut api = [0xaa_u64, 0, 0];
+    // SAFETY: a new descriptor, which is told of a struct of three words.
+    unsafe {
+        let mut fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) as c_int;
+        if fd < 0 {
+            fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK | 1) as c_int;
+        }
+        check(fd >= 0 && libc::ioctl(fd, 0xc018_aa3f_u32 as _, api.as_mut_ptr()) == 0, "a userfaultfd of the host's");
+        fd
+    }
+}
+
+fn adopts(setup: &Setup) {
+    // Two slots of one userfaultfd: the second is known by it.
+    for (ram, from) in [(setup.later[0], 0), (setup.later[0], LEN / 2)] {
+        let mut memory = kuf_memory { size: size_of::<kuf_memory>() as u32, ..zeroed() };
+        (memory.gpa, memory.len, memory.hva) = (ram.gpa + from, LEN / 2, ram.at + from);
+        (memory.flags, memory.uffd) = (KUF_MEMORY_UFFD, setup.uffd);
+        // SAFETY: a handle and a struct; nobody uses the memory.
+        unsafe {
+            libc::madvise(memory.hva as *mut c_void, memory.len as usize, libc::MADV_DONTNEED);
+            check(kuf_add_memory(setup.serviced.0, &memory) == 0, "kuf_add_memory with a userfaultfd");
+        }
+    }
+    touches(setup, setup.later[0], 0..PAGES, word);
+    setup.touch.wait();
+}
+
+fn forks(setup: &Setup) {
+    let untouched = [40, 41, 42];
+    for page in untouched {
+        for _ in 0..2 {
+            // SAFETY: as fork without its handlers; the child looks at one word and ends.
+            let child = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) } as libc::pid_t;
+            if child == 0 {
+                let good = setup.rams[0].read(page) == word(setup.rams[0].gpa(page));
+                leave(i32::from(!good));
+            }
+            let mut status = 0;
+            // SAFETY: room for a status.
+            let got = unsafe { libc::syscall(libc::SYS_wait4, child, &raw mut status, 0, null_mut::<c_void>()) };
+            check(got == i64::from(child) && status == 0, "a forked child reads the bytes of its page");
+        }
+    }
+}
+
+fn closes(setup: &Setup) {
+    for (handle, flags) in [
+        (setup.serviced, KUF_CLOSE_POPULATE | KUF_CLOSE_POISON),
+        (setup.driven, KUF_CLOSE_POISON),
+        (setup.direct, KUF_CLOSE_POISON),
+    ] {
+        let cell = UnsafeCell::new(handle.0);
+        // SAFETY: a handle, for the last time.
+        check(unsafe { kuf_close(cell.get(), flags) } == 0, "kuf_close");
+    }
+}
