@@ -103,8 +103,10 @@ pub trait Mechanism: Send + Sync {
     /// Readable when there is something to [`Mechanism::read`]. None when faults arrive by other ways only.
     fn inlet(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Reads up to `room` messages without waiting. The caller holds the gate exclusively.
-    fn read(&self, room: usize, out: &mut Vec<Message>) -> Result<Left>;
+    /// Reads up to `room` messages without waiting. The caller holds the gate exclusively. Err is an errno.
+    ///
+    /// Allocates nothing but space in `out`, where that has none left: `service::fork` reads while malloc is locked.
+    fn read(&self, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32>;
 
     /// Starts catching touches of the slot's absent pages.
     fn attach(&self, slot: &Slot) -> Result<()>;

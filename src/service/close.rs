@@ -120,15 +120,20 @@ impl Service {
     }
 
     /// Ends the threads and gives the memory back.
-    pub fn end(&self, flags: u32) {
+    pub fn end(self: &Arc<Self>, flags: u32) {
         self.stop_threads(flags & KUF_CLOSE_NOWAIT != 0);
         if flags & KUF_CLOSE_HANDOVER != 0 {
             // What was read here and not served is asked again, of whoever reads next.
             for slot in self.memory.map().all() {
                 slot.mechanism.wake(slot, &(0..slot.pages.total()));
             }
-            return;
+        } else {
+            self.let_go();
         }
+        self.end_forks();
+    }
+
+    fn let_go(&self) {
         // Every page is present, removed or poisoned now: unregistering wakes nobody onto a wrong page.
         for slot in self.memory.map().all() {
             slot.mechanism.detach(slot);
@@ -141,7 +146,7 @@ impl Service {
     }
 
     /// Takes every unsettled page from whoever is at it and poisons it. Late answers find nothing to fill.
-    fn poison_rest(&self, slot: &Arc<Slot>) {
+    pub(super) fn poison_rest(&self, slot: &Arc<Slot>) {
         let (id, runs, waiters) = loop {
             let mut claims = slot.claims();
             // A page that is on its way through the kernel is present in a moment. In a dead service it may stay there.

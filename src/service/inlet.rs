@@ -5,7 +5,6 @@
 //! can reach the kernel after. A page that was given back is then refilled with zeroes, never with old bytes.
 
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -33,7 +32,7 @@ pub struct Inlet {
 }
 
 impl Inlet {
-    fn new(mechanism: Arc<dyn Mechanism>, host_fd: Option<i32>, remote: bool, fork: bool) -> Arc<Self> {
+    pub(super) fn new(mechanism: Arc<dyn Mechanism>, host_fd: Option<i32>, remote: bool, fork: bool) -> Arc<Self> {
         let (starved, parked) = (AtomicBool::new(false), Mutex::new(Vec::new()));
         Arc::new(Self { mechanism, host_fd, remote, fork, starved, parked })
     }
@@ -46,7 +45,7 @@ impl Service {
         self.add(Inlet::new(mechanism, host_fd, remote, false))
     }
 
-    fn add(&self, inlet: Arc<Inlet>) -> Result<()> {
+    pub(super) fn add(&self, inlet: Arc<Inlet>) -> Result<()> {
         let mechanism = inlet.mechanism.clone();
         let remote = inlet.remote;
         self.change_inlets(|inlets| inlets.push(inlet));
@@ -81,7 +80,7 @@ impl Service {
         change(Arc::make_mut(&mut inlets));
     }
 
-    fn inlet(&self, mechanism: u32) -> Option<Arc<Inlet>> {
+    pub(super) fn inlet(&self, mechanism: u32) -> Option<Arc<Inlet>> {
         self.inlets().iter().find(|inlet| inlet.mechanism.id() == mechanism).cloned()
     }
 
@@ -140,11 +139,22 @@ impl Service {
                 read
             };
         }
+        self.hand_on(inlet, work, read.map(drop), push);
+    }
+
+    /// What follows a read, with the gate released.
+    pub(super) fn hand_on(
+        &self,
+        inlet: &Arc<Inlet>,
+        work: Vec<Work>,
+        read: std::result::Result<(), i32>,
+        push: fn(&Self, Work),
+    ) {
         for work in work {
             push(self, work);
         }
-        if let Err(error) = read {
-            self.unreadable(inlet, &error);
+        if let Err(errno) = read {
+            self.unreadable(inlet, &Error::system("reading the userfaultfd", errno));
         }
     }
 
@@ -159,7 +169,7 @@ impl Service {
     }
 
     /// Applies events in their order, then looks up where the faults are.
-    fn apply(&self, inlet: &Arc<Inlet>, messages: Vec<Message>, work: &mut Vec<Work>) {
+    pub(super) fn apply(&self, inlet: &Arc<Inlet>, messages: Vec<Message>, work: &mut Vec<Work>) {
         let id = inlet.mechanism.id();
         let read_at = Instant::now();
         let mut faults = Vec::with_capacity(messages.len());
@@ -282,37 +292,6 @@ impl Service {
         }));
         if let Some(notice) = self.completion(slot) {
             work.push(notice);
-        }
-    }
-
-    /// A child was forked: its copy of the memory gets views of its own. Pages present now are the child's already.
-    fn follow_fork(&self, parent: &Arc<Inlet>, fd: OwnedFd, work: &mut Vec<Work>) {
-        self.forget_dead_children();
-        let child = parent.mechanism.child(fd);
-        let map = self.memory.map();
-        let views: Vec<_> = map
-            .all()
-            .filter(|slot| slot.mechanism.id() == parent.mechanism.id())
-            .map(|slot| Arc::new(Slot::forked(slot, child.clone())))
-            .collect();
-        let added = self.memory.update(|map| {
-            views.iter().for_each(|view| map.add_fork(view.clone()));
-            Ok(())
-        });
-        let (kind, error, text) = match added.and_then(|()| self.add(Inlet::new(child, None, true, true))) {
-            Ok(()) => (KUF_EVENT_FORKED, 0, "the process forked; the child is served too".to_owned()),
-            Err(e) => (KUF_EVENT_FORKED, e.errno(), format!("the process forked and the child cannot be served: {e}")),
-        };
-        work.push(Work::Notice { kind, gpa: 0, len: 0, error, text });
-    }
-
-    fn forget_dead_children(&self) {
-        for inlet in self.inlets().iter().filter(|inlet| inlet.fork && !inlet.mechanism.alive()) {
-            self.drop_inlet(inlet.mechanism.id());
-            let _ = self.memory.update(|map| {
-                map.remove_forks(inlet.mechanism.id());
-                Ok(())
-            });
         }
     }
 

@@ -9,6 +9,7 @@ pub mod config;
 mod demand;
 mod discard;
 mod fill;
+mod fork;
 mod host;
 mod inlet;
 mod install;
@@ -96,6 +97,8 @@ pub struct Service {
     /// When processes were last looked after, in milliseconds since then.
     looked: AtomicU64,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// None: forks are not followed.
+    forks: Option<fork::Watch>,
     stats: Stats,
 }
 
@@ -129,13 +132,15 @@ impl Service {
             opened: Instant::now(),
             looked: AtomicU64::new(0),
             threads: Mutex::new(Vec::new()),
+            forks: config.follow_fork.then(fork::Watch::new).transpose()?,
             stats: Stats::default(),
             config,
         });
         if let Some(own) = &service.own {
             service.add_inlet(own.clone(), None)?;
         }
-        if let Err(error) = service.start_threads() {
+        // Forks last: once they are announced nothing here may fail.
+        if let Err(error) = service.start_threads().and_then(|()| service.start_forks()) {
             service.stop_threads(false);
             return Err(error);
         }

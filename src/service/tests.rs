@@ -38,7 +38,7 @@ impl Mechanism for Faulty {
     fn inlet(&self) -> Option<BorrowedFd<'_>> {
         self.real.inlet()
     }
-    fn read(&self, room: usize, out: &mut Vec<Message>) -> Result<Left> {
+    fn read(&self, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32> {
         self.real.read(room, out)
     }
     fn attach(&self, slot: &Slot) -> Result<()> {

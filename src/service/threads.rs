@@ -218,7 +218,7 @@ impl Drop for Place<'_> {
 }
 
 /// A new thread inherits the mask: the library's threads take no signal of the host's.
-fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
+pub(super) fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
     let mut before = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
     let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: both sets are filled by the calls; the mask is this thread's own and is put back below.

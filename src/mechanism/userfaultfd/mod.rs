@@ -129,7 +129,7 @@ impl Mechanism for Userfaultfd {
         Some(self.fd())
     }
 
-    fn read(&self, room: usize, out: &mut Vec<Message>) -> Result<Left> {
+    fn read(&self, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32> {
         let mut batch = [uffd_msg::default(); BATCH];
         let mut room = room;
         loop {
@@ -144,7 +144,7 @@ impl Mechanism for Userfaultfd {
                 match Errno::from_raw_os_error(unsafe { *libc::__errno_location() }) {
                     Errno::AGAIN => return Ok(Left::Nothing),
                     Errno::INTR => continue,
-                    errno => return Err(Error::system("reading the userfaultfd", errno.raw_os_error())),
+                    errno => return Err(errno.raw_os_error()),
                 }
             }
             let got = n as usize / size_of::<uffd_msg>();
