@@ -49,6 +49,10 @@ pub enum Content {
     Zero,
     /// They are where [`Mechanism::place`] pointed.
     InPlace,
+    /// They are there, and zero.
+    ZeroInPlace,
+    /// The page is present; this mapping of it does not show it yet.
+    Shown,
     /// There are none: touching the pages is to be a memory error.
     Poison,
 }

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
+use rustix::mm::Advice;
+
 use super::shared::SharedFile;
 use crate::claims::{Claims, Waits};
 use crate::mechanism::Mechanism;
@@ -234,6 +236,15 @@ impl Slot {
         match self.gone.load(Ordering::Acquire) {
             0 => None,
             errno => Some(errno),
+        }
+    }
+
+    /// Drops the slot's pages from the mapping; a shared file keeps them.
+    pub fn unmap_pages(&self) {
+        for extent in self.extents() {
+            // SAFETY: a shared mapping of a slot that the host has put in the library's hands; no byte is lost.
+            let _ =
+                unsafe { rustix::mm::madvise(extent.hva as *mut c_void, extent.len as usize, Advice::LinuxDontNeed) };
         }
     }
 

@@ -27,6 +27,10 @@ impl Service {
             refuse_inside_callbacks("kuf_remove_memory with KUF_CLOSE_POPULATE")?;
             self.populate_before_end(Some((slot.gpa, slot.len)), flags)?;
         }
+        while self.check_open().is_ok() && slot.claims().installing(&(0..slot.pages.total())) {
+            // Through the kernel in a moment: its toucher may have gone on already.
+            std::thread::yield_now();
+        }
         let settled = settled(slot);
         if slot.claims().busy(&(0..slot.pages.total())) {
             return Err(Error::new(libc::EBUSY, "a fill of this slot is running: try again when it has ended"));

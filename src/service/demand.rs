@@ -152,12 +152,13 @@ impl Service {
             Ok(Some(at)) => {
                 // SAFETY: `place` made this page writable, and the claim makes it this thread's.
                 unsafe { at.write_bytes(0, slot.granule as usize) };
-                Content::InPlace
+                Content::ZeroInPlace
             }
             Ok(None) => Content::Zero,
             Err(errno) => return self.could_not(slot, id, pages, errno),
         };
-        if let (_, Err(failed)) = self.install(slot, id, pages.clone(), page, content) {
+        let (_, result) = self.install(slot, id, pages.clone(), page, content);
+        if let Err(failed) = result {
             self.could_not(slot, id, pages, failed.errno);
         }
     }
@@ -167,7 +168,7 @@ impl Service {
     /// was dropped.
     fn map(&self, slot: &Arc<Slot>, id: Id, page: u64) {
         let pages = page..page + 1;
-        let content = if slot.shared.is_some() { Content::InPlace } else { Content::Zero };
+        let content = if slot.shared.is_some() { Content::Shown } else { Content::Zero };
         match self.install(slot, id, pages.clone(), page, content) {
             (_, Ok(())) => {}
             (_, Err(failed)) if failed.errno == libc::EFAULT && slot.shared.is_some() => {
@@ -180,6 +181,10 @@ impl Service {
     fn could_not(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: i32) {
         if slot.gone().is_some() {
             self.abandon_quietly(slot, id, pages);
+        } else if errno == libc::EFAULT && slot.shared.is_some() {
+            // Dropped from the file between being put there and being opened: MADV_REMOVE does so some time after its
+            // event. Who waits is served anew.
+            self.abandon(slot, id, pages);
         } else {
             self.poison(slot, id, pages, errno, "could not be made present");
         }

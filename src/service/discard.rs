@@ -62,7 +62,9 @@ impl Service {
             }
             // Whoever has read the REMOVE event of this may not have applied it yet.
             drop(slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner));
-            self.stats.bytes_discarded.add((run.end - run.start) * slot.granule);
+            let bytes = (run.end - run.start) * slot.granule;
+            self.stats.bytes_discarded.add(bytes);
+            self.stats.bytes_removed.add(if state == State::Removed { bytes } else { 0 });
             let waiters = {
                 let mut claims = slot.claims();
                 let waiters = claims.settle(&slot.pages, run.clone(), id, Some(state));

@@ -65,7 +65,7 @@ impl Service {
             Answer::Zero(n) if in_place => {
                 // SAFETY: `place` made these bytes writable, and the claim makes them this thread's.
                 unsafe { buf.write_bytes(0, (n * slot.granule) as usize) };
-                self.filled(slot, id, pages, n, content, demand)
+                self.filled(slot, id, pages, n, Content::ZeroInPlace, demand)
             }
             Answer::Zero(n) => self.filled(slot, id, pages, n, Content::Zero, demand),
             Answer::Deferred => {
@@ -105,7 +105,14 @@ impl Service {
         if n < pages.end - pages.start {
             self.abandon(slot, id, done.end..pages.end);
         }
-        result.map_err(|failed: Failed| failed.errno)
+        match result {
+            Err(Failed { page, errno: libc::EFAULT }) if slot.shared.is_some() => {
+                // Dropped from the file between being put there and being opened: asked for again.
+                self.abandon(slot, id, page..done.end);
+                Ok(())
+            }
+            other => other.map_err(|failed| failed.errno),
+        }
     }
 
     fn place(&self, slot: &Arc<Slot>, pages: &Range<u64>) -> Result<Place, i32> {
@@ -142,7 +149,7 @@ impl Service {
                 (Early::Zero, Some(at)) => {
                     // SAFETY: as above.
                     unsafe { at.write_bytes(0, ((pages.end - pages.start) * slot.granule) as usize) };
-                    Content::InPlace
+                    Content::ZeroInPlace
                 }
                 (Early::Zero, None) => Content::Zero,
                 (Early::InPlace, _) => Content::InPlace,
@@ -151,7 +158,8 @@ impl Service {
                     continue;
                 }
             };
-            if let (_, Err(failed)) = self.install(slot, id, pages.clone(), pages.start, content) {
+            let (_, result) = self.install(slot, id, pages.clone(), pages.start, content);
+            if let Err(failed) = result {
                 self.poison(slot, id, failed.page..pages.end, failed.errno, "could not be made present");
             }
         }

@@ -46,7 +46,6 @@ impl Service {
             opened += n;
             result = r;
         }
-        self.count_opened(slot, content, opened);
         self.stats.installing.record(started.elapsed());
         if let Some(work) = self.completion(slot) {
             self.work_on(work);
@@ -132,6 +131,8 @@ impl Service {
                 let Installed { pages, stop } = slot.mechanism.install(slot, &(page..run.end), from);
                 if pages > 0 {
                     *opened += pages;
+                    // Before it is booked as present: who sees that finds it counted.
+                    self.count_opened(slot, content, pages);
                     self.opened(slot, id, page..page + pages, content);
                     page += pages;
                 }
@@ -143,6 +144,8 @@ impl Service {
                         // Nobody is woken by an install that found the page there.
                         self.stats.install_exists.add(1);
                         slot.mechanism.wake(slot, &(page..page + 1));
+                        // What is mapped there already is what was to be shown.
+                        *opened += u64::from(matches!(content, Content::InPlace));
                         self.settled(slot, id, page..page + 1, State::Present);
                         page += 1;
                     }
@@ -232,7 +235,8 @@ impl Service {
         let bytes = pages * slot.granule;
         match content {
             Content::Data(_) => self.stats.bytes_copied.add(bytes),
-            Content::Zero => self.stats.bytes_zeroed.add(bytes),
+            Content::Zero | Content::ZeroInPlace => self.stats.bytes_zeroed.add(bytes),
+            Content::Shown => {}
             Content::InPlace => self.stats.bytes_in_place.add(bytes),
             Content::Poison => self.stats.bytes_poisoned.add(bytes),
         }

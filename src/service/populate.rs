@@ -84,7 +84,7 @@ impl Service {
         while let Some((request, era)) = self.next_request() {
             let mut pace = Pace { started: Instant::now(), rate: request.rate, bytes: 0 };
             let stop = |service: &Service| service.check_open().is_err() || lock(&service.populate.state).era != era;
-            let result = self.populate_range(request.range, &mut pace, &stop);
+            let result = self.populate_range(request.range, &mut pace, &stop, false);
             if self.check_open().is_err() {
                 return;
             }
@@ -106,7 +106,7 @@ impl Service {
     /// Fills everything there is, on this thread, for `kuf_close` and `kuf_remove_memory`.
     pub(super) fn populate_now(&self, range: Option<(u64, u64)>) -> std::result::Result<(), i32> {
         let mut pace = Pace { started: Instant::now(), rate: 0, bytes: 0 };
-        self.populate_range(range, &mut pace, &|service| service.check_open().is_err())
+        self.populate_range(range, &mut pace, &|service| service.check_open().is_err(), true)
     }
 
     fn populate_range(
@@ -114,7 +114,9 @@ impl Service {
         range: Option<(u64, u64)>,
         pace: &mut Pace,
         stop: &dyn Fn(&Service) -> bool,
+        whatever_fails: bool,
     ) -> std::result::Result<(), i32> {
+        let mut failed = Ok(());
         let runs = self.runs(range);
         for (slot, pages) in &runs {
             let mut from = pages.start;
@@ -126,9 +128,17 @@ impl Service {
                 if let Some(errno) = slot.gone() {
                     return Err(errno);
                 }
-                let Some(run) = self.claim_ahead(slot, from..pages.end) else { break };
+                let max = if failed.is_ok() { (self.config.populate_run / slot.granule).max(1) } else { 1 };
+                let Some(run) = self.claim_ahead(slot, from..pages.end, max) else { break };
                 from = run.pages.start;
-                self.fill(&run)?;
+                if let Err(errno) = self.fill(&run) {
+                    failed = Err(errno);
+                    if !whatever_fails {
+                        return failed;
+                    }
+                    // A run is tried again page by page; a page that fails is left.
+                    from += u64::from(run.pages.end - run.pages.start == 1);
+                }
                 pace.bytes += (run.pages.end - run.pages.start) * slot.granule;
             }
         }
@@ -142,7 +152,7 @@ impl Service {
                 drop(slot.sleep(claims, Some(Instant::now() + Duration::from_millis(20))));
             }
         }
-        Ok(())
+        failed
     }
 
     fn on_their_way(&self, slot: &Arc<Slot>, pages: &Range<u64>) -> bool {
@@ -164,8 +174,7 @@ impl Service {
         }
     }
 
-    fn claim_ahead(&self, slot: &Arc<Slot>, pages: Range<u64>) -> Option<Run> {
-        let max = (self.config.populate_run / slot.granule).max(1);
+    fn claim_ahead(&self, slot: &Arc<Slot>, pages: Range<u64>, max: u64) -> Option<Run> {
         let terms = Terms { owner: Owner::Fill, in_place: slot.shared.is_some(), demand: false };
         let mut claims = slot.claims();
         let run = slot.pages.first_run(pages, State::Absent, max)?;

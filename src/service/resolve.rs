@@ -95,7 +95,7 @@ impl Service {
                 Some(at) => {
                     // SAFETY: `place` made these bytes writable, and the claim makes them this thread's.
                     unsafe { at.write_bytes(0, len) };
-                    Content::InPlace
+                    Content::ZeroInPlace
                 }
                 None => Content::Zero,
             },

@@ -69,6 +69,10 @@ impl Service {
         for range in present {
             slot.pages.transition(slot.pages_of(&range), State::Absent, State::Present);
         }
+        if new.fill_all && !new.remote {
+            // What is mapped already would never be asked for. The file keeps it; only the mapping is dropped.
+            slot.unmap_pages();
+        }
         // An event of this address range may have been read and not applied yet: the gate is free when it has been.
         drop(mechanism.gate().write());
         // Known before it is armed: the first fault may come before attach returns.

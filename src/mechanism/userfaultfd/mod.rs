@@ -88,7 +88,7 @@ impl Userfaultfd {
     fn install_at(&self, slot: &Slot, hva: u64, len: u64, content: Content) -> (u64, Option<Errno>) {
         match content {
             Content::Data(from) => ioctl::copy(self.fd(), hva, from as u64, len),
-            Content::InPlace => ioctl::cont(self.fd(), hva, len),
+            Content::InPlace | Content::ZeroInPlace | Content::Shown => ioctl::cont(self.fd(), hva, len),
             Content::Poison => ioctl::poison(self.fd(), hva, len),
             Content::Zero if slot.granule == rustix::param::page_size() as u64 => ioctl::zeropage(self.fd(), hva, len),
             // hugetlbfs has no UFFDIO_ZEROPAGE. A buffer that was never written is the kernel's zero page.
