@@ -36,6 +36,8 @@ impl Service {
     }
 
     fn drop_present(&self, slot: &Arc<Slot>, pages: Range<u64>, state: State) -> Result<()> {
+        // A thread that comes from madvise may be here before its event, read already, was applied: this discard is later.
+        drop(slot.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner));
         let (id, runs) = loop {
             let mut claims = slot.claims();
             if !claims.installing(&pages) && !claims.dropping(&pages) {
