@@ -102,6 +102,15 @@ pub struct Taken {
     pub ahead: u64,
 }
 
+/// What a discard has to do still.
+pub struct Discarding<W> {
+    pub id: Id,
+    /// To be dropped in the kernel, and settled.
+    pub runs: Vec<Range<u64>>,
+    /// Who waited for pages that are removed now.
+    pub waiters: Vec<W>,
+}
+
 /// Pages per kind of owner.
 #[derive(Default, Debug, PartialEq, Eq)]
 pub struct Tally {
@@ -360,9 +369,10 @@ impl<W: Waits> Claims<W> {
         waiters
     }
 
-    /// Begins to drop `range`: claims what is present or poisoned, for the caller to drop in the kernel, lets removed
-    /// pages be absent again, and cancels fills that are under way.
-    pub fn begin_discard(&mut self, pages: &Pages, range: Range<u64>) -> (Id, Vec<Range<u64>>) {
+    /// Begins to drop `range`: claims what may hold bytes, for the caller to drop in the kernel and then settle as
+    /// `Removed` or `Absent`; makes the rest that at once; and cancels fills that are under way. The caller has seen
+    /// that no page of it is being installed or dropped.
+    pub fn begin_discard(&mut self, pages: &Pages, range: Range<u64>, removed: bool, in_place: bool) -> Discarding<W> {
         let id = self.fresh();
         self.isolate(&range);
         let mut runs = Vec::new();
@@ -373,23 +383,41 @@ impl<W: Waits> Claims<W> {
                     extend(&mut runs, *start..claim.end);
                 }
                 Owner::Fill => {
-                    claim.cancel = Some(Cancel::Again);
+                    claim.cancel = Some(if removed { Cancel::Removed } else { Cancel::Again });
                     claim.early = None;
                 }
-                Owner::Host => claim.cancel = None,
+                // What the host brings from now on is of the page's new life, if it has one.
+                Owner::Host => claim.cancel = removed.then_some(Cancel::Removed),
                 Owner::Install | Owner::Discard => {}
             }
         }
-        let mut from = range.start;
-        while let Some(run) = pages.first_run(from..range.end, State::Present, u64::MAX) {
-            from = run.end;
-            let terms = Terms { owner: Owner::Discard, in_place: false, demand: false };
-            self.insert(pages, run.clone(), id, State::Present, terms);
-            runs.push(run);
+        let mut waiters = Vec::new();
+        if removed {
+            // Nobody writes to these pages themselves, so nobody has to be waited for.
+            let cut = |c: &Claim<W>| !c.in_place && matches!(c.owner, Owner::Fill | Owner::Host);
+            for (start, claim) in self.drain(range.clone(), cut) {
+                pages.transition(start..claim.end, State::Filling, State::Removed);
+                waiters.extend(claim.waiters);
+            }
         }
-        pages.transition(range, State::Removed, State::Absent);
+        // Where bytes are put in place, an absent page may hold what a fill that failed has left.
+        let stale = (removed && in_place).then_some(State::Absent);
+        for state in [Some(State::Present), stale].into_iter().flatten() {
+            let mut from = range.start;
+            while let Some(run) = pages.first_run(from..range.end, state, u64::MAX) {
+                from = run.end;
+                let terms = Terms { owner: Owner::Discard, in_place: false, demand: false };
+                self.insert(pages, run.clone(), id, state, terms);
+                runs.push(run);
+            }
+        }
+        if removed {
+            pages.transition(range, State::Absent, State::Removed);
+        } else {
+            pages.transition(range, State::Removed, State::Absent);
+        }
         runs.sort_by_key(|run| run.start);
-        (id, runs)
+        Discarding { id, runs, waiters }
     }
 
     /// Whether a thread is inside the kernel for a page of `range`: it is out again in microseconds.

@@ -273,13 +273,44 @@ fn a_fill_that_was_overtaken_by_a_discard_is_not_used() {
             drop(claims);
             thread::yield_now();
         };
-        let (discard, runs) = claims.begin_discard(&slot.pages, 0..1);
+        let begun = claims.begin_discard(&slot.pages, 0..1, false, false);
         drop(claims);
-        for run in runs {
+        for run in begun.runs {
             slot.kernel[0].store(EMPTY, Ordering::Release);
-            lock(&slot.claims).settle(&slot.pages, run, discard, Some(State::Absent));
+            lock(&slot.claims).settle(&slot.pages, run, begun.id, Some(State::Absent));
         }
         filler.join().unwrap();
         assert_eq!((slot.pages.get(0), slot.content(0)), (State::Absent, EMPTY));
+    });
+}
+
+#[test]
+fn a_page_that_the_host_gives_back_holds_nothing_old_whatever_is_filling_it() {
+    loom::model(|| {
+        let slot = Slot::new(1);
+        let filler = {
+            let slot = slot.clone();
+            thread::spawn(move || {
+                if let Some((id, run)) = slot.claim(0, 1) {
+                    slot.install(id, run, SOURCE);
+                }
+            })
+        };
+        let mut claims = loop {
+            let claims = lock(&slot.claims);
+            if !claims.installing(&(0..1)) {
+                break claims;
+            }
+            drop(claims);
+            thread::yield_now();
+        };
+        let begun = claims.begin_discard(&slot.pages, 0..1, true, false);
+        drop(claims);
+        for run in begun.runs {
+            slot.kernel[0].store(EMPTY, Ordering::Release);
+            lock(&slot.claims).settle(&slot.pages, run, begun.id, Some(State::Removed));
+        }
+        filler.join().unwrap();
+        assert_eq!((slot.pages.get(0), slot.content(0)), (State::Removed, EMPTY));
     });
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError};
 use super::host::refuse_inside_quiet;
 use super::resolve::aligned;
 use super::Service;
+use crate::claims::Discarding;
 use crate::error::{Error, Result};
 use crate::memory::Slot;
 use crate::pages::State;
@@ -23,44 +24,40 @@ impl Service {
         if let Some(errno) = slot.gone() {
             return Err(Error::new(errno, "the process behind this memory slot is gone"));
         }
-        self.drop_present(slot, pages.clone(), if removed { State::Removed } else { State::Absent })?;
-        if removed {
-            let mut work = Vec::new();
-            {
-                let _gate = slot.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
-                self.give_back(slot, pages, &mut work);
-            }
-            work.into_iter().for_each(|work| self.push(work));
+        if slot.mechanism.remote() && slot.shared.is_none() {
+            let text = "only the process that owns this memory can drop it: the slot has no KUF_MEMORY_FD";
+            return Err(Error::new(libc::ENOTSUP, text));
         }
-        Ok(())
+        self.drop_pages(slot, pages, removed)
     }
 
-    fn drop_present(&self, slot: &Arc<Slot>, pages: Range<u64>, state: State) -> Result<()> {
+    fn drop_pages(&self, slot: &Arc<Slot>, pages: Range<u64>, removed: bool) -> Result<()> {
         // A thread that comes from madvise may be here before its event, read already, was applied: this discard is later.
         drop(slot.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner));
-        let (id, runs) = loop {
+        let Discarding { id, runs, waiters } = loop {
             let mut claims = slot.claims();
             if !claims.installing(&pages) && !claims.dropping(&pages) {
                 // Not whole any more from here on, whatever becomes of the rest.
                 slot.complete.store(false, Ordering::Release);
-                break claims.begin_discard(&slot.pages, pages.clone());
+                let before = slot.pages.count(State::Removed);
+                let begun = claims.begin_discard(&slot.pages, pages.clone(), removed, slot.shared.is_some());
+                let more = slot.pages.count(State::Removed).saturating_sub(before);
+                self.stats.bytes_removed.add(more * slot.granule);
+                slot.wake_sleepers(&claims);
+                break begun;
             }
             drop(claims);
             self.check_open()?;
             std::thread::yield_now();
         };
+        self.push_again(slot, waiters);
+        let state = if removed { State::Removed } else { State::Absent };
         for (n, run) in runs.iter().enumerate() {
             // While this waits for the kernel, the REMOVE event it causes is read by a service thread, which leaves the
             // pages alone that are claimed here.
             if let Err(errno) = slot.mechanism.drop_pages(slot, run) {
                 runs[n..].iter().for_each(|run| self.abandon(slot, id, run.clone()));
-                return Err(match errno {
-                    libc::ENOTSUP => Error::new(
-                        libc::ENOTSUP,
-                        "only the process that owns this memory can drop it: the slot has no KUF_MEMORY_FD",
-                    ),
-                    errno => Error::system("dropping guest pages", errno),
-                });
+                return Err(Error::system("dropping guest pages", errno));
             }
             // Whoever has read the REMOVE event of this may not have applied it yet.
             drop(slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner));
@@ -74,6 +71,9 @@ impl Service {
                 waiters
             };
             self.push_again(slot, waiters);
+        }
+        if let Some(work) = self.completion(slot) {
+            self.work_on(work);
         }
         Ok(())
     }

@@ -144,8 +144,6 @@ impl Service {
                         // Nobody is woken by an install that found the page there.
                         self.stats.install_exists.add(1);
                         slot.mechanism.wake(slot, &(page..page + 1));
-                        // What is mapped there already is what was to be shown.
-                        *opened += u64::from(matches!(content, Content::InPlace));
                         self.settled(slot, id, page..page + 1, State::Present);
                         page += 1;
                     }

@@ -135,16 +135,12 @@ fn granule(new: &NewMemory, huge: Option<u64>, mappings: &[Mapping]) -> Result<u
     let page = rustix::param::page_size() as u64;
     let found = match huge {
         Some(huge) => Some(huge),
-        None if new.file.is_some() => Some(page),
-        None if new.remote => None,
-        // Anonymous huge pages do not say their size there; the host's default is what MAP_HUGETLB gives.
-        None if mappings.iter().any(|mapping| mapping.anonymous_huge) => None,
+        None if mappings.iter().any(|mapping| mapping.anonymous_huge) => Some(anonymous_huge_page_size(new.hva)?),
+        None if new.remote && new.file.is_none() => None,
         None => Some(page),
     };
     let granule = match (new.granule, found) {
-        (0, Some(found)) => found,
-        (0, None) if new.remote => page,
-        (0, None) => anonymous_huge_page_size(new.hva)?,
+        (0, found) => found.unwrap_or(page),
         (given, Some(found)) if given != found => {
             let text = format!("granule {given:#x} is not the mapping's page size, {found:#x}");
             return Err(Error::new(libc::EINVAL, text));
