@@ -246,7 +246,7 @@ static void moves(bool shared)
     int how = MREMAP_MAYMOVE | MREMAP_FIXED;
     unsigned char *moved = mremap(ram + 4 * page, 4 * page, 4 * page, how, elsewhere + 8 * page);
     must(moved == elsewhere + 8 * page, "mremap: %s", strerror(errno));
-    ok(holds_content(moved, BASE + 4 * page, 2 * page, 1), "%s: touches at the new address get the bytes of their gpa", kind);
+    ok(holds_content(moved, BASE + 4 * page, 2 * page, 1), "%s: touches there get the bytes of their gpa", kind);
     is(kuf_resolve(kuf, BASE + 6 * page, bytes + 6 * page, page, 0), page, "%s: a page there is resolved unasked", kind);
     is(kuf_ensure(kuf, BASE + 7 * page, page, -1), 0, "%s: and one ensured", kind);
     pthread_join(thread, NULL);
@@ -319,9 +319,44 @@ static void unmapped(bool shared)
     close(file);
 }
 
+/* Who waits for a page whose mapping goes has nothing to wait for any more: the touch fails as it does with no library. */
+static void waits_where_it_goes(bool moved)
+{
+    const char *kind = moved ? "moved away" : "unmapped";
+    size_t page = page_size(), length = PAGES * page;
+    unsigned char *ram = map_anonymous(length), *elsewhere = map_anonymous(length), *bytes = map_anonymous(length);
+    write_content(bytes, BASE, length, 1);
+    struct kuf *kuf = watch(open_with((struct kuf_options){
+        .fill = source_fill, .event = source_event, .opaque = &source, .demand_run = page}));
+    add(kuf, BASE, ram, length);
+    atomic_store(&source.answer, KUF_DEFERRED);
+    struct one_touch touch;
+    touch_in_thread(&touch, ram + 4 * page);
+    wait_until(kuf_pending(kuf, NULL, 0) == 1);
+    if (moved) {
+        void *to = mremap(ram + 4 * page, 4 * page, 4 * page, MREMAP_MAYMOVE | MREMAP_FIXED, elsewhere);
+        must(to == elsewhere, "mremap: %s", strerror(errno));
+        is(kuf_resolve(kuf, BASE + 4 * page, bytes + 4 * page, page, 0), page, "a page that is owed is resolved there");
+        ok(holds_content(elsewhere, BASE + 4 * page, page, 1), "and holds its bytes there");
+    } else {
+        must(munmap(ram + 4 * page, 4 * page) == 0, "munmap: %s", strerror(errno));
+    }
+    for (int tries = 0; tries < 5000 && !atomic_load(&touch.finished); tries++)
+        sleep_ms(1);
+    ok(atomic_load(&touch.finished), "who waits for a page that is %s goes on", kind);
+    atomic_store(&source.answer, 0);
+    close_watched(kuf, KUF_CLOSE_POISON);
+    pthread_join(touch.thread, NULL);
+    is(touch.raised, SIGSEGV, "and finds nothing there (%s)", kind);
+    munmap(ram, length);
+    munmap(elsewhere, length);
+    munmap(bytes, length);
+}
+
 int main(void)
 {
     begin_watched(40);
+    catch_touches();
     again_for_certain();
     again_by_chance();
     bool minor = kuf_has_feature(KUF_FEATURE_MINOR) == 1;
@@ -338,5 +373,7 @@ int main(void)
         moves(shared);
         unmapped(shared);
     }
+    waits_where_it_goes(false);
+    waits_where_it_goes(true);
     return done();
 }
