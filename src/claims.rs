@@ -74,6 +74,8 @@ pub struct Claim<W> {
     demand: bool,
     /// The host was asked for it before `kuf_resolve` took it: it is owed again when that fails.
     owed: bool,
+    /// The host has brought bytes early: it will not bring them again, also when they could not be used.
+    answered: bool,
     cancel: Option<Cancel>,
     early: Option<Early>,
     since: Instant,
@@ -244,7 +246,8 @@ impl<W: Waits> Claims<W> {
         waiters
     }
 
-    /// Leaves what `id` owns of `range` to the host. Parts for which bytes came early stay the caller's, with them.
+    /// Leaves what `id` owns of `range` to the host. Parts for which bytes came early stay the caller's, with them, or
+    /// cancelled if the page was discarded or given back since.
     pub fn defer(&mut self, range: Range<u64>, id: Id) -> Vec<(Range<u64>, Early)> {
         self.isolate(&range);
         let mut early = Vec::new();
@@ -254,6 +257,7 @@ impl<W: Waits> Claims<W> {
             }
             match claim.early.take() {
                 Some(bytes) => early.push((*start..claim.end, bytes)),
+                None if claim.answered => {}
                 None => claim.owner = Owner::Host,
             }
         }
@@ -320,6 +324,7 @@ impl<W: Waits> Claims<W> {
         match self.by_start.get_mut(&range.start) {
             Some(claim) if claim.end == range.end && claim.owner == Owner::Fill && claim.early.is_none() => {
                 claim.early = Some(bytes);
+                claim.answered = true;
                 Ok(())
             }
             _ => Err(bytes),
@@ -400,9 +405,11 @@ impl<W: Waits> Claims<W> {
                 waiters.extend(claim.waiters);
             }
         }
-        // Where bytes are put in place, an absent page may hold what a fill that failed has left.
-        let stale = (removed && in_place).then_some(State::Absent);
-        for state in [Some(State::Present), stale].into_iter().flatten() {
+        // In a file, an absent page may hold what a fill that failed has left, and a removed one what it held before: a
+        // removal may have been from the mapping only.
+        let hold: &[State] =
+            if in_place { &[State::Present, State::Absent, State::Removed] } else { &[State::Present] };
+        for &state in if removed { hold } else { &[State::Present][..] } {
             let mut from = range.start;
             while let Some(run) = pages.first_run(from..range.end, state, u64::MAX) {
                 from = run.end;
@@ -505,8 +512,9 @@ impl<W: Waits> Claims<W> {
         let moved = pages.transition(run.clone(), origin, State::Filling);
         debug_assert_eq!(moved, run.end - run.start);
         let Terms { owner, in_place, demand } = terms;
-        let (owed, cancel, early, since, waiters) = (false, None, None, Instant::now(), Vec::new());
-        let claim = Claim { end: run.end, id, owner, origin, in_place, demand, owed, cancel, early, since, waiters };
+        let (owed, answered, cancel, early, since, waiters) = (false, false, None, None, Instant::now(), Vec::new());
+        let claim =
+            Claim { end: run.end, id, owner, origin, in_place, demand, owed, answered, cancel, early, since, waiters };
         self.by_start.insert(run.start, claim);
     }
 

@@ -72,6 +72,7 @@ impl Service {
                 self.stats.fills_deferred.add(1);
                 let early = slot.claims().defer(pages.clone(), id);
                 self.install_early(slot, id, early);
+                self.abandon_cancelled(slot, id, pages.clone());
                 Ok(())
             }
             Answer::Failed(errno) => {

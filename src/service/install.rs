@@ -212,6 +212,12 @@ impl Service {
         }
     }
 
+    /// As [`Service::settle_cancelled`], where no install follows.
+    pub(super) fn abandon_cancelled(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
+        let _gate = slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner);
+        self.settle_cancelled(slot, id, pages);
+    }
+
     /// Gives up what the claim `id` owns of `pages`: it is what it was. Who waited is served anew.
     pub(super) fn abandon(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
         let waiters = self.abandon_quietly(slot, id, pages);
