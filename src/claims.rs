@@ -204,14 +204,29 @@ impl<W: Waits> Claims<W> {
         }
     }
 
-    /// Parts of `range` that `id` owns and whose bytes may not be used.
-    pub fn cancelled(&mut self, range: Range<u64>, id: Id) -> Vec<(Range<u64>, Cancel)> {
+    /// Parts of `range` that `id` owns and whose bytes may not be used. True: what is in their place is a fill's, and has
+    /// to go. False: it may be the guest's own, which was only unmapped.
+    pub fn cancelled(&mut self, range: Range<u64>, id: Id) -> Vec<(Range<u64>, bool)> {
         self.isolate(&range);
+        let mine = |c: &Claim<W>| c.id == id && c.owner == Owner::Fill;
+        let scrub = |c: &Claim<W>| c.origin == State::Absent || c.cancel == Some(Cancel::Again);
         self.by_start
             .range(range)
-            .filter(|(_, claim)| claim.id == id && claim.owner == Owner::Fill)
-            .filter_map(|(start, claim)| claim.cancel.map(|cancel| (*start..claim.end, cancel)))
+            .filter(|(_, claim)| mine(claim) && claim.cancel.is_some())
+            .map(|(start, claim)| (*start..claim.end, scrub(claim)))
             .collect()
+    }
+
+    /// Ends the cancelled claims of `id` in `range`, each by what it is cancelled for by now. Returns who waited.
+    pub fn settle_cancelled(&mut self, pages: &Pages, range: Range<u64>, id: Id) -> Vec<W> {
+        let mut waiters = Vec::new();
+        let mine = |c: &Claim<W>| c.id == id && c.owner == Owner::Fill && c.cancel.is_some();
+        for (start, claim) in self.drain(range, mine) {
+            let to = if claim.cancel == Some(Cancel::Removed) { State::Removed } else { State::Absent };
+            pages.transition(start..claim.end, State::Filling, to);
+            waiters.extend(claim.waiters);
+        }
+        waiters
     }
 
     /// What `id` owns of `range`.
@@ -244,6 +259,15 @@ impl<W: Waits> Claims<W> {
             waiters.append(&mut claim.waiters);
         }
         waiters
+    }
+
+    /// Takes a poisoned page in hand to mark it again. None: it is not poisoned any more.
+    pub fn begin_mark(&mut self, page: u64) -> Option<Id> {
+        let id = self.fresh();
+        self.isolate(&(page..page + 1));
+        let (_, claim) = self.at(page).filter(|(_, claim)| claim.owner == Owner::Poison)?;
+        (claim.owner, claim.id) = (Owner::Install, id);
+        Some(id)
     }
 
     /// Leaves what `id` owns of `range` to the host. Parts for which bytes came early stay the caller's, with them, or
@@ -405,11 +429,14 @@ impl<W: Waits> Claims<W> {
                 waiters.extend(claim.waiters);
             }
         }
-        // In a file, an absent page may hold what a fill that failed has left, and a removed one what it held before: a
-        // removal may have been from the mapping only.
-        let hold: &[State] =
-            if in_place { &[State::Present, State::Absent, State::Removed] } else { &[State::Present] };
-        for &state in if removed { hold } else { &[State::Present][..] } {
+        // In a file, a removed page may hold its bytes still, if it was only unmapped, and an absent one what a fill that
+        // failed has left.
+        let hold: &[State] = match (in_place, removed) {
+            (false, _) => &[State::Present],
+            (true, false) => &[State::Present, State::Removed],
+            (true, true) => &[State::Present, State::Removed, State::Absent],
+        };
+        for &state in hold {
             let mut from = range.start;
             while let Some(run) = pages.first_run(from..range.end, state, u64::MAX) {
                 from = run.end;
@@ -429,9 +456,9 @@ impl<W: Waits> Claims<W> {
 
     /// Whether a thread is inside the kernel for a page of `range`: it is out again in microseconds.
     pub fn installing(&self, range: &Range<u64>) -> bool {
-        // A page that is present and only looked at again (a late fault) can be seen by the guest all the while.
+        // A page that is only looked at again (a late fault), or zeroed, can be seen by the guest all the while.
         self.overlapping(range)
-            .any(|c| c.owner == Owner::Install || (c.owner == Owner::Fill && c.origin == State::Present))
+            .any(|c| c.owner == Owner::Install || (c.owner == Owner::Fill && c.origin != State::Absent))
     }
 
     /// Whether another thread is dropping a page of `range`.

@@ -260,9 +260,7 @@ fn a_fill_that_was_overtaken_by_a_discard_is_not_used() {
                 slot.install(id, run.clone(), SOURCE);
                 let _gate = slot.gate.read().unwrap();
                 let mut claims = lock(&slot.claims);
-                for (run, _) in claims.cancelled(run, id) {
-                    claims.settle(&slot.pages, run, id, Some(State::Absent));
-                }
+                claims.settle_cancelled(&slot.pages, run, id);
             })
         };
         let mut claims = loop {

@@ -128,8 +128,8 @@ pub trait Mechanism: Send + Sync {
     /// Wakes who waits for `pages`, to look again.
     fn wake(&self, slot: &Slot, pages: &Range<u64>);
 
-    /// Wakes who waits at an address that is in no slot any more.
-    fn wake_stray(&self, hva: u64);
+    /// Wakes who waits at addresses that are in no slot any more.
+    fn wake_range(&self, hva: Range<u64>);
 
     /// Drops the content of `pages`, so that touching them is caught again. Err is an errno.
     fn drop_pages(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<(), i32>;

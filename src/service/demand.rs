@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::fill::Run;
@@ -194,11 +194,19 @@ impl Service {
     fn touch_poison(&self, slot: &Arc<Slot>, page: u64) {
         let pages = page..page + 1;
         loop {
-            let marked = {
-                let _gate = slot.mechanism.gate().read().unwrap_or_else(std::sync::PoisonError::into_inner);
-                slot.mechanism.install(slot, &pages, Content::Poison)
+            let stop = {
+                let _gate = slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner);
+                let Some(id) = slot.claims().begin_mark(page) else {
+                    // Discarded meanwhile: who waits looks again.
+                    return slot.mechanism.wake(slot, &pages);
+                };
+                let marked = slot.mechanism.install(slot, &pages, Content::Poison);
+                let mut claims = slot.claims();
+                claims.poison(pages.clone(), id);
+                slot.wake_sleepers(&claims);
+                marked.stop
             };
-            match marked.stop {
+            match stop {
                 Some(Stop::Again) => {
                     self.pump_events(&slot.mechanism);
                     std::thread::yield_now();

@@ -185,6 +185,7 @@ impl Service {
                     self.stats.events_unmap.add(1);
                     remapped = true;
                     self.remove_range(id, &range, true, work);
+                    inlet.mechanism.wake_range(range);
                 }
                 Message::Moved { from, to } => {
                     self.stats.events_remap.add(1);
@@ -195,6 +196,8 @@ impl Service {
                         slot.moved(from.clone(), Some(to));
                     }
                     self.memory.reindex();
+                    // The kernel does not wake who waits at an address that is no longer the page's.
+                    inlet.mechanism.wake_range(from);
                 }
                 Message::Forked(fd) => {
                     self.stats.events_fork.add(1);
@@ -218,7 +221,7 @@ impl Service {
                 None if inlet.mechanism.adopted() => lock(&inlet.parked).push((hva, flags, thread, read_at)),
                 None => {
                     self.stats.faults_unknown.add(1);
-                    inlet.mechanism.wake_stray(hva);
+                    inlet.mechanism.wake_range(hva..hva + 1);
                 }
             }
         }
@@ -237,7 +240,7 @@ impl Service {
             }
             None if wake_rest => {
                 self.stats.faults_unknown.add(1);
-                inlet.mechanism.wake_stray(*hva);
+                inlet.mechanism.wake_range(*hva..*hva + 1);
                 false
             }
             None => true,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{Service, Work};
 use crate::capi::types::*;
-use crate::claims::{Cancel, Id};
+use crate::claims::Id;
 use crate::mechanism::{Content, Installed, Stop};
 use crate::memory::{Slot, Waiter};
 use crate::pages::State;
@@ -194,17 +194,13 @@ impl Service {
     /// What the claim `id` brings for pages that were given back or discarded meanwhile is not used.
     pub(super) fn settle_cancelled(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
         let cancelled = slot.claims().cancelled(pages, id);
-        for (pages, cancel) in cancelled {
-            if let Some(shared) = &slot.shared {
+        for (pages, scrub) in cancelled {
+            if let Some(shared) = slot.shared.as_ref().filter(|_| scrub) {
                 let _ = shared.punch(&(pages.start * slot.granule..pages.end * slot.granule));
             }
-            let state = match cancel {
-                Cancel::Removed => State::Removed,
-                Cancel::Again => State::Absent,
-            };
             let waiters = {
                 let mut claims = slot.claims();
-                let waiters = claims.settle(&slot.pages, pages, id, Some(state));
+                let waiters = claims.settle_cancelled(&slot.pages, pages, id);
                 slot.wake_sleepers(&claims);
                 waiters
             };

@@ -19,6 +19,9 @@ use crate::sync::{lock, Condvar, Mutex};
 /// How often populate looks again for what it waits for: demand to be served, deferred runs to come back.
 const LOOK: Duration = Duration::from_micros(200);
 
+/// How often a range is gone through for pages that became absent behind the scan.
+const ROUNDS: u32 = 8;
+
 /// Requests that wait.
 #[derive(Default)]
 pub struct Queue {
@@ -116,43 +119,68 @@ impl Service {
         stop: &dyn Fn(&Service) -> bool,
         whatever_fails: bool,
     ) -> std::result::Result<(), i32> {
-        let mut failed = Ok(());
         let runs = self.runs(range);
-        for (slot, pages) in &runs {
-            let mut from = pages.start;
-            loop {
-                self.let_demand_pass(slot, pace, stop);
-                if stop(self) {
-                    return Err(libc::ECANCELED);
+        // A fill that a discard has overtaken leaves its page absent behind this. A host that discards all the while
+        // does not keep a request from ending.
+        for _ in 0..ROUNDS {
+            let mut failed = Ok(());
+            for (slot, pages) in &runs {
+                match self.fill_ahead(slot, pages, pace, stop, whatever_fails) {
+                    Err(errno) if whatever_fails && errno != libc::ECANCELED => failed = Err(errno),
+                    other => other?,
                 }
-                if let Some(errno) = slot.gone() {
-                    return Err(errno);
-                }
-                let max = if failed.is_ok() { (self.config.populate_run / slot.granule).max(1) } else { 1 };
-                let Some(run) = self.claim_ahead(slot, from..pages.end, max) else { break };
-                from = run.pages.start;
-                if let Err(errno) = self.fill(&run) {
-                    failed = Err(errno);
-                    if !whatever_fails {
-                        return failed;
+            }
+            // Deferred runs and those that demand is filling are part of the request.
+            for (slot, pages) in &runs {
+                while self.on_their_way(slot, pages) {
+                    if stop(self) {
+                        return Err(libc::ECANCELED);
                     }
-                    // A run is tried again page by page; a page that fails is left.
-                    from += u64::from(run.pages.end - run.pages.start == 1);
+                    let claims = slot.claims();
+                    drop(slot.sleep(claims, Some(Instant::now() + Duration::from_millis(20))));
                 }
-                pace.bytes += (run.pages.end - run.pages.start) * slot.granule;
+            }
+            failed?;
+            let absent =
+                |slot: &Slot, pages: &Range<u64>| slot.pages.first_run(pages.clone(), State::Absent, 1).is_some();
+            if !runs.iter().any(|(slot, pages)| absent(slot, pages)) {
+                break;
             }
         }
-        // Deferred runs and those that demand is filling are part of the request.
-        for (slot, pages) in &runs {
-            while self.on_their_way(slot, pages) {
-                if stop(self) {
-                    return Err(libc::ECANCELED);
-                }
-                let claims = slot.claims();
-                drop(slot.sleep(claims, Some(Instant::now() + Duration::from_millis(20))));
+        Ok(())
+    }
+
+    fn fill_ahead(
+        &self,
+        slot: &Arc<Slot>,
+        pages: &Range<u64>,
+        pace: &mut Pace,
+        stop: &dyn Fn(&Service) -> bool,
+        whatever_fails: bool,
+    ) -> std::result::Result<(), i32> {
+        let mut failed = Ok(());
+        let mut from = pages.start;
+        loop {
+            self.let_demand_pass(slot, pace, stop);
+            if stop(self) {
+                return Err(libc::ECANCELED);
             }
+            if let Some(errno) = slot.gone() {
+                return Err(errno);
+            }
+            let max = if failed.is_ok() { (self.config.populate_run / slot.granule).max(1) } else { 1 };
+            let Some(run) = self.claim_ahead(slot, from..pages.end, max) else { return failed };
+            from = run.pages.start;
+            if let Err(errno) = self.fill(&run) {
+                failed = Err(errno);
+                if !whatever_fails {
+                    return failed;
+                }
+                // A run is tried again page by page; a page that fails is left.
+                from += u64::from(run.pages.end - run.pages.start == 1);
+            }
+            pace.bytes += (run.pages.end - run.pages.start) * slot.granule;
         }
-        failed
     }
 
     fn on_their_way(&self, slot: &Arc<Slot>, pages: &Range<u64>) -> bool {

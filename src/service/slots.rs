@@ -1,7 +1,7 @@
 //! Memory slots come and go.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use super::config::NewMemory;
 use super::host::refuse_inside_callbacks;
@@ -73,8 +73,9 @@ impl Service {
             // What is mapped already would never be asked for. The file keeps it; only the mapping is dropped.
             slot.unmap_pages();
         }
-        // An event of this address range may have been read and not applied yet: the gate is free when it has been.
-        drop(mechanism.gate().write());
+        // With the gate held: no event of this address range is half applied, and nothing is installed before the range is
+        // registered.
+        let gate = mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
         // Known before it is armed: the first fault may come before attach returns.
         let added = self.memory.update(|map| map.add(slot.clone()));
         let attached = added.and_then(|()| {
@@ -85,6 +86,7 @@ impl Service {
                 });
             })
         });
+        drop(gate);
         if attached.is_err() && fresh {
             self.drop_inlet(mechanism.id());
         }

@@ -63,8 +63,8 @@ impl Mechanism for Faulty {
     fn wake(&self, slot: &Slot, pages: &Range<u64>) {
         self.real.wake(slot, pages);
     }
-    fn wake_stray(&self, hva: u64) {
-        self.real.wake_stray(hva);
+    fn wake_range(&self, hva: Range<u64>) {
+        self.real.wake_range(hva);
     }
     fn drop_pages(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<(), i32> {
         self.real.drop_pages(slot, pages)

@@ -99,6 +99,16 @@ impl Userfaultfd {
         }
     }
 
+    /// Whether a page of private memory is not there; false where one cannot look.
+    fn is_missing(&self, slot: &Slot, hva: u64) -> bool {
+        let mut resident = 0_u8;
+        // SAFETY: looks up one base page and writes one byte.
+        !self.remote
+            && slot.private
+            && unsafe { libc::mincore(hva as *mut _, page_size() as usize, &mut resident) } == 0
+            && resident & 1 == 0
+    }
+
     fn message(&self, msg: &uffd_msg) -> Option<Message> {
         Some(match msg.event {
             UFFD_EVENT_PAGEFAULT => {
@@ -197,7 +207,12 @@ impl Mechanism for Userfaultfd {
                 len = (len / 2).next_multiple_of(slot.granule);
                 continue;
             }
-            return Installed { pages: bytes / slot.granule, stop: errno.map(stop) };
+            let mut stop = errno.map(stop);
+            // Private huge pages: no page to be had is answered as if there was one (Linux 6.18).
+            if stop == Some(Stop::Exists) && bytes == 0 && slot.granule > page_size() && self.is_missing(slot, hva) {
+                stop = Some(Stop::NoMemory(libc::ENOMEM));
+            }
+            return Installed { pages: bytes / slot.granule, stop };
         }
     }
 
@@ -211,9 +226,10 @@ impl Mechanism for Userfaultfd {
         }
     }
 
-    fn wake_stray(&self, hva: u64) {
-        let page = rustix::param::page_size() as u64;
-        let _ = ioctl::wake(self.fd(), hva & !(page - 1), page);
+    fn wake_range(&self, hva: Range<u64>) {
+        let page = page_size();
+        let start = hva.start & !(page - 1);
+        let _ = ioctl::wake(self.fd(), start, hva.end.next_multiple_of(page) - start);
     }
 
     fn drop_pages(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<(), i32> {
@@ -284,6 +300,10 @@ impl Mechanism for Userfaultfd {
         let _ = rustix::io::ioctl_fionbio(&fd, true);
         Arc::new(Self::new(fd, self.adopted, true))
     }
+}
+
+fn page_size() -> u64 {
+    rustix::param::page_size() as u64
 }
 
 fn stop(errno: Errno) -> Stop {
