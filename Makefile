@@ -33,7 +33,7 @@ C_ASAN   := $(C_TESTS:$(BUILD)/tests/%=$(BUILD)/tests-asan/%)
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
 .SUFFIXES:
-.PHONY: build header install install-files uninstall stage examples demo c-tests c-tests-asan check clean help
+.PHONY: build header install install-files uninstall stage examples demo c-tests c-tests-asan check check-kernel clean help
 
 build: $(BUILD)/$(SO) $(BUILD)/libkuf.a ## build libkuf.so and libkuf.a into build/ (the default)
 
@@ -116,6 +116,9 @@ $(BUILD)/tests-asan/%: tests/c/%.c $(wildcard tests/c/*.h) $(BUILD)/stage.stamp
 
 check: ## run every test; the last line is the sum
 	@MAKE="$(MAKE)" tests/check/run.sh
+
+check-kernel: ## run the selftests of the patched KVM kernel in an emulated machine (builds the kernel once: minutes)
+	@tests/kernel/run.sh
 
 clean: ## remove build/ and cargo's target directory
 	rm -rf $(BUILD)
