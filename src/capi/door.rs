@@ -6,6 +6,7 @@
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::time::Duration;
 
 use once_cell::sync::OnceCell;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -87,7 +88,11 @@ impl Door {
         if flags & KUF_CLOSE_NOWAIT == 0 {
             let mut calls = door.calls.lock().unwrap_or_else(PoisonError::into_inner);
             while *calls > 0 {
-                calls = door.left.wait(calls).unwrap_or_else(PoisonError::into_inner);
+                let wait = door.left.wait_timeout(calls, Duration::from_millis(1));
+                drop(wait.unwrap_or_else(PoisonError::into_inner));
+                // The service threads have ended; a call may be in madvise, which waits for its event to be read.
+                service.read_at_the_end();
+                calls = door.calls.lock().unwrap_or_else(PoisonError::into_inner);
             }
             // A kuf_discard that was inside may have made pages absent since.
             drop(calls);

@@ -144,7 +144,7 @@ pub unsafe extern "C" fn kuf_close(kuf: *mut *mut kuf, flags: u32) -> c_int {
 /// -EINVAL: kuf or memory is NULL, size below that of the first version, an unknown flag; gpa, len, hva or fd_offset is
 ///   0 where it may not be, is not a multiple of the granule or overflows; the granule is not the mapping's page size;
 ///   fd or uffd given without its flag; KUF_MEMORY_REMOTE without KUF_MEMORY_UFFD; a kind of mapping userfaultfd cannot
-///   serve.
+///   serve (one of an ordinary file, a private one of any file).
 /// -E2BIG: memory has non-zero bytes that this version does not know.
 /// -EEXIST: gpa..gpa+len overlaps a slot, or hva..hva+len one with the same userfaultfd.
 /// -EFAULT: part of hva..hva+len is not mapped.
@@ -153,7 +153,8 @@ pub unsafe extern "C" fn kuf_close(kuf: *mut *mut kuf, flags: u32) -> c_int {
 /// -EBUSY: another userfaultfd has the range. -ESRCH: the remote process is gone.
 /// -ENOTSUP: the kernel cannot serve this kind of memory; a hugetlbfs file that holds data, without
 ///   KUF_MEMORY_FILL_ALL. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
-/// Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file).
+/// Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file). madvise, munmap and mremap of the range are
+/// followed (docs/adopting.md says what they mean); MREMAP_DONTUNMAP is not supported.
 ///
 /// # Safety
 /// `kuf` came from kuf_open; `memory` is NULL or points to `memory->size` readable bytes.
@@ -373,18 +374,19 @@ pub unsafe extern "C" fn kuf_populate(kuf: *mut kuf, request: *const kuf_populat
 }
 
 /// Drops the pages of gpa..gpa+len and arms them again: the next touch refills them from the source or, with
-/// KUF_DISCARD_REMOVED, with zeroes. Poisoned pages become ordinary absent ones. A fill of such a page that is running
-/// is not used: it is asked for again. The host sees to it that the guest does not use the range meanwhile; what it
-/// writes during the call may be lost.
+/// KUF_DISCARD_REMOVED, with zeroes. Poisoned pages become ordinary ones again (not in another process, where their
+/// mark stays). A fill of such a page that is running is not used: it is asked for again. The host sees to it that the
+/// guest does not use the range meanwhile; what it writes during the call may be lost. A shared file loses the bytes
+/// for all its mappings.
 ///
 /// gpa, len: multiples of the granule, len not 0, within one slot. flags: 0 or KUF_DISCARD_REMOVED.
 ///
-/// Returns 0. Any thread, also from callbacks.
+/// Returns 0. Any thread, also from fill and event callbacks.
 /// -EINVAL: kuf is NULL, an unknown flag, misaligned, len is 0, overflow. -ENOENT: gpa is in no slot. -ERANGE: the
-///   range leaves its slot.
-/// -ENOTSUP: memory of another process that is not filled in place: only that process can drop it.
-/// -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
-/// Kernel: madvise(MADV_DONTNEED), fallocate(FALLOC_FL_PUNCH_HOLE) for shared files.
+///   range leaves its slot. -ENOTSUP: memory of another process without KUF_MEMORY_FD: only that process can drop it.
+/// -ECANCELED: kuf_close has begun. -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
+/// Kernel: madvise(MADV_DONTNEED); fallocate(FALLOC_FL_PUNCH_HOLE) for shared files, which is all that is done to
+/// memory of another process.
 ///
 /// # Safety
 /// `kuf` came from kuf_open.

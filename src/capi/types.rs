@@ -38,15 +38,15 @@ pub const KUF_OPEN_USER_MODE_ONLY: u64 = 1 << 1;
 /// (UFFD_FEATURE_EVENT_FORK; needs CAP_SYS_PTRACE). Without it a child that touches an unfilled page of memory that
 /// was not set MADV_DONTFORK reads zeroes: the kernel drops the registration at fork.
 ///
-/// The first kuf_open with it registers fork handlers (pthread_atfork), which stay for the life of the process. From the
-/// library's `prepare` to its `parent` handler no page of these handles is opened: a handler of the host's that was
+/// The first kuf_open with it registers fork handlers (pthread_atfork), which stay for the life of the process. From
+/// the library's `prepare` to its `parent` handler no page of these handles is opened: a handler of the host's that was
 /// registered before must not wait for a thread that may be waiting for one.
 pub const KUF_OPEN_FOLLOW_FORK: u64 = 1 << 2;
 /// Caller-driven with no service thread: kuf_read reads the kernel itself, which saves one thread wake-up a fault.
 /// Only without a fill callback. The library's own userfaultfd then reports no REMOVE, REMAP, UNMAP or FORK events
 /// (a host thread that gives memory back would wait for the very loop it may be running in): report memory that the
 /// guest gives back with kuf_discard(..., KUF_DISCARD_REMOVED), and do not mremap or munmap it before
-/// kuf_remove_memory. kuf_populate is not available.
+/// kuf_remove_memory. kuf_populate and KUF_OPEN_FOLLOW_FORK are not available.
 pub const KUF_OPEN_DIRECT: u64 = 1 << 3;
 /// Open no userfaultfd: every slot brings one (KUF_MEMORY_UFFD). For a handler that serves other processes and has no
 /// privilege of its own.

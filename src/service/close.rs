@@ -142,11 +142,13 @@ impl Service {
         for slot in self.memory.map().all() {
             slot.mechanism.detach(slot);
         }
-        // Whoever waits for an event of theirs to be read has nobody else to read it.
-        for inlet in self.inlets().iter() {
-            let _gate = inlet.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
-            let _ = inlet.mechanism.read(usize::MAX, &mut Vec::new());
-        }
+        self.read_at_the_end();
+    }
+
+    /// Reads and applies events when the service threads do so no more: whoever waits in madvise, munmap or mremap for
+    /// an event of theirs to be read has nobody else to read it. Faults find their pages poisoned, or present.
+    pub fn read_at_the_end(&self) {
+        self.pump_all();
     }
 
     /// Takes every unsettled page from whoever is at it and poisons it. Late answers find nothing to fill.

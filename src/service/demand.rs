@@ -277,6 +277,8 @@ impl Service {
                 State::Present | State::Removed => {}
                 State::Filling => {
                     if claims.want(page) == Some(Owner::Poison) {
+                        // By kuf_close, perhaps.
+                        self.check_open()?;
                         let text = format!("gpa {:#x} could not be filled", slot.gpa + page * slot.granule);
                         return Err(Error::new(libc::EHWPOISON, text));
                     }

@@ -7,6 +7,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::event::epoll;
 use rustix::io::Errno;
@@ -80,7 +81,7 @@ impl Waking {
         match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             // Not to be expected; looking again a little later is all that can be done.
-            Err(_) => std::thread::sleep(std::time::Duration::from_millis(1)),
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
         }
         events.iter().map(|event| event.data.u64()).collect()
     }
@@ -96,7 +97,7 @@ impl Service {
         if self.config.direct {
             return self.waking.watch_level(self.ready.fd());
         }
-        // Without a callback nothing a service thread does can block: one is enough.
+        // Without a callback one of them may still be inside an event callback.
         let threads = if self.serviced() { self.config.fill_threads + 1 } else { 2 };
         for n in 0..threads {
             self.spawn(format!("kuf-serve-{n}"), |service| service.serve_loop())?;
@@ -125,9 +126,15 @@ impl Service {
         let _ = self.life.compare_exchange(OPEN, super::CLOSING, Ordering::AcqRel, Ordering::Acquire);
         self.wake_everybody();
         for thread in lock_threads(&self.threads) {
-            if !nowait {
-                let _ = thread.join();
+            if nowait {
+                continue;
             }
+            while !thread.is_finished() {
+                // It may be in a callback that waits for a host thread that waits for its event to be read.
+                self.read_at_the_end();
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            let _ = thread.join();
         }
     }
 
