@@ -650,8 +650,8 @@ uint32_t kuf_version(void);
 
 /*
  * The calling thread's last failure in words: what was wrong and what to do about it. Never NULL; "" when no call of
- * this thread has failed. Calls that succeed leave it alone. Valid until the next failing call of this thread. (In
- * f(kuf_open(...), kuf_error()) C may evaluate the second argument first: call it in a statement of its own.)
+ * this thread has failed. Calls that succeed leave it alone; the next one that fails overwrites it. The pointer is the
+ * same, and valid, for the life of the thread.
  */
 const char *kuf_error(void);
 

@@ -1,8 +1,8 @@
 //! What went wrong: an errno for the program and words for its author.
 
 use std::borrow::Cow;
-use std::cell::RefCell;
-use std::ffi::{c_char, CString};
+use std::cell::UnsafeCell;
+use std::ffi::c_char;
 
 /// A failure as the C ABI reports it.
 #[derive(Clone, Debug)]
@@ -55,25 +55,51 @@ impl From<rustix::io::Errno> for Error {
     }
 }
 
+/// Room for the words, the terminator included. Longer ones are cut.
+const ROOM: usize = 1024;
+
 thread_local! {
-    static LAST: RefCell<Option<CString>> = const { RefCell::new(None) };
+    // A place that stays where it is for the life of the thread: a pointer taken before a failing call shows that
+    // failure. Without a destructor, so that it is there for thread-local destructors of the host's too.
+    static LAST: UnsafeCell<[u8; ROOM]> = const { UnsafeCell::new([0; ROOM]) };
 }
 
-/// Keeps `error` as the calling thread's last failure. Does nothing in a thread that is past its thread-local
-/// destructors: the errno is still returned.
+/// Keeps `error` as the calling thread's last failure.
 pub fn remember(error: &Error) {
-    let text = CString::new(error.text().replace('\0', " ")).unwrap_or_default();
-    let _ = LAST.try_with(|last| {
-        if let Ok(mut last) = last.try_borrow_mut() {
-            *last = Some(text);
+    let mut end = error.text().len().min(ROOM - 1);
+    while !error.text().is_char_boundary(end) {
+        end -= 1;
+    }
+    LAST.with(|last| {
+        // SAFETY: this thread's own, and nothing here calls back while it is borrowed.
+        let last = unsafe { &mut *last.get() };
+        for (to, from) in last.iter_mut().zip(error.text().as_bytes()[..end].iter().chain([&0])) {
+            *to = *from;
         }
     });
 }
 
-/// The calling thread's last failure as a C string, `""` if none; valid until the next [`remember`] of this thread.
+/// The calling thread's last failure as a C string, `""` if none; for the life of the thread.
 pub fn last_text() -> *const c_char {
-    LAST.try_with(|last| last.try_borrow().ok().and_then(|text| text.as_ref().map(|t| t.as_ptr())))
-        .ok()
-        .flatten()
-        .unwrap_or(c"".as_ptr())
+    LAST.with(|last| last.get().cast::<c_char>().cast_const())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CStr;
+
+    #[test]
+    fn a_pointer_taken_before_shows_the_failure_and_long_ones_are_cut() {
+        let text = last_text();
+        // SAFETY: this thread's buffer, always terminated.
+        let read = || unsafe { CStr::from_ptr(text) }.to_str().unwrap().to_owned();
+        assert_eq!(read(), "");
+        remember(&Error::new(libc::EINVAL, "first and longer"));
+        assert_eq!(read(), "first and longer");
+        remember(&Error::new(libc::EINVAL, "second"));
+        assert_eq!(read(), "second");
+        remember(&Error::new(libc::EINVAL, "ü".repeat(ROOM)));
+        assert_eq!(read(), "ü".repeat((ROOM - 1) / 2));
+    }
 }
