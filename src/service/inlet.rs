@@ -139,6 +139,8 @@ impl Service {
                 read
             };
         }
+        // Stopped for want of room, which may have been just enough.
+        self.stats.queue_full.add(u64::from(matches!(read, Ok(Left::More))));
         self.hand_on(inlet, work, read.map(drop), push);
     }
 
