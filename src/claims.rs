@@ -175,11 +175,6 @@ impl<W: Waits> Claims<W> {
         }
     }
 
-    /// The owner of the claim on `page`.
-    pub fn owner(&mut self, page: u64) -> Option<Owner> {
-        self.at(page).map(|(_, claim)| claim.owner)
-    }
-
     /// Moves what `id` still owns of `range` to the kernel's hands. Cancelled parts stay behind for
     /// [`Claims::cancelled`].
     pub fn begin_install(&mut self, range: Range<u64>, id: Id) -> Vec<Range<u64>> {

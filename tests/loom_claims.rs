@@ -115,6 +115,25 @@ impl Slot {
         }
     }
 
+    /// As `service::discard`, of the first page.
+    fn discard(&self, removed: bool) {
+        let mut claims = loop {
+            let claims = lock(&self.claims);
+            if !claims.installing(&(0..1)) {
+                break claims;
+            }
+            drop(claims);
+            thread::yield_now();
+        };
+        let begun = claims.begin_discard(&self.pages, 0..1, removed, false);
+        drop(claims);
+        let state = if removed { State::Removed } else { State::Absent };
+        for run in begun.runs {
+            self.kernel[0].store(EMPTY, Ordering::Release);
+            lock(&self.claims).settle(&self.pages, run, begun.id, Some(state));
+        }
+    }
+
     fn content(&self, page: usize) -> u32 {
         self.kernel[page].load(Ordering::Acquire)
     }
@@ -263,20 +282,7 @@ fn a_fill_that_was_overtaken_by_a_discard_is_not_used() {
                 claims.settle_cancelled(&slot.pages, run, id);
             })
         };
-        let mut claims = loop {
-            let claims = lock(&slot.claims);
-            if !claims.installing(&(0..1)) {
-                break claims;
-            }
-            drop(claims);
-            thread::yield_now();
-        };
-        let begun = claims.begin_discard(&slot.pages, 0..1, false, false);
-        drop(claims);
-        for run in begun.runs {
-            slot.kernel[0].store(EMPTY, Ordering::Release);
-            lock(&slot.claims).settle(&slot.pages, run, begun.id, Some(State::Absent));
-        }
+        slot.discard(false);
         filler.join().unwrap();
         assert_eq!((slot.pages.get(0), slot.content(0)), (State::Absent, EMPTY));
     });
@@ -294,20 +300,7 @@ fn a_page_that_the_host_gives_back_holds_nothing_old_whatever_is_filling_it() {
                 }
             })
         };
-        let mut claims = loop {
-            let claims = lock(&slot.claims);
-            if !claims.installing(&(0..1)) {
-                break claims;
-            }
-            drop(claims);
-            thread::yield_now();
-        };
-        let begun = claims.begin_discard(&slot.pages, 0..1, true, false);
-        drop(claims);
-        for run in begun.runs {
-            slot.kernel[0].store(EMPTY, Ordering::Release);
-            lock(&slot.claims).settle(&slot.pages, run, begun.id, Some(State::Removed));
-        }
+        slot.discard(true);
         filler.join().unwrap();
         assert_eq!((slot.pages.get(0), slot.content(0)), (State::Removed, EMPTY));
     });

@@ -178,6 +178,18 @@ impl Slot {
         }
     }
 
+    /// The bytes of `pages`, as offsets in the slot.
+    pub fn bytes_of(&self, pages: &Range<u64>) -> Range<u64> {
+        pages.start * self.granule..pages.end * self.granule
+    }
+
+    /// Drops from a shared file what a fill that is not used may have left in the place of `pages`.
+    pub fn scrub(&self, pages: &Range<u64>) {
+        if let Some(shared) = &self.shared {
+            let _ = shared.punch(&self.bytes_of(pages));
+        }
+    }
+
     /// The pages that `offsets` (in bytes) touches.
     pub fn pages_of(&self, offsets: &Range<u64>) -> Range<u64> {
         offsets.start / self.granule..offsets.end.div_ceil(self.granule)

@@ -178,7 +178,7 @@ impl Service {
         }
     }
 
-    fn could_not(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: i32) {
+    pub(super) fn could_not(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: i32) {
         if slot.gone().is_some() {
             self.abandon_quietly(slot, id, pages);
         } else if errno == libc::EFAULT && slot.shared.is_some() {

@@ -139,8 +139,8 @@ impl Service {
     /// Bytes that kuf_resolve brought while the callback was running.
     pub(super) fn install_early(&self, slot: &Arc<Slot>, id: Id, early: Vec<(Range<u64>, Early)>) {
         for (pages, bytes) in early {
-            let at = || slot.shared.as_ref().map(|s| s.at(&(pages.start * slot.granule..pages.end * slot.granule)));
-            let content = match (&bytes, at()) {
+            let at = slot.shared.as_ref().map(|shared| shared.at(&slot.bytes_of(&pages)));
+            let content = match (&bytes, at) {
                 (Early::Data(bytes), Some(at)) => {
                     // SAFETY: in place since the callback was called; `bytes` is as long as `pages`.
                     unsafe { at.copy_from_nonoverlapping(NonNull::from(bytes.as_slice()).cast(), bytes.len()) };
@@ -161,7 +161,7 @@ impl Service {
             };
             let (_, result) = self.install(slot, id, pages.clone(), pages.start, content);
             if let Err(failed) = result {
-                self.poison(slot, id, failed.page..pages.end, failed.errno, "could not be made present");
+                self.could_not(slot, id, failed.page..pages.end, failed.errno);
             }
         }
     }
@@ -203,11 +203,9 @@ impl Service {
 
     /// Closes what the claim `id` owns of `pages` for good, and says so.
     pub(super) fn poison(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: i32, why: &str) -> u64 {
-        if let Some(shared) = &slot.shared {
+        if slot.shared.is_some() {
             // What a failed fill has left there is nobody's.
-            for run in slot.claims().held(pages.clone(), id) {
-                let _ = shared.punch(&(run.start * slot.granule..run.end * slot.granule));
-            }
+            slot.claims().held(pages.clone(), id).iter().for_each(|run| slot.scrub(run));
         }
         let (gpa, len) = slot.gpa_of(&pages);
         let reason = std::io::Error::from_raw_os_error(errno);

@@ -276,11 +276,11 @@ impl Service {
     pub(super) fn give_back(&self, slot: &Arc<Slot>, pages: Range<u64>, work: &mut Vec<Work>) {
         use crate::pages::State;
         // Whatever the file holds where no page was ever filled is nobody's: it must not turn up at a minor fault.
-        if let Some(shared) = slot.shared.as_ref().filter(|_| slot.parent.is_none()) {
+        if slot.shared.is_some() && slot.parent.is_none() {
             let mut from = pages.start;
             while let Some(run) = slot.pages.first_run(from..pages.end, State::Absent, u64::MAX) {
                 from = run.end;
-                let _ = shared.punch(&(run.start * slot.granule..run.end * slot.granule));
+                slot.scrub(&run);
             }
         }
         let waiters = {

@@ -195,8 +195,8 @@ impl Service {
     pub(super) fn settle_cancelled(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
         let cancelled = slot.claims().cancelled(pages, id);
         for (pages, scrub) in cancelled {
-            if let Some(shared) = slot.shared.as_ref().filter(|_| scrub) {
-                let _ = shared.punch(&(pages.start * slot.granule..pages.end * slot.granule));
+            if scrub {
+                slot.scrub(&pages);
             }
             let waiters = {
                 let mut claims = slot.claims();

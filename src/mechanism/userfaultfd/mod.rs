@@ -192,7 +192,7 @@ impl Mechanism for Userfaultfd {
 
     fn place(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<Option<NonNull<u8>>, i32> {
         let Some(shared) = &slot.shared else { return Ok(None) };
-        shared.place(pages.start * slot.granule..pages.end * slot.granule).map(Some).map_err(|e| e.raw_os_error())
+        shared.place(slot.bytes_of(pages)).map(Some).map_err(|e| e.raw_os_error())
     }
 
     fn install(&self, slot: &Slot, pages: &Range<u64>, content: Content) -> Installed {
@@ -236,8 +236,7 @@ impl Mechanism for Userfaultfd {
         match (&slot.shared, self.remote) {
             (None, true) => return Err(libc::ENOTSUP),
             (Some(shared), true) => {
-                let bytes = pages.start * slot.granule..pages.end * slot.granule;
-                return shared.punch(&bytes).map_err(|e| e.raw_os_error());
+                return shared.punch(&slot.bytes_of(pages)).map_err(|e| e.raw_os_error());
             }
             (_, false) => {}
         }
@@ -254,10 +253,7 @@ impl Mechanism for Userfaultfd {
             page += n;
         }
         match &slot.shared {
-            Some(shared) => {
-                let bytes = pages.start * slot.granule..pages.end * slot.granule;
-                shared.punch(&bytes).map_err(|e| e.raw_os_error())
-            }
+            Some(shared) => shared.punch(&slot.bytes_of(pages)).map_err(|e| e.raw_os_error()),
             None => Ok(()),
         }
     }
