@@ -23,6 +23,7 @@ static struct fixture {
     struct kuf *served, *driven, *direct, *closed, *opened;
     struct kuf_options plain;
     unsigned char *a, *b, *c, *d, *driven_ram, *spare, *big, *torn, *file_map, *taken, *shared_spare, *page;
+    unsigned char *private_map; /* of memfd */
     int null_fd, dead_fd, memfd, other_memfd, uffd, orphan_uffd;
     struct kuf_fault faults[4];
     struct kuf_block_time times[4];
@@ -379,6 +380,8 @@ static void make_fixture(void)
     unsigned char *other = map_shared(4 * PAGE, &f.other_memfd);
     f.shared_spare = map_shared(8 * PAGE, &f.memfd);
     munmap(other, 4 * PAGE);
+    f.private_map = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, f.memfd, 0);
+    must(f.private_map != MAP_FAILED, "a private mapping of the memfd");
 
     f.taken = map_anonymous(4 * PAGE);
     struct uffdio_register registration = {.range = {.start = (uintptr_t)f.taken, .len = 4 * PAGE},
