@@ -61,10 +61,28 @@
  */
 #define KUF_MECHANISM_USERFAULTFD 1
 
-/* KVM userfault bitmap (KVM_MEM_USERFAULT). Named here so that programs can ask; not served by this version. */
+/*
+ * KVM userfault bitmap (KVM_MEM_USERFAULT), with userfaultfd underneath. A vCPU that touches an absent page leaves
+ * KVM_RUN and fills it on its own thread (kuf_vcpu_fault); everybody else is caught as with userfaultfd. Needs
+ * KUF_OPEN_VM_FD and a kernel with v3 of that interface (June 2025), which no released kernel has; never chosen by
+ * KUF_MECHANISM_AUTO.
+ */
 #define KUF_MECHANISM_KVM_BITMAP 2
 
-/* KVM asynchronous userfault (KVM_READ_USERFAULT). Named here so that programs can ask; not served by this version. */
+/*
+ * KVM asynchronous userfault (KVM_READ_USERFAULT). As above for vCPUs; KVM's own accesses wait inside KVM, and service
+ * threads take them from its queue. Nothing is registered with userfaultfd: bytes are written straight into the slot's
+ * mapping, and nothing but KVM is kept off pages that are not present: the VMM's own threads call kuf_ensure before
+ * they touch guest memory.
+ *
+ * Needs KUF_OPEN_VM_FD and a kernel with the interface of the RFC of July 2024, which no released kernel has; never
+ * chosen by KUF_MECHANISM_AUTO. In return the host keeps to this: memory is added before a vCPU loads its MSRs (KVM
+ * holds on to what it has looked up; touched memory is refused with -EBUSY); memslots are changed only after
+ * kuf_quiesce with all vCPUs stopped; KVM_SET_MEMORY_ATTRIBUTES is left to the library for these ranges; memory that
+ * the guest gives back is reported with kuf_discard(..., KUF_DISCARD_REMOVED), and is not unmapped or moved before
+ * kuf_remove_memory; the handle is used in the process that made the VM (KVM answers any other with EIO, which ends
+ * the service).
+ */
 #define KUF_MECHANISM_KVM_ASYNC 3
 
 /* Number of mechanism names, KUF_MECHANISM_AUTO included: the length of the arrays in struct kuf_probe. */
@@ -105,11 +123,20 @@
  */
 #define KUF_OPEN_ADOPT_ONLY (1 << 4)
 
+/*
+ * KUF_MECHANISM_KVM_ASYNC: the kernel answers KVM_READ_USERFAULT on an empty queue with ENOENT, which the host vouches
+ * for (as posted, the RFC oopses there). The library then also looks into the queue twice a second without having been
+ * signalled, so that a signal that KVM dropped, or that somebody else has read, delays a fault and does not lose it
+ * (KUF_EVENT_UNSIGNALLED). With KUF_OPEN_DIRECT it is kuf_read that looks.
+ */
+#define KUF_OPEN_KVM_DRAIN (1 << 5)
+
 /* Somebody stands still until this run is resolved. */
 #define KUF_FILL_DEMAND (1 << 0)
 
 /*
- * kuf_fill.buf is the guest page itself, reached through a second mapping that the guest cannot see through yet.
+ * kuf_fill.buf is the guest page itself, reached by a way the guest cannot see through yet: a second mapping of a
+ * shared file, or, with KUF_MECHANISM_KVM_ASYNC, the slot's own mapping, from which a mark keeps the guest.
  * Nothing is copied afterwards. The buffer's content is undefined at the start. When the callback returns
  * KUF_DEFERRED the buffer stays valid until the run is resolved, so data may be received straight into it and
  * published with KUF_RESOLVE_IN_PLACE; such a run must be resolved (or poisoned) in the end.
@@ -151,6 +178,14 @@
  */
 #define KUF_MEMORY_FILL_ALL (1 << 3)
 
+/*
+ * KUF_MECHANISM_KVM_BITMAP: the library sets the memslot kuf_memory.memslot itself (KVM_SET_USER_MEMORY_REGION2, with
+ * this slot's gpa, len and hva): made, or changed if the host has made it, with KVM_MEM_USERFAULT when the slot is
+ * added and after kuf_discard, without when every page is present and when the slot is removed. The memslot stays the
+ * host's to delete. Not with KUF_OPEN_DIRECT.
+ */
+#define KUF_MEMORY_MEMSLOT (1 << 4)
+
 /* A write caused the fault. */
 #define KUF_FAULT_WRITE (1 << 0)
 
@@ -166,12 +201,15 @@
  */
 #define KUF_FAULT_FORKED (1 << 3)
 
+/* KVM itself waits for the page, in its own access and not a vCPU's exit (KUF_MECHANISM_KVM_ASYNC). */
+#define KUF_FAULT_KVM (1 << 4)
+
 /* kuf_resolve: src is NULL and the range is zero. */
 #define KUF_RESOLVE_ZERO (1 << 0)
 
 /*
  * kuf_resolve: src is NULL and the bytes are in the shared file already (written through another mapping, pwrite,
- * or kuf_fill.buf / kuf_fault.place). Only for slots that are filled in place.
+ * or kuf_fill.buf / kuf_fault.place). Only for slots that are filled in place; with KUF_MECHANISM_KVM_ASYNC, all are.
  */
 #define KUF_RESOLVE_IN_PLACE (1 << 1)
 
@@ -260,6 +298,26 @@
 
 /* The process forked and the child's memory is served as well (KUF_OPEN_FOLLOW_FORK); with an error: it is not. */
 #define KUF_EVENT_FORKED 7
+
+/*
+ * KVM lost a fault and nobody knows of which page (KVM_READ_USERFAULT failed with EFAULT). Every page that is not
+ * present may be waited for: the library asks for those of kuf_kvm_owned first and then, with a fill callback, fills
+ * everything in the background, poisoning what cannot be filled. A caller-driven host resolves everything.
+ */
+#define KUF_EVENT_SWEEP 8
+
+/*
+ * KVM itself waits for the page gpa..gpa+len, which is poisoned: a vCPU stays inside KVM_RUN for it until its thread
+ * is killed, or the page is discarded (kuf_discard) and filled. KUF_MECHANISM_KVM_ASYNC only: there is nothing that
+ * could make its access fail. Once for each page.
+ */
+#define KUF_EVENT_PARKED 9
+
+/*
+ * KVM queued a fault and its signal did not come: somebody else reads the library's eventfd, or KVM dropped the
+ * signal. Found only with KUF_OPEN_KVM_DRAIN. Raised once.
+ */
+#define KUF_EVENT_UNSIGNALLED 10
 
 /* Log levels, most urgent first. A record is passed on when its level is at most kuf_options.log_level. */
 #define KUF_LOG_ERROR 1
@@ -411,8 +469,8 @@ struct kuf_options {
     /* KUF_OPEN_*. */
     uint64_t flags;
     /*
-     * The VM's file descriptor with KUF_OPEN_VM_FD, else 0. Needed by the KVM mechanisms; checked but not used by
-     * userfaultfd. The host keeps its own.
+     * The VM's file descriptor with KUF_OPEN_VM_FD, else 0. Needed by the KVM mechanisms, which duplicate it; checked
+     * but not used by userfaultfd. The host keeps its own.
      */
     int32_t vm_fd;
     /*
@@ -474,10 +532,17 @@ struct kuf_memory {
     int32_t uffd;
     /* Offset in fd that is mapped at hva; a multiple of the granule. */
     uint64_t fd_offset;
-    /* KVM memory attributes other than USERFAULT that the host keeps on this range. 0 with userfaultfd. */
+    /*
+     * KUF_MECHANISM_KVM_ASYNC: the memory attributes (KVM_MEMORY_ATTRIBUTE_PRIVATE, 1 << 3) that the range has besides
+     * the mark, which the library keeps: KVM_SET_MEMORY_ATTRIBUTES replaces all of them. Else 0.
+     */
     uint64_t kvm_attributes;
     /* Handed back in kuf_fill and kuf_fault. */
     void *opaque;
+    /* Number of the KVM memslot (and address space << 16) with KUF_MEMORY_MEMSLOT, else 0. */
+    uint32_t memslot;
+    /* KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY or 0: flags of that memslot besides KVM_MEM_USERFAULT. */
+    uint32_t memslot_flags;
 };
 
 /* A page fault, as given by kuf_read and kuf_pending. Always 64 bytes. */
@@ -574,7 +639,7 @@ struct kuf_stats {
     uint64_t faults_joined;
     /* Of these, for a page that had become present in the meantime. */
     uint64_t faults_late;
-    /* Of these, for an address in no slot (it was unmapped, moved or removed meanwhile); woken and left to the kernel. */
+    /* Of these, for an address in no slot (it was unmapped, moved or removed meanwhile); left to the kernel. */
     uint64_t faults_unknown;
     /* Exits given to kuf_vcpu_fault. */
     uint64_t vcpu_faults;
@@ -622,6 +687,10 @@ struct kuf_stats {
     struct kuf_histogram installing;
     /* From reading a fault until its page was present: what the library added to the toucher's wait. */
     struct kuf_histogram blocked;
+    /* KVM_READ_USERFAULT calls that failed with EFAULT: each may have lost a fault, and led to a sweep. */
+    uint64_t faults_lost;
+    /* Faults found in KVM's queue whose signal did not come (KUF_OPEN_KVM_DRAIN). */
+    uint64_t faults_unsignalled;
 };
 
 /* How long one thread was kept waiting by page faults. */
@@ -672,7 +741,9 @@ int kuf_has_feature(uint32_t feature);
  * Returns 0, also when nothing works (out->mechanisms is 0 then). Any thread.
  * -EINVAL: out is NULL or its size is below that of the first version; vm_fd is neither -1 nor a KVM VM.
  * -EBADF: vm_fd is not an open descriptor.
- * Kernel: userfaultfd(2), ioctl_userfaultfd(2), KVM_CHECK_EXTENSION.
+ * Kernel: userfaultfd(2), ioctl_userfaultfd(2). The KVM interfaces' capability numbers were given to other features,
+ * so they are tried: the bitmap on a VM made for it, the asynchronous one by KVM_ENABLE_CAP(236, DISABLE) on vm_fd,
+ * which changes nothing where userfaults are not enabled (and is not tried where they are).
  */
 int kuf_probe(int vm_fd, struct kuf_probe *out);
 
@@ -688,7 +759,8 @@ int kuf_probe(int vm_fd, struct kuf_probe *out);
  *   of its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback.
  * -E2BIG: options has non-zero bytes that this version does not know.
  * -EBADF: vm_fd is not an open descriptor.
- * -ENOTSUP: the mechanism asked for by name does not work here.
+ * -ENOTSUP: the mechanism asked for by name does not work here. -EEXIST: KVM's asynchronous userfaults are enabled on
+ *   this VM already. -EIO: the VM is another process's.
  * -EPERM: userfaultfd is refused; the text names the ways to grant it: /dev/userfaultfd, CAP_SYS_PTRACE,
  *   vm.unprivileged_userfaultfd. Also KUF_OPEN_FOLLOW_FORK without CAP_SYS_PTRACE.
  * -ENOSYS: the kernel has no userfaultfd.
@@ -734,26 +806,30 @@ int kuf_close(struct kuf **kuf, uint32_t flags);
  * -EFAULT: part of hva..hva+len is not mapped.
  * -EBADF: fd or uffd is not an open descriptor. -EBADFD: fd is not a shared memory file, is not the one mapped at hva,
  *   or uffd is not a userfaultfd.
- * -EBUSY: another userfaultfd has the range. -ESRCH: the remote process is gone.
+ * -EBUSY: another userfaultfd has the range; with KUF_MECHANISM_KVM_ASYNC and without KUF_MEMORY_FD, something touched
+ *   it before. -ESRCH: the remote process is gone.
  * -ENOTSUP: the kernel cannot serve this kind of memory; a hugetlbfs file that holds data, without
  *   KUF_MEMORY_FILL_ALL. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
- * Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file). madvise, munmap and mremap of the range are
+ * Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file), KVM_SET_MEMORY_ATTRIBUTES,
+ * KVM_SET_USER_MEMORY_REGION2. With userfaultfd madvise, munmap and mremap of the range are
  * followed (docs/adopting.md says what they mean); MREMAP_DONTUNMAP is not supported.
  */
 int kuf_add_memory(struct kuf *kuf, const struct kuf_memory *memory);
 
 /*
  * Takes the slot that starts at gpa off the service; its memory stays mapped and is the host's alone: unregistered,
- * huge pages possible again, no cost left.
+ * huge pages possible again, no cost left. With KUF_MECHANISM_KVM_ASYNC poisoned pages are made PROT_NONE and lose
+ * their marks; with KUF_MECHANISM_KVM_BITMAP the bitmap is unmapped, so take KVM_MEM_USERFAULT off the memslot before.
  *
  * flags: 0, KUF_CLOSE_POISON, KUF_CLOSE_POPULATE or both.
  *
- * Returns 0. Any thread, also from an event callback; from a fill callback -EDEADLK.
+ * Returns 0. Any thread, also from an event callback unless the slot has KUF_MEMORY_MEMSLOT, but not from a fill
+ * callback (-EDEADLK).
  * -EINVAL: kuf is NULL, an unknown flag. -ENOENT: no slot starts at gpa.
  * -EBUSY: unresolved pages and no flag; a fill of this slot is running (retry when it has ended).
  * -EIO: KUF_CLOSE_POPULATE could not fill everything; the slot goes on as before. -ENOTSUP: KUF_CLOSE_POPULATE without
  *   a fill callback.
- * Kernel: UFFDIO_UNREGISTER.
+ * Kernel: UFFDIO_UNREGISTER, KVM_SET_MEMORY_ATTRIBUTES.
  */
 int kuf_remove_memory(struct kuf *kuf, uint64_t gpa, uint32_t flags);
 
@@ -818,9 +894,10 @@ ssize_t kuf_read(struct kuf *kuf, struct kuf_fault *faults, size_t n);
 ssize_t kuf_resolve(struct kuf *kuf, uint64_t gpa, const void *src, size_t len, uint32_t flags);
 
 /*
- * For the KVM_RUN loop: serves the fault behind a KVM_EXIT_MEMORY_FAULT on the calling vCPU thread, with no hand-off.
- * The page is filled here, or waited for when another thread is filling it. With userfaultfd such exits do not occur,
- * and the call is a legal kuf_ensure over the granules that gpa..gpa+len touches.
+ * For the KVM_RUN loop: serves the fault behind a KVM_EXIT_MEMORY_FAULT (KVM_RUN returned -1 with errno EFAULT) on the
+ * calling vCPU thread, with no hand-off. The page is filled here, or waited for when another thread is filling it.
+ * With userfaultfd such exits do not occur, and the call is a legal kuf_ensure over the granules that gpa..gpa+len
+ * touches.
  *
  * gpa, len: kvm_run->memory_fault.gpa and .size, of any alignment. exit_flags: kvm_run->memory_fault.flags.
  *
@@ -828,8 +905,9 @@ ssize_t kuf_resolve(struct kuf *kuf, uint64_t gpa, const void *src, size_t len, 
  * handle the page is queued for kuf_read and waited for, so not from the thread that reads.
  *
  * Returns 0: run the vCPU again. Any thread but not from a callback (-EDEADLK); calls the fill callback.
- * -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot: not a fault of the library's; handle it as
- *   without it.
+ * -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot, or exit_flags lack
+ *   KVM_MEMORY_EXIT_FLAG_USERFAULT (1 << 4) with a KVM mechanism: not a fault of the library's; handle it as without
+ *   it.
  * -ERANGE: the range leaves its slot. -EHWPOISON: the page could not be filled: inject a machine check or stop the
  *   guest.
  * -ECANCELED: kuf_close has begun. -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
@@ -879,7 +957,7 @@ int kuf_populate(struct kuf *kuf, const struct kuf_populate *request);
  *
  * gpa, len: multiples of the granule, len not 0, within one slot. flags: 0 or KUF_DISCARD_REMOVED.
  *
- * Returns 0. Any thread, also from fill and event callbacks.
+ * Returns 0. Any thread, also from fill and event callbacks unless the slot has KUF_MEMORY_MEMSLOT (-EDEADLK).
  * -EINVAL: kuf is NULL, an unknown flag, misaligned, len is 0, overflow. -ENOENT: gpa is in no slot. -ERANGE: the
  *   range leaves its slot. -ENOTSUP: memory of another process without KUF_MEMORY_FD: only that process can drop it.
  * -ECANCELED: kuf_close has begun. -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
@@ -887,6 +965,52 @@ int kuf_populate(struct kuf *kuf, const struct kuf_populate *request);
  * memory of another process.
  */
 int kuf_discard(struct kuf *kuf, uint64_t gpa, uint64_t len, uint32_t flags);
+
+/*
+ * KUF_MECHANISM_KVM_BITMAP: the address of the bitmap of the slot that starts at gpa, for
+ * kvm_userspace_memory_region2.userfault_bitmap (offset 48) of the memslot that the host sets with KVM_MEM_USERFAULT
+ * (1 << 3). One bit for each 4 KiB, set where a vCPU is to exit; only the library writes it.
+ *
+ * After KUF_EVENT_COMPLETE the host may take the flag off the memslot, which makes huge mappings possible again, and
+ * puts it on again before kuf_discard if it wants exits; without the flag everybody is caught by the userfaultfd
+ * underneath. It changes memslots on a thread of its own, not in a callback: KVM waits for those who wait for pages.
+ *
+ * address: set on success.
+ *
+ * Returns 0. Any thread, also from callbacks. The bitmap is unmapped by kuf_remove_memory and kuf_close: take the flag
+ * off before.
+ * -EINVAL: kuf or address is NULL. -ENOENT: no slot starts at gpa. -ENOTSUP: another mechanism. -ECANCELED: kuf_close
+ *   has begun. -EIO: the service is dead.
+ * Kernel: KVM_SET_USER_MEMORY_REGION2 with KVM_MEM_USERFAULT.
+ */
+int kuf_kvm_bitmap(struct kuf *kuf, uint64_t gpa, uint64_t *address);
+
+/*
+ * Names pages that KVM itself reads or writes: kvmclock, steal time, PV EOI, interrupt controller tables. They are the
+ * first to be filled when a fault was lost (KUF_EVENT_SWEEP). Fill them before vCPUs run (kuf_ensure) where that is
+ * possible: who waits for one stays inside KVM.
+ *
+ * gpa, len: of any alignment, within one slot; len not 0. Remembered until the slot is removed.
+ *
+ * Returns 0. Any thread, also from callbacks. Of use with KUF_MECHANISM_KVM_ASYNC; without effect with others.
+ * -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
+ * -ECANCELED: kuf_close has begun. -EIO: the service is dead.
+ */
+int kuf_kvm_owned(struct kuf *kuf, uint64_t gpa, uint64_t len);
+
+/*
+ * Returns when nobody is known to wait for a page, for work that waits inside the kernel for those who wait: changes
+ * of memslots, ioeventfds and coalesced MMIO ranges on a kernel with KVM asynchronous userfaults, where a waiter may
+ * keep them, and they the waiter. Stop the vCPUs first, and make no other call that has KVM touch guest memory until
+ * the change is made.
+ *
+ * timeout_ms: milliseconds at most, -1 for ever, 0 does not wait.
+ *
+ * Returns 0. Any thread but not from a callback (-EDEADLK), and on a caller-driven handle not the thread that reads.
+ * -EINVAL: kuf is NULL, timeout_ms below -1. -ETIMEDOUT: pages are still waited for. -EHWPOISON: KVM waits for a page
+ *   that is poisoned (KUF_EVENT_PARKED). -ECANCELED: kuf_close has begun. -EIO: the service is dead.
+ */
+int kuf_quiesce(struct kuf *kuf, int timeout_ms);
 
 /*
  * Lists what the host has been asked for and has not resolved: runs deferred or still inside their fill callback, and

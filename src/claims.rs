@@ -256,6 +256,20 @@ impl<W: Waits> Claims<W> {
         waiters
     }
 
+    /// What is poisoned, in order.
+    pub fn poisoned(&self) -> Vec<Range<u64>> {
+        let mut runs = Vec::new();
+        for (start, claim) in self.by_start.iter().filter(|(_, claim)| claim.owner == Owner::Poison) {
+            extend(&mut runs, *start..claim.end);
+        }
+        runs
+    }
+
+    /// Whether somebody is known to wait for a page that may still become present.
+    pub fn waited_for(&self) -> bool {
+        self.by_start.values().any(|claim| claim.owner != Owner::Poison && !claim.waiters.is_empty())
+    }
+
     /// Takes a poisoned page in hand to mark it again. None: it is not poisoned any more.
     pub fn begin_mark(&mut self, page: u64) -> Option<Id> {
         let id = self.fresh();

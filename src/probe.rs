@@ -1,11 +1,13 @@
 //! What this host can do, and why not.
 
 use std::ffi::{c_char, c_int};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use crate::capi::types::*;
 use crate::error::{Error, Result};
+use crate::mechanism::kvm_bitmap::set_memslot;
 use crate::mechanism::userfaultfd::open;
+use crate::memory::buffer::Buffer;
 use crate::service::duplicate_vm;
 use crate::uapi::kvm::*;
 use crate::uapi::userfaultfd::*;
@@ -25,8 +27,10 @@ pub fn report(vm_fd: c_int) -> Result<Report> {
         Ok((_, open::Way::UserMode)) => open::open(false).map(|(_, way)| way.text().to_owned()),
         other => other.map(|(_, way)| way.text().to_owned()),
     };
+    let by_name = |works: Result<()>| works.map(|()| "works; to be asked for by name".to_owned());
+    let (bitmap, asynchronous) = (by_name(kvm_bitmap()), by_name(kvm_async(vm.as_ref())));
     let auto = userfaultfd.clone().map(|_| "userfaultfd".to_owned());
-    Ok(Report { features, found: [auto, userfaultfd, Err(kvm_bitmap()), Err(kvm_async(vm.as_ref()))] })
+    Ok(Report { features, found: [auto, userfaultfd, bitmap, asynchronous] })
 }
 
 fn duplicate_vm_checked(vm_fd: c_int) -> Result<OwnedFd> {
@@ -36,24 +40,32 @@ fn duplicate_vm_checked(vm_fd: c_int) -> Result<OwnedFd> {
     duplicate_vm(vm_fd)
 }
 
-/// The asynchronous interface's capability number was given to another feature since, so a number proves nothing; a
-/// refusal to *disable* what was never enabled does, and changes nothing.
-fn kvm_async(vm: Option<&OwnedFd>) -> Error {
+/// The asynchronous interface's capability number was given to another feature since, so a number proves nothing; not
+/// being refused to *disable* what was never enabled does, and changes nothing.
+pub fn kvm_async(vm: Option<&OwnedFd>) -> Result<()> {
     let Some(vm) = vm else {
-        return Error::new(libc::ENOTSUP, "KVM asynchronous userfaults: pass a VM descriptor to find out");
+        return Err(Error::new(libc::ENOTSUP, "KVM asynchronous userfaults: pass a VM descriptor to find out"));
     };
-    let cap =
-        kvm_enable_cap { cap: KVM_CAP_USERFAULT_ASYNC, flags: 0, args: [KVM_USERFAULT_DISABLE, 0, 0, 0], pad: [0; 64] };
-    let attributes = system_extension(KVM_CAP_MEMORY_ATTRIBUTES).unwrap_or(0);
-    let marks = attributes as u64 & KVM_MEMORY_ATTRIBUTE_USERFAULT != 0;
+    let marks = |attributes: Option<c_int>| attributes.unwrap_or(0) as u64 & KVM_MEMORY_ATTRIBUTE_USERFAULT != 0;
+    // A VM names the mark only while userfaults are enabled: disabling them would release somebody else's guest.
+    if marks(vm_extension(vm, KVM_CAP_MEMORY_ATTRIBUTES)) {
+        return Err(Error::new(libc::EEXIST, "userfaults are enabled on this VM already, by somebody else"));
+    }
+    let args = [KVM_USERFAULT_DISABLE, 0, 0, 0];
+    let cap = kvm_enable_cap { cap: KVM_CAP_USERFAULT_ASYNC, flags: 0, args, pad: [0; 64] };
     // SAFETY: the struct that the request was computed from.
-    let disabled = marks && unsafe { libc::ioctl(vm.as_raw_fd(), libc::c_ulong::from(KVM_ENABLE_CAP) as _, &cap) } == 0;
-    let text = if disabled {
-        "this kernel has KVM asynchronous userfaults; this version of the library does not serve them"
-    } else {
-        "this kernel has no KVM asynchronous userfaults (KVM_READ_USERFAULT): no released kernel does"
-    };
-    Error::new(libc::ENOTSUP, text)
+    let disable = || unsafe { libc::ioctl(vm.as_raw_fd(), libc::c_ulong::from(KVM_ENABLE_CAP) as _, &cap) } == 0;
+    if marks(system_extension(KVM_CAP_MEMORY_ATTRIBUTES)) && disable() {
+        return Ok(());
+    }
+    let text = "this kernel has no KVM asynchronous userfaults (KVM_READ_USERFAULT): no released kernel does";
+    Err(Error::new(libc::ENOTSUP, text))
+}
+
+fn vm_extension(vm: &OwnedFd, extension: u32) -> Option<c_int> {
+    // SAFETY: takes a number, returns one.
+    let value = unsafe { libc::ioctl(vm.as_raw_fd(), libc::c_ulong::from(KVM_CHECK_EXTENSION) as _, extension) };
+    (value >= 0).then_some(value)
 }
 
 fn system_extension(extension: u32) -> Option<c_int> {
@@ -61,9 +73,36 @@ fn system_extension(extension: u32) -> Option<c_int> {
     Some(kvm.check_extension_raw(u64::from(extension)))
 }
 
-fn kvm_bitmap() -> Error {
-    let text = "KVM userfault bitmap: not served by this version of the library, and in no released kernel";
-    Error::new(libc::ENOTSUP, text)
+/// Tried on a VM made for it: bit 3 of the memslot flags was proposed for other things too, so the kernel has to take a
+/// bitmap that it can read and to refuse one that it cannot.
+pub fn kvm_bitmap() -> Result<()> {
+    let missing = || {
+        let text = "this kernel has no KVM userfault bitmap (KVM_MEM_USERFAULT): no released kernel does";
+        Error::new(libc::ENOTSUP, text)
+    };
+    let no_kvm = |e: kvm_ioctls::Error| {
+        let reason = std::io::Error::from_raw_os_error(e.errno());
+        Error::new(libc::ENOTSUP, format!("KVM userfault bitmap: /dev/kvm makes no VM to try it on ({reason})"))
+    };
+    let vm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm()).map_err(no_kvm)?;
+    // SAFETY: open for the life of `vm`.
+    let vm = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) }.try_clone_to_owned().map_err(|_| missing())?;
+    let page = rustix::param::page_size();
+    let (memory, bitmap) = (Buffer::new(page)?, Buffer::new(page)?);
+    let mut region = kvm_userspace_memory_region2 {
+        flags: KVM_MEM_USERFAULT,
+        memory_size: page as u64,
+        userspace_addr: memory.at().as_ptr() as u64,
+        userfault_bitmap: bitmap.at().as_ptr() as u64,
+        ..Default::default()
+    };
+    set_memslot(&vm, &region).map_err(|_| missing())?;
+    (region.slot, region.guest_phys_addr) = (1, 1 << 30);
+    region.userfault_bitmap = (page as u64).wrapping_neg();
+    match set_memslot(&vm, &region) {
+        Ok(()) => Err(missing()),
+        Err(_) => Ok(()),
+    }
 }
 
 impl Report {

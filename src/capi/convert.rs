@@ -5,9 +5,11 @@ use std::mem::{size_of, MaybeUninit};
 
 use super::types::*;
 use crate::error::{Error, Result};
+use crate::mechanism::kvm_bitmap::Memslot;
 use crate::memory::Opaque;
-use crate::service::config::{Config, Host, NewMemory, NewPopulate, Resolution};
+use crate::service::config::{Config, Host, NewMemory, NewPopulate, Resolution, Which};
 use crate::service::duplicate_vm;
+use crate::uapi::kvm::{KVM_MEMORY_ATTRIBUTE_USERFAULT, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
 
 /// A struct that starts with its `size`.
 ///
@@ -41,6 +43,9 @@ sized! {
 }
 
 const _: () = assert!(size_of::<kuf_fault>() == 64);
+
+/// What a memslot that the library sets may have besides KVM_MEM_USERFAULT.
+const MEMSLOT_FLAGS: u32 = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY;
 
 /// Larger than any struct will ever grow: a size beyond it is no size.
 const SENSE: usize = 1 << 16;
@@ -140,24 +145,15 @@ fn in_range(what: &str, value: u64, default: u64, max: u64) -> Result<u64> {
 
 /// Options of `kuf_open`.
 pub fn options(o: &kuf_options) -> Result<Config> {
-    const KNOWN: u64 =
-        KUF_OPEN_VM_FD | KUF_OPEN_USER_MODE_ONLY | KUF_OPEN_FOLLOW_FORK | KUF_OPEN_DIRECT | KUF_OPEN_ADOPT_ONLY;
+    const KNOWN: u64 = KUF_OPEN_VM_FD
+        | KUF_OPEN_USER_MODE_ONLY
+        | KUF_OPEN_FOLLOW_FORK
+        | KUF_OPEN_DIRECT
+        | KUF_OPEN_ADOPT_ONLY
+        | KUF_OPEN_KVM_DRAIN;
     check_flags("options->flags", o.flags, KNOWN)?;
     let has = |flag| o.flags & flag != 0;
-    match o.mechanism {
-        KUF_MECHANISM_AUTO | KUF_MECHANISM_USERFAULTFD => {}
-        KUF_MECHANISM_KVM_BITMAP | KUF_MECHANISM_KVM_ASYNC => {
-            let text = "this version of the library serves userfaultfd only: kuf_probe says what a kernel has";
-            return Err(Error::new(libc::ENOTSUP, text));
-        }
-        other => return invalid(format!("options->mechanism {other} is unknown")),
-    }
-    if has(KUF_OPEN_VM_FD) {
-        // Checked as promised; userfaultfd has no use for it.
-        duplicate_vm(o.vm_fd)?;
-    } else {
-        check_unused("options->vm_fd", u64::from(o.vm_fd != 0), "KUF_OPEN_VM_FD")?;
-    }
+    let mechanism = mechanism(o)?;
     if has(KUF_OPEN_DIRECT) && o.fill.is_some() {
         return invalid("KUF_OPEN_DIRECT has no thread that could call options->fill".into());
     }
@@ -173,6 +169,7 @@ pub fn options(o: &kuf_options) -> Result<Config> {
     }
     let run = |what, value, default| in_range(what, value, default, 64 << 20);
     Ok(Config {
+        mechanism,
         fill_threads: in_range("options->fill_threads", u64::from(o.fill_threads), 2, 256)? as usize,
         demand_run: run("options->demand_run", o.demand_run, 64 << 10)?,
         populate_run: run("options->populate_run", o.populate_run, 256 << 10)?,
@@ -194,9 +191,44 @@ pub fn options(o: &kuf_options) -> Result<Config> {
     })
 }
 
+fn mechanism(o: &kuf_options) -> Result<Which> {
+    let has = |flag| o.flags & flag != 0;
+    let vm = if has(KUF_OPEN_VM_FD) {
+        // Also where it is not used: checked as promised.
+        Some(duplicate_vm(o.vm_fd)?)
+    } else {
+        check_unused("options->vm_fd", u64::from(o.vm_fd != 0), "KUF_OPEN_VM_FD")?;
+        None
+    };
+    let drain = has(KUF_OPEN_KVM_DRAIN);
+    if drain && o.mechanism != KUF_MECHANISM_KVM_ASYNC {
+        return invalid("KUF_OPEN_KVM_DRAIN goes with KUF_MECHANISM_KVM_ASYNC".into());
+    }
+    match o.mechanism {
+        KUF_MECHANISM_AUTO | KUF_MECHANISM_USERFAULTFD => return Ok(Which::Userfaultfd),
+        KUF_MECHANISM_KVM_BITMAP | KUF_MECHANISM_KVM_ASYNC => {}
+        other => return invalid(format!("options->mechanism {other} is unknown")),
+    }
+    let vm =
+        vm.ok_or_else(|| Error::new(libc::EINVAL, "this mechanism needs the VM: KUF_OPEN_VM_FD and options->vm_fd"))?;
+    for (flag, name) in [
+        (KUF_OPEN_USER_MODE_ONLY, "KUF_OPEN_USER_MODE_ONLY"),
+        (KUF_OPEN_FOLLOW_FORK, "KUF_OPEN_FOLLOW_FORK"),
+        (KUF_OPEN_ADOPT_ONLY, "KUF_OPEN_ADOPT_ONLY"),
+    ] {
+        if has(flag) {
+            return invalid(format!("{name} does not go with a KVM mechanism, which serves the VMM's own process"));
+        }
+    }
+    Ok(match o.mechanism {
+        KUF_MECHANISM_KVM_BITMAP => Which::KvmBitmap(vm),
+        _ => Which::KvmAsync { vm, drain },
+    })
+}
+
 /// A slot of `kuf_add_memory`.
 pub fn memory(m: &kuf_memory) -> Result<NewMemory> {
-    const KNOWN: u32 = KUF_MEMORY_FD | KUF_MEMORY_UFFD | KUF_MEMORY_REMOTE | KUF_MEMORY_FILL_ALL;
+    const KNOWN: u32 = KUF_MEMORY_FD | KUF_MEMORY_UFFD | KUF_MEMORY_REMOTE | KUF_MEMORY_FILL_ALL | KUF_MEMORY_MEMSLOT;
     check_flags("memory->flags", m.flags.into(), KNOWN.into())?;
     let has = |flag| m.flags & flag != 0;
     if !has(KUF_MEMORY_FD) {
@@ -208,8 +240,13 @@ pub fn memory(m: &kuf_memory) -> Result<NewMemory> {
         check_unused("memory->uffd", u64::from(m.uffd != 0), "KUF_MEMORY_UFFD")?;
         check_unused("KUF_MEMORY_REMOTE", u64::from(has(KUF_MEMORY_REMOTE)), "KUF_MEMORY_UFFD")?;
     }
-    if m.kvm_attributes != 0 {
-        return invalid("memory->kvm_attributes have to be 0 with userfaultfd".into());
+    if !has(KUF_MEMORY_MEMSLOT) {
+        check_unused("memory->memslot", m.memslot.into(), "KUF_MEMORY_MEMSLOT")?;
+        check_unused("memory->memslot_flags", m.memslot_flags.into(), "KUF_MEMORY_MEMSLOT")?;
+    }
+    check_flags("memory->memslot_flags", m.memslot_flags.into(), MEMSLOT_FLAGS.into())?;
+    if m.kvm_attributes & KVM_MEMORY_ATTRIBUTE_USERFAULT != 0 {
+        return invalid("memory->kvm_attributes: KVM_MEMORY_ATTRIBUTE_USERFAULT is the library's to set".into());
     }
     if m.len == 0 {
         return invalid("memory->len is 0".into());
@@ -232,6 +269,8 @@ pub fn memory(m: &kuf_memory) -> Result<NewMemory> {
         uffd: has(KUF_MEMORY_UFFD).then_some(m.uffd),
         remote: has(KUF_MEMORY_REMOTE),
         fill_all: has(KUF_MEMORY_FILL_ALL),
+        kvm_attributes: m.kvm_attributes,
+        memslot: has(KUF_MEMORY_MEMSLOT).then_some(Memslot { id: m.memslot, flags: m.memslot_flags }),
         opaque: Opaque(m.opaque),
     })
 }
@@ -254,7 +293,7 @@ pub fn populate(p: &kuf_populate) -> Result<NewPopulate> {
         }
         range => Some(range),
     };
-    Ok(NewPopulate { stop, range, rate: p.rate })
+    Ok(NewPopulate { stop, sweep: false, range, rate: p.rate })
 }
 
 /// What `kuf_resolve` was given.

@@ -50,7 +50,9 @@ pub extern "C" fn kuf_has_feature(feature: u32) -> c_int {
 /// Returns 0, also when nothing works (out->mechanisms is 0 then). Any thread.
 /// -EINVAL: out is NULL or its size is below that of the first version; vm_fd is neither -1 nor a KVM VM.
 /// -EBADF: vm_fd is not an open descriptor.
-/// Kernel: userfaultfd(2), ioctl_userfaultfd(2), KVM_CHECK_EXTENSION.
+/// Kernel: userfaultfd(2), ioctl_userfaultfd(2). The KVM interfaces' capability numbers were given to other features,
+/// so they are tried: the bitmap on a VM made for it, the asynchronous one by KVM_ENABLE_CAP(236, DISABLE) on vm_fd,
+/// which changes nothing where userfaults are not enabled (and is not tried where they are).
 ///
 /// # Safety
 /// `out` is NULL or points to `out->size` writable bytes.
@@ -73,7 +75,8 @@ pub unsafe extern "C" fn kuf_probe(vm_fd: c_int, out: *mut kuf_probe) -> c_int {
 ///   of its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback.
 /// -E2BIG: options has non-zero bytes that this version does not know.
 /// -EBADF: vm_fd is not an open descriptor.
-/// -ENOTSUP: the mechanism asked for by name does not work here.
+/// -ENOTSUP: the mechanism asked for by name does not work here. -EEXIST: KVM's asynchronous userfaults are enabled on
+///   this VM already. -EIO: the VM is another process's.
 /// -EPERM: userfaultfd is refused; the text names the ways to grant it: /dev/userfaultfd, CAP_SYS_PTRACE,
 ///   vm.unprivileged_userfaultfd. Also KUF_OPEN_FOLLOW_FORK without CAP_SYS_PTRACE.
 /// -ENOSYS: the kernel has no userfaultfd.
@@ -150,10 +153,12 @@ pub unsafe extern "C" fn kuf_close(kuf: *mut *mut kuf, flags: u32) -> c_int {
 /// -EFAULT: part of hva..hva+len is not mapped.
 /// -EBADF: fd or uffd is not an open descriptor. -EBADFD: fd is not a shared memory file, is not the one mapped at hva,
 ///   or uffd is not a userfaultfd.
-/// -EBUSY: another userfaultfd has the range. -ESRCH: the remote process is gone.
+/// -EBUSY: another userfaultfd has the range; with KUF_MECHANISM_KVM_ASYNC and without KUF_MEMORY_FD, something touched
+///   it before. -ESRCH: the remote process is gone.
 /// -ENOTSUP: the kernel cannot serve this kind of memory; a hugetlbfs file that holds data, without
 ///   KUF_MEMORY_FILL_ALL. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
-/// Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file). madvise, munmap and mremap of the range are
+/// Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file), KVM_SET_MEMORY_ATTRIBUTES,
+/// KVM_SET_USER_MEMORY_REGION2. With userfaultfd madvise, munmap and mremap of the range are
 /// followed (docs/adopting.md says what they mean); MREMAP_DONTUNMAP is not supported.
 ///
 /// # Safety
@@ -171,16 +176,18 @@ pub unsafe extern "C" fn kuf_add_memory(kuf: *mut kuf, memory: *const kuf_memory
 }
 
 /// Takes the slot that starts at gpa off the service; its memory stays mapped and is the host's alone: unregistered,
-/// huge pages possible again, no cost left.
+/// huge pages possible again, no cost left. With KUF_MECHANISM_KVM_ASYNC poisoned pages are made PROT_NONE and lose
+/// their marks; with KUF_MECHANISM_KVM_BITMAP the bitmap is unmapped, so take KVM_MEM_USERFAULT off the memslot before.
 ///
 /// flags: 0, KUF_CLOSE_POISON, KUF_CLOSE_POPULATE or both.
 ///
-/// Returns 0. Any thread, also from an event callback; from a fill callback -EDEADLK.
+/// Returns 0. Any thread, also from an event callback unless the slot has KUF_MEMORY_MEMSLOT, but not from a fill
+/// callback (-EDEADLK).
 /// -EINVAL: kuf is NULL, an unknown flag. -ENOENT: no slot starts at gpa.
 /// -EBUSY: unresolved pages and no flag; a fill of this slot is running (retry when it has ended).
 /// -EIO: KUF_CLOSE_POPULATE could not fill everything; the slot goes on as before. -ENOTSUP: KUF_CLOSE_POPULATE without
 ///   a fill callback.
-/// Kernel: UFFDIO_UNREGISTER.
+/// Kernel: UFFDIO_UNREGISTER, KVM_SET_MEMORY_ATTRIBUTES.
 ///
 /// # Safety
 /// `kuf` came from kuf_open.
@@ -291,9 +298,10 @@ pub unsafe extern "C" fn kuf_resolve(kuf: *mut kuf, gpa: u64, src: *const c_void
     })
 }
 
-/// For the KVM_RUN loop: serves the fault behind a KVM_EXIT_MEMORY_FAULT on the calling vCPU thread, with no hand-off.
-/// The page is filled here, or waited for when another thread is filling it. With userfaultfd such exits do not occur,
-/// and the call is a legal kuf_ensure over the granules that gpa..gpa+len touches.
+/// For the KVM_RUN loop: serves the fault behind a KVM_EXIT_MEMORY_FAULT (KVM_RUN returned -1 with errno EFAULT) on the
+/// calling vCPU thread, with no hand-off. The page is filled here, or waited for when another thread is filling it.
+/// With userfaultfd such exits do not occur, and the call is a legal kuf_ensure over the granules that gpa..gpa+len
+/// touches.
 ///
 /// gpa, len: kvm_run->memory_fault.gpa and .size, of any alignment. exit_flags: kvm_run->memory_fault.flags.
 ///
@@ -301,8 +309,9 @@ pub unsafe extern "C" fn kuf_resolve(kuf: *mut kuf, gpa: u64, src: *const c_void
 /// handle the page is queued for kuf_read and waited for, so not from the thread that reads.
 ///
 /// Returns 0: run the vCPU again. Any thread but not from a callback (-EDEADLK); calls the fill callback.
-/// -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot: not a fault of the library's; handle it as
-///   without it.
+/// -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot, or exit_flags lack
+///   KVM_MEMORY_EXIT_FLAG_USERFAULT (1 << 4) with a KVM mechanism: not a fault of the library's; handle it as without
+///   it.
 /// -ERANGE: the range leaves its slot. -EHWPOISON: the page could not be filled: inject a machine check or stop the
 ///   guest.
 /// -ECANCELED: kuf_close has begun. -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
@@ -381,7 +390,7 @@ pub unsafe extern "C" fn kuf_populate(kuf: *mut kuf, request: *const kuf_populat
 ///
 /// gpa, len: multiples of the granule, len not 0, within one slot. flags: 0 or KUF_DISCARD_REMOVED.
 ///
-/// Returns 0. Any thread, also from fill and event callbacks.
+/// Returns 0. Any thread, also from fill and event callbacks unless the slot has KUF_MEMORY_MEMSLOT (-EDEADLK).
 /// -EINVAL: kuf is NULL, an unknown flag, misaligned, len is 0, overflow. -ENOENT: gpa is in no slot. -ERANGE: the
 ///   range leaves its slot. -ENOTSUP: memory of another process without KUF_MEMORY_FD: only that process can drop it.
 /// -ECANCELED: kuf_close has begun. -ESRCH: the process behind the slot is gone. -EIO: the service is dead.
@@ -396,6 +405,83 @@ pub unsafe extern "C" fn kuf_discard(kuf: *mut kuf, gpa: u64, len: u64, flags: u
         // SAFETY: the caller promises that it came from kuf_open.
         let door = unsafe { Door::enter(kuf) }?;
         door.service().discard(gpa, len, convert::discard(flags)?)?;
+        Ok(0)
+    })
+}
+
+/// KUF_MECHANISM_KVM_BITMAP: the address of the bitmap of the slot that starts at gpa, for
+/// kvm_userspace_memory_region2.userfault_bitmap (offset 48) of the memslot that the host sets with KVM_MEM_USERFAULT
+/// (1 << 3). One bit for each 4 KiB, set where a vCPU is to exit; only the library writes it.
+///
+/// After KUF_EVENT_COMPLETE the host may take the flag off the memslot, which makes huge mappings possible again, and
+/// puts it on again before kuf_discard if it wants exits; without the flag everybody is caught by the userfaultfd
+/// underneath. It changes memslots on a thread of its own, not in a callback: KVM waits for those who wait for pages.
+///
+/// address: set on success.
+///
+/// Returns 0. Any thread, also from callbacks. The bitmap is unmapped by kuf_remove_memory and kuf_close: take the flag
+/// off before.
+/// -EINVAL: kuf or address is NULL. -ENOENT: no slot starts at gpa. -ENOTSUP: another mechanism. -ECANCELED: kuf_close
+///   has begun. -EIO: the service is dead.
+/// Kernel: KVM_SET_USER_MEMORY_REGION2 with KVM_MEM_USERFAULT.
+///
+/// # Safety
+/// `kuf` came from kuf_open; `address` is NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn kuf_kvm_bitmap(kuf: *mut kuf, gpa: u64, address: *mut u64) -> c_int {
+    guard(|| {
+        // SAFETY: the caller promises that it came from kuf_open.
+        let door = unsafe { Door::enter(kuf) }?;
+        if address.is_null() {
+            return Err(Error::null("address"));
+        }
+        let at = door.service().kvm_bitmap(gpa)?;
+        // SAFETY: checked for NULL; the caller promises that it is writable.
+        unsafe { *address = at };
+        Ok(0)
+    })
+}
+
+/// Names pages that KVM itself reads or writes: kvmclock, steal time, PV EOI, interrupt controller tables. They are the
+/// first to be filled when a fault was lost (KUF_EVENT_SWEEP). Fill them before vCPUs run (kuf_ensure) where that is
+/// possible: who waits for one stays inside KVM.
+///
+/// gpa, len: of any alignment, within one slot; len not 0. Remembered until the slot is removed.
+///
+/// Returns 0. Any thread, also from callbacks. Of use with KUF_MECHANISM_KVM_ASYNC; without effect with others.
+/// -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
+/// -ECANCELED: kuf_close has begun. -EIO: the service is dead.
+///
+/// # Safety
+/// `kuf` came from kuf_open.
+#[no_mangle]
+pub unsafe extern "C" fn kuf_kvm_owned(kuf: *mut kuf, gpa: u64, len: u64) -> c_int {
+    guard(|| {
+        // SAFETY: the caller promises that it came from kuf_open.
+        let door = unsafe { Door::enter(kuf) }?;
+        door.service().kvm_owned(gpa, len)?;
+        Ok(0)
+    })
+}
+
+/// Returns when nobody is known to wait for a page, for work that waits inside the kernel for those who wait: changes
+/// of memslots, ioeventfds and coalesced MMIO ranges on a kernel with KVM asynchronous userfaults, where a waiter may
+/// keep them, and they the waiter. Stop the vCPUs first, and make no other call that has KVM touch guest memory until
+/// the change is made.
+///
+/// timeout_ms: milliseconds at most, -1 for ever, 0 does not wait.
+///
+/// Returns 0. Any thread but not from a callback (-EDEADLK), and on a caller-driven handle not the thread that reads.
+/// -EINVAL: kuf is NULL, timeout_ms below -1. -ETIMEDOUT: pages are still waited for. -EHWPOISON: KVM waits for a page
+///   that is poisoned (KUF_EVENT_PARKED). -ECANCELED: kuf_close has begun. -EIO: the service is dead.
+///
+/// # Safety
+/// `kuf` came from kuf_open.
+#[no_mangle]
+pub unsafe extern "C" fn kuf_quiesce(kuf: *mut kuf, timeout_ms: c_int) -> c_int {
+    guard(|| {
+        // SAFETY: the caller promises that it came from kuf_open.
+        unsafe { Door::enter(kuf) }?.service().quiesce(timeout_ms)?;
         Ok(0)
     })
 }

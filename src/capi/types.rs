@@ -22,9 +22,23 @@ pub const KUF_MECHANISM_AUTO: u32 = 0;
 /// userfaultfd(2). Every Linux with CONFIG_USERFAULTFD; catches vCPUs, KVM itself, vhost and the VMM's own threads
 /// alike.
 pub const KUF_MECHANISM_USERFAULTFD: u32 = 1;
-/// KVM userfault bitmap (KVM_MEM_USERFAULT). Named here so that programs can ask; not served by this version.
+/// KVM userfault bitmap (KVM_MEM_USERFAULT), with userfaultfd underneath. A vCPU that touches an absent page leaves
+/// KVM_RUN and fills it on its own thread (kuf_vcpu_fault); everybody else is caught as with userfaultfd. Needs
+/// KUF_OPEN_VM_FD and a kernel with v3 of that interface (June 2025), which no released kernel has; never chosen by
+/// KUF_MECHANISM_AUTO.
 pub const KUF_MECHANISM_KVM_BITMAP: u32 = 2;
-/// KVM asynchronous userfault (KVM_READ_USERFAULT). Named here so that programs can ask; not served by this version.
+/// KVM asynchronous userfault (KVM_READ_USERFAULT). As above for vCPUs; KVM's own accesses wait inside KVM, and service
+/// threads take them from its queue. Nothing is registered with userfaultfd: bytes are written straight into the slot's
+/// mapping, and nothing but KVM is kept off pages that are not present: the VMM's own threads call kuf_ensure before
+/// they touch guest memory.
+///
+/// Needs KUF_OPEN_VM_FD and a kernel with the interface of the RFC of July 2024, which no released kernel has; never
+/// chosen by KUF_MECHANISM_AUTO. In return the host keeps to this: memory is added before a vCPU loads its MSRs (KVM
+/// holds on to what it has looked up; touched memory is refused with -EBUSY); memslots are changed only after
+/// kuf_quiesce with all vCPUs stopped; KVM_SET_MEMORY_ATTRIBUTES is left to the library for these ranges; memory that
+/// the guest gives back is reported with kuf_discard(..., KUF_DISCARD_REMOVED), and is not unmapped or moved before
+/// kuf_remove_memory; the handle is used in the process that made the VM (KVM answers any other with EIO, which ends
+/// the service).
 pub const KUF_MECHANISM_KVM_ASYNC: u32 = 3;
 /// Number of mechanism names, KUF_MECHANISM_AUTO included: the length of the arrays in struct kuf_probe.
 pub const KUF_MECHANISM_COUNT: usize = 4;
@@ -52,9 +66,16 @@ pub const KUF_OPEN_DIRECT: u64 = 1 << 3;
 /// privilege of its own.
 pub const KUF_OPEN_ADOPT_ONLY: u64 = 1 << 4;
 
+/// KUF_MECHANISM_KVM_ASYNC: the kernel answers KVM_READ_USERFAULT on an empty queue with ENOENT, which the host vouches
+/// for (as posted, the RFC oopses there). The library then also looks into the queue twice a second without having been
+/// signalled, so that a signal that KVM dropped, or that somebody else has read, delays a fault and does not lose it
+/// (KUF_EVENT_UNSIGNALLED). With KUF_OPEN_DIRECT it is kuf_read that looks.
+pub const KUF_OPEN_KVM_DRAIN: u64 = 1 << 5;
+
 /// Somebody stands still until this run is resolved.
 pub const KUF_FILL_DEMAND: u32 = 1 << 0;
-/// kuf_fill.buf is the guest page itself, reached through a second mapping that the guest cannot see through yet.
+/// kuf_fill.buf is the guest page itself, reached by a way the guest cannot see through yet: a second mapping of a
+/// shared file, or, with KUF_MECHANISM_KVM_ASYNC, the slot's own mapping, from which a mark keeps the guest.
 /// Nothing is copied afterwards. The buffer's content is undefined at the start. When the callback returns
 /// KUF_DEFERRED the buffer stays valid until the run is resolved, so data may be received straight into it and
 /// published with KUF_RESOLVE_IN_PLACE; such a run must be resolved (or poisoned) in the end.
@@ -83,6 +104,12 @@ pub const KUF_MEMORY_REMOTE: u32 = 1 << 2;
 /// guest has changed), and mark pages known to be whole with KUF_RESOLVE_IN_PLACE.
 pub const KUF_MEMORY_FILL_ALL: u32 = 1 << 3;
 
+/// KUF_MECHANISM_KVM_BITMAP: the library sets the memslot kuf_memory.memslot itself (KVM_SET_USER_MEMORY_REGION2, with
+/// this slot's gpa, len and hva): made, or changed if the host has made it, with KVM_MEM_USERFAULT when the slot is
+/// added and after kuf_discard, without when every page is present and when the slot is removed. The memslot stays the
+/// host's to delete. Not with KUF_OPEN_DIRECT.
+pub const KUF_MEMORY_MEMSLOT: u32 = 1 << 4;
+
 /// A write caused the fault.
 pub const KUF_FAULT_WRITE: u32 = 1 << 0;
 /// The page is in the page cache of a shared file but not mapped (UFFD_PAGEFAULT_FLAG_MINOR).
@@ -92,11 +119,13 @@ pub const KUF_FAULT_DEMAND: u32 = 1 << 2;
 /// The fault is a forked child's (KUF_OPEN_FOLLOW_FORK). Resolve it like any other: kuf_resolve serves parent and
 /// child.
 pub const KUF_FAULT_FORKED: u32 = 1 << 3;
+/// KVM itself waits for the page, in its own access and not a vCPU's exit (KUF_MECHANISM_KVM_ASYNC).
+pub const KUF_FAULT_KVM: u32 = 1 << 4;
 
 /// kuf_resolve: src is NULL and the range is zero.
 pub const KUF_RESOLVE_ZERO: u32 = 1 << 0;
 /// kuf_resolve: src is NULL and the bytes are in the shared file already (written through another mapping, pwrite,
-/// or kuf_fill.buf / kuf_fault.place). Only for slots that are filled in place.
+/// or kuf_fill.buf / kuf_fault.place). Only for slots that are filled in place; with KUF_MECHANISM_KVM_ASYNC, all are.
 pub const KUF_RESOLVE_IN_PLACE: u32 = 1 << 1;
 /// kuf_resolve: src is NULL and the bytes are lost. Touching these pages raises SIGBUS; an event is raised. Touched by
 /// a guest, KVM sends it to the vCPU thread (BUS_MCEERR_AR, with the hva) and KVM_RUN returns EINTR. Undone by
@@ -148,6 +177,18 @@ pub const KUF_EVENT_GONE: u32 = 5;
 pub const KUF_EVENT_FATAL: u32 = 6;
 /// The process forked and the child's memory is served as well (KUF_OPEN_FOLLOW_FORK); with an error: it is not.
 pub const KUF_EVENT_FORKED: u32 = 7;
+
+/// KVM lost a fault and nobody knows of which page (KVM_READ_USERFAULT failed with EFAULT). Every page that is not
+/// present may be waited for: the library asks for those of kuf_kvm_owned first and then, with a fill callback, fills
+/// everything in the background, poisoning what cannot be filled. A caller-driven host resolves everything.
+pub const KUF_EVENT_SWEEP: u32 = 8;
+/// KVM itself waits for the page gpa..gpa+len, which is poisoned: a vCPU stays inside KVM_RUN for it until its thread
+/// is killed, or the page is discarded (kuf_discard) and filled. KUF_MECHANISM_KVM_ASYNC only: there is nothing that
+/// could make its access fail. Once for each page.
+pub const KUF_EVENT_PARKED: u32 = 9;
+/// KVM queued a fault and its signal did not come: somebody else reads the library's eventfd, or KVM dropped the
+/// signal. Found only with KUF_OPEN_KVM_DRAIN. Raised once.
+pub const KUF_EVENT_UNSIGNALLED: u32 = 10;
 
 /// Log levels, most urgent first. A record is passed on when its level is at most kuf_options.log_level.
 pub const KUF_LOG_ERROR: u32 = 1;
@@ -310,8 +351,8 @@ pub struct kuf_options {
     pub mechanism: u32,
     /// KUF_OPEN_*.
     pub flags: u64,
-    /// The VM's file descriptor with KUF_OPEN_VM_FD, else 0. Needed by the KVM mechanisms; checked but not used by
-    /// userfaultfd. The host keeps its own.
+    /// The VM's file descriptor with KUF_OPEN_VM_FD, else 0. Needed by the KVM mechanisms, which duplicate it; checked
+    /// but not used by userfaultfd. The host keeps its own.
     pub vm_fd: i32,
     /// Threads that may be inside a fill callback at once, besides the one that always watches for faults:
     /// 1 to 256, 0 for 2. With kuf_populate, one more. Ignored without a fill callback.
@@ -364,10 +405,15 @@ pub struct kuf_memory {
     pub uffd: i32,
     /// Offset in fd that is mapped at hva; a multiple of the granule.
     pub fd_offset: u64,
-    /// KVM memory attributes other than USERFAULT that the host keeps on this range. 0 with userfaultfd.
+    /// KUF_MECHANISM_KVM_ASYNC: the memory attributes (KVM_MEMORY_ATTRIBUTE_PRIVATE, 1 << 3) that the range has besides
+    /// the mark, which the library keeps: KVM_SET_MEMORY_ATTRIBUTES replaces all of them. Else 0.
     pub kvm_attributes: u64,
     /// Handed back in kuf_fill and kuf_fault.
     pub opaque: *mut c_void,
+    /// Number of the KVM memslot (and address space << 16) with KUF_MEMORY_MEMSLOT, else 0.
+    pub memslot: u32,
+    /// KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY or 0: flags of that memslot besides KVM_MEM_USERFAULT.
+    pub memslot_flags: u32,
 }
 
 /// A request to fill ahead of demand.
@@ -445,7 +491,7 @@ pub struct kuf_stats {
     pub faults_joined: u64,
     /// Of these, for a page that had become present in the meantime.
     pub faults_late: u64,
-    /// Of these, for an address in no slot (it was unmapped, moved or removed meanwhile); woken and left to the kernel.
+    /// Of these, for an address in no slot (it was unmapped, moved or removed meanwhile); left to the kernel.
     pub faults_unknown: u64,
     /// Exits given to kuf_vcpu_fault.
     pub vcpu_faults: u64,
@@ -493,6 +539,10 @@ pub struct kuf_stats {
     pub installing: kuf_histogram,
     /// From reading a fault until its page was present: what the library added to the toucher's wait.
     pub blocked: kuf_histogram,
+    /// KVM_READ_USERFAULT calls that failed with EFAULT: each may have lost a fault, and led to a sweep.
+    pub faults_lost: u64,
+    /// Faults found in KVM's queue whose signal did not come (KUF_OPEN_KVM_DRAIN).
+    pub faults_unsignalled: u64,
 }
 
 /// How long one thread was kept waiting by page faults.

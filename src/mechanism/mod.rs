@@ -1,25 +1,42 @@
 //! What differs between kernels, behind one trait: how a fault arrives, and how a page is opened.
 //!
-//! The service calls a mechanism with page claims in hand and knows nothing of what is behind it. A KVM mechanism takes
-//! its faults from an eventfd or a vCPU exit instead of a userfaultfd, has [`Mechanism::place`] point into the slot's
-//! own mapping, and opens by clearing a mark instead of UFFDIO_COPY; the rest of the library does not change.
+//! The service calls a mechanism with page claims in hand and knows nothing of what is behind it. Where they differ in
+//! what the service has to do, the trait has a question: [`Mechanism::marks`], [`Mechanism::vcpu_exits`],
+//! [`Mechanism::reveal`].
 
+pub mod kvm_async;
+pub mod kvm_bitmap;
 pub mod userfaultfd;
 
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::RwLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, RwLock};
 
 use crate::error::Result;
 use crate::memory::Slot;
+
+/// A number for [`Mechanism::id`].
+fn next_id() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Where a fault is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// Host virtual address.
+    Hva(u64),
+    /// Guest physical address.
+    Gpa(u64),
+}
 
 /// What a kernel queue had to say.
 pub enum Message {
     /// Somebody waits for the page at this address.
     Fault {
-        /// Host virtual address.
-        hva: u64,
+        at: Address,
         /// KUF_FAULT_* bits the kernel knows.
         flags: u32,
         /// The toucher's thread id, or 0.
@@ -38,6 +55,10 @@ pub enum Message {
     },
     /// The process forked; this descriptor serves the child's copy.
     Forked(OwnedFd),
+    /// A fault was taken off the kernel's queue and nobody knows of which page.
+    Lost,
+    /// A fault was in the queue that nobody had been told of.
+    Unsignalled,
 }
 
 /// Where the bytes for a run come from.
@@ -107,6 +128,27 @@ pub trait Mechanism: Send + Sync {
     /// Readable when there is something to [`Mechanism::read`]. None when faults arrive by other ways only.
     fn inlet(&self) -> Option<BorrowedFd<'_>>;
 
+    /// What is read there, in words.
+    fn queue(&self) -> &'static str {
+        "the userfaultfd"
+    }
+
+    /// Pages are closed by marks that only KVM regards: bytes are written straight through the slot's own mapping, a
+    /// poisoned page keeps its mark, and whoever waits inside KVM for one stays there.
+    fn marks(&self) -> bool {
+        false
+    }
+
+    /// A vCPU leaves KVM_RUN at a closed page, also one that the guest gave back, with an exit that names it.
+    fn vcpu_exits(&self) -> bool {
+        false
+    }
+
+    /// Whether [`Mechanism::read`] is to be called now and then although nothing was signalled.
+    fn ticks(&self) -> bool {
+        false
+    }
+
     /// Reads up to `room` messages without waiting. The caller holds the gate exclusively. Err is an errno.
     ///
     /// Allocates nothing but space in `out`, where that has none left: `service::fork` reads while malloc is locked.
@@ -115,8 +157,13 @@ pub trait Mechanism: Send + Sync {
     /// Starts catching touches of the slot's absent pages.
     fn attach(&self, slot: &Slot) -> Result<()>;
 
-    /// Stops it. Every page must be present, removed or poisoned.
-    fn detach(&self, slot: &Slot);
+    /// Stops it. Every page must be present, removed or poisoned. `in_use`: host code that was not waited for may still
+    /// write to pages that are poisoned by now.
+    fn detach(&self, slot: &Slot, in_use: bool);
+
+    /// Every page of the slot is present or removed: what it costs to catch touches may be saved. Called where waiting
+    /// for KVM harms nobody.
+    fn completed(&self, _slot: &Slot) {}
 
     /// Where to write the bytes of `pages` directly; None when they have to be in a buffer. Err is an errno: no memory.
     fn place(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<Option<NonNull<u8>>, i32>;
@@ -124,6 +171,11 @@ pub trait Mechanism: Send + Sync {
     /// Opens pages from the start of `pages`, which the caller has claimed, and wakes who waits for them. The caller
     /// holds the gate shared.
     fn install(&self, slot: &Slot, pages: &Range<u64>, content: Content) -> Installed;
+
+    /// How to let somebody go on who touched a page that is present. None: nothing is to be done.
+    fn reveal(&self, slot: &Slot) -> Option<Content> {
+        Some(if slot.shared.is_some() { Content::Shown } else { Content::Zero })
+    }
 
     /// Wakes who waits for `pages`, to look again.
     fn wake(&self, slot: &Slot, pages: &Range<u64>);
@@ -138,14 +190,22 @@ pub trait Mechanism: Send + Sync {
     fn close_off(&self, slot: &Slot, pages: &Range<u64>) -> bool;
 
     /// Whether the memory's process still exists.
-    fn alive(&self) -> bool;
+    fn alive(&self) -> bool {
+        true
+    }
 
     /// Whether its addresses are another process's.
-    fn remote(&self) -> bool;
+    fn remote(&self) -> bool {
+        false
+    }
 
     /// Whether the host holds a descriptor of its own and could hand it to another handler.
-    fn adopted(&self) -> bool;
+    fn adopted(&self) -> bool {
+        false
+    }
 
-    /// The mechanism for the child that `fd` serves.
-    fn child(&self, fd: OwnedFd) -> std::sync::Arc<dyn Mechanism>;
+    /// The mechanism for the child that `fd` serves. None: it reports no forks.
+    fn child(&self, _fd: OwnedFd) -> Option<Arc<dyn Mechanism>> {
+        None
+    }
 }

@@ -24,6 +24,29 @@ pub fn covering(hva: Range<u64>) -> Result<Vec<Mapping>> {
     select(&text, hva)
 }
 
+/// Refuses a range that holds pages: whoever made them did so before they could be caught, and may hold on to them.
+pub fn refuse_resident(hva: Range<u64>) -> Result<()> {
+    let page = rustix::param::page_size() as u64;
+    let mut resident = vec![0_u8; 1 << 20];
+    for at in hva.clone().step_by(resident.len() * page as usize) {
+        let len = (hva.end - at).min(resident.len() as u64 * page);
+        // SAFETY: only looks up what is there; `resident` has a byte for each page.
+        if unsafe { libc::mincore(at as *mut _, len as usize, resident.as_mut_ptr()) } != 0 {
+            return Err(Error::new(libc::EFAULT, format!("hva {at:#x} is not mapped any more")));
+        }
+        let pages = len.div_ceil(page) as usize;
+        if let Some(n) = resident[..pages].iter().position(|byte| byte & 1 != 0) {
+            let text = format!(
+                "hva {:#x} was touched before its slot was added: KVM may hold on to what it has looked up there. Add the \
+                 memory before anything touches it and before a vCPU loads its MSRs",
+                at + n as u64 * page
+            );
+            return Err(Error::new(libc::EBUSY, text));
+        }
+    }
+    Ok(())
+}
+
 fn select(text: &str, hva: Range<u64>) -> Result<Vec<Mapping>> {
     let mut covered = hva.start;
     let mut found = Vec::new();

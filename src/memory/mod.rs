@@ -9,7 +9,8 @@ use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::error::{Error, Result};
-pub use slot::{Extent, Opaque, Parts, Slot, Waiter};
+use crate::mechanism::Address;
+pub use slot::{Extent, ForKvm, Opaque, Parts, Slot, Waiter};
 
 /// Every slot of a handle. Readers take a snapshot; changes make a new one.
 #[derive(Default)]
@@ -103,6 +104,17 @@ impl Map {
             return Err(Error::new(libc::ERANGE, text));
         }
         Ok((slot, gpa - slot.gpa..end - slot.gpa))
+    }
+
+    /// The slot of `mechanism` that has this address, and the page there.
+    pub fn at(&self, mechanism: u32, address: Address) -> Option<(&Arc<Slot>, u64)> {
+        match address {
+            Address::Hva(hva) => self.at_hva(mechanism, hva),
+            Address::Gpa(gpa) => {
+                let slot = self.at_gpa(gpa).filter(|slot| slot.mechanism.id() == mechanism)?;
+                Some((slot, (gpa - slot.gpa) / slot.granule))
+            }
+        }
     }
 
     /// The slot that has `hva` mapped through `mechanism`, and the page there.

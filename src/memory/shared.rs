@@ -41,21 +41,18 @@ impl SharedFile {
     pub fn place(&self, bytes: Range<u64>) -> std::result::Result<NonNull<u8>, Errno> {
         let at = self.at(&bytes);
         let len = (bytes.end - bytes.start) as usize;
-        // SAFETY: within the alias, which is this object's own.
-        match unsafe { rustix::mm::madvise(at.as_ptr().cast(), len, Advice::LinuxPopulateWrite) } {
+        match exist(at, len) {
             // Before Linux 5.14.
             Err(Errno::INVAL) => {
                 rustix::fs::fallocate(&self.file, FallocateFlags::empty(), self.offset + bytes.start, len as u64)?;
             }
-            // The fault handler's SIGBUS: the file has no room (tmpfs size, huge pages), or was truncated.
-            Err(Errno::FAULT | Errno::BUSY) => return Err(Errno::NOSPC),
             other => other?,
         }
         Ok(at)
     }
 
-    /// Where `bytes` (a range of the slot) is in the second mapping. Writing needs [`SharedFile::place`] first.
-    pub fn at(&self, bytes: &Range<u64>) -> NonNull<u8> {
+    /// Where `bytes` (a range of the slot) is in the second mapping.
+    fn at(&self, bytes: &Range<u64>) -> NonNull<u8> {
         assert!(bytes.start <= bytes.end && bytes.end <= self.len as u64, "outside the slot");
         // SAFETY: within the mapping, as asserted.
         unsafe { self.alias.add(bytes.start as usize) }
@@ -108,6 +105,17 @@ impl Drop for SharedFile {
     fn drop(&mut self) {
         // SAFETY: mapped by `new` with this length; claims that could hand out pointers into it are gone with the slot.
         let _ = unsafe { rustix::mm::munmap(self.alias.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Makes the pages of a mapping exist and writable, so that writing them cannot raise SIGBUS. Content that was there
+/// stays. ENOMEM or ENOSPC when they cannot be had, EINVAL before Linux 5.14.
+pub fn exist(at: NonNull<u8>, len: usize) -> std::result::Result<(), Errno> {
+    // SAFETY: changes no byte and no right; an address that is not mapped is an error.
+    match unsafe { rustix::mm::madvise(at.as_ptr().cast(), len, Advice::LinuxPopulateWrite) } {
+        // The fault handler's SIGBUS: the file has no room (tmpfs size, huge pages), or was truncated.
+        Err(Errno::FAULT | Errno::BUSY) => Err(Errno::NOSPC),
+        other => other,
     }
 }
 

@@ -1,5 +1,6 @@
 //! One memory slot: its pages, their owners, and where its host mapping is now.
 
+use std::collections::BTreeSet;
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
@@ -10,6 +11,7 @@ use rustix::mm::Advice;
 
 use super::shared::SharedFile;
 use crate::claims::{Claims, Waits};
+use crate::mechanism::kvm_bitmap::Bitmap;
 use crate::mechanism::Mechanism;
 use crate::pages::{Pages, State};
 use crate::sync::{lock, Condvar, Mutex, MutexGuard};
@@ -54,6 +56,19 @@ impl Waits for Waiter {
     }
 }
 
+/// What only the KVM mechanisms need to know of a slot.
+#[derive(Default)]
+pub struct ForKvm {
+    /// KVM_MEMORY_ATTRIBUTE_* that the host has declared for it, other than USERFAULT.
+    pub attributes: u64,
+    /// The bitmap that its memslot has or is to have.
+    pub bitmap: Option<Bitmap>,
+    /// Pages that KVM itself uses, in its own right.
+    pub owned: Mutex<Vec<Range<u64>>>,
+    /// Poisoned pages for which somebody has been waiting inside KVM since.
+    pub parked: Mutex<BTreeSet<u64>>,
+}
+
 /// A memory slot, or a forked child's view of one.
 pub struct Slot {
     /// First guest physical address.
@@ -72,6 +87,8 @@ pub struct Slot {
     pub shared: Option<Arc<SharedFile>>,
     /// The slot this is a forked child's view of.
     pub parent: Option<Arc<Slot>>,
+    /// What KVM mechanisms keep of it.
+    pub kvm: ForKvm,
     /// States: read freely, changed with `claims` locked.
     pub pages: Pages,
     /// What the host has been told about completion.
@@ -95,13 +112,14 @@ pub struct Parts {
     pub private: bool,
     pub shared: Option<Arc<SharedFile>>,
     pub parent: Option<Arc<Slot>>,
+    pub kvm: ForKvm,
     pub extents: Vec<Extent>,
 }
 
 impl Slot {
     /// A slot with every page absent.
     pub fn new(parts: Parts) -> Self {
-        let Parts { gpa, len, granule, opaque, mechanism, private, shared, parent, extents } = parts;
+        let Parts { gpa, len, granule, opaque, mechanism, private, shared, parent, kvm, extents } = parts;
         Self {
             gpa,
             len,
@@ -111,6 +129,7 @@ impl Slot {
             private,
             shared,
             parent,
+            kvm,
             pages: Pages::new(len / granule),
             complete: AtomicBool::new(false),
             gone: AtomicI32::new(0),
@@ -133,6 +152,7 @@ impl Slot {
             private: slot.private,
             shared: slot.shared.clone(),
             parent: Some(slot.parent.clone().unwrap_or_else(|| slot.clone())),
+            kvm: ForKvm::default(),
             extents: slot.extents(),
         });
         if slot.shared.is_none() {
@@ -183,11 +203,62 @@ impl Slot {
         pages.start * self.granule..pages.end * self.granule
     }
 
-    /// Drops from a shared file what a fill that is not used may have left in the place of `pages`.
+    /// Whether fills write to the pages themselves.
+    pub fn in_place(&self) -> bool {
+        self.shared.is_some() || self.mechanism.marks()
+    }
+
+    /// Drops what a fill that is not used may have left in the place of `pages`, where fills write in place.
     pub fn scrub(&self, pages: &Range<u64>) {
         if let Some(shared) = &self.shared {
             let _ = shared.punch(&self.bytes_of(pages));
+        } else if self.mechanism.marks() {
+            let _ = self.drop_content(pages);
         }
+    }
+
+    /// Drops the bytes of `pages`, in this process's mapping and in the file if there is one. Err is an errno.
+    pub fn drop_content(&self, pages: &Range<u64>) -> std::result::Result<(), i32> {
+        // Also for a shared file: punching a hole leaves poison marks where they are.
+        let keep = self.private || self.shared.is_some();
+        let advice = if keep { Advice::LinuxDontNeed } else { Advice::LinuxRemove };
+        self.each_mapped(pages, |at, len| {
+            // SAFETY: guest memory of a slot that the host has put in the library's hands, to be dropped as it asked.
+            unsafe { rustix::mm::madvise(at, len, advice) }
+        })
+        .map_err(|e| e.raw_os_error())?;
+        match &self.shared {
+            Some(shared) => shared.punch(&self.bytes_of(pages)).map_err(|e| e.raw_os_error()),
+            None => Ok(()),
+        }
+    }
+
+    /// The pages that nobody could fill.
+    pub fn poisoned(&self) -> Vec<Range<u64>> {
+        self.claims().poisoned()
+    }
+
+    /// Makes `pages` inaccessible. False: it could not be done.
+    pub fn protect(&self, pages: &Range<u64>) -> bool {
+        let none = rustix::mm::MprotectFlags::empty();
+        // SAFETY: guest memory of a slot; the pages hold nothing and may never be seen.
+        self.each_mapped(pages, |at, len| unsafe { rustix::mm::mprotect(at, len, none) }).is_ok()
+    }
+
+    /// Calls `act` with each mapped piece of `pages`.
+    fn each_mapped(
+        &self,
+        pages: &Range<u64>,
+        act: impl Fn(*mut c_void, usize) -> rustix::io::Result<()>,
+    ) -> rustix::io::Result<()> {
+        let mut page = pages.start;
+        while page < pages.end {
+            let Some((hva, mapped)) = self.hva_of(page) else { break };
+            let n = mapped.min(pages.end - page);
+            act(hva as *mut c_void, (n * self.granule) as usize)?;
+            page += n;
+        }
+        Ok(())
     }
 
     /// The pages that `offsets` (in bytes) touches.

@@ -65,7 +65,7 @@ impl Ready {
 impl Service {
     /// Asks the host for a page through `kuf_read`.
     pub(super) fn ask(&self, slot: &Arc<Slot>, page: u64, waiter: Waiter) {
-        let in_place = slot.shared.is_some();
+        let in_place = slot.in_place();
         {
             let mut claims = slot.claims();
             let terms = Terms { owner: Owner::Host, in_place, demand: true };
@@ -139,6 +139,7 @@ impl Service {
         self.ready.clear();
         if self.config.direct {
             self.pump_all();
+            let _serving = self.serving();
             while let Ok(work) = self.work.1.try_recv() {
                 self.work_on(work);
             }

@@ -31,6 +31,7 @@ impl Service {
             // Through the kernel in a moment: its toucher may have gone on already.
             std::thread::yield_now();
         }
+        self.refuse_memslot_change(slot, "kuf_remove_memory")?;
         let settled = settled(slot);
         if slot.claims().busy(&(0..slot.pages.total())) {
             return Err(Error::new(libc::EBUSY, "a fill of this slot is running: try again when it has ended"));
@@ -49,7 +50,7 @@ impl Service {
                 Ok(())
             })?;
         }
-        views.iter().chain([slot]).for_each(|slot| slot.mechanism.detach(slot));
+        views.iter().chain([slot]).for_each(|slot| slot.mechanism.detach(slot, false));
         let id = slot.mechanism.id();
         let last = !self.memory.map().all().any(|other| other.mechanism.id() == id);
         if last && slot.mechanism.adopted() {
@@ -132,15 +133,15 @@ impl Service {
                 slot.mechanism.wake(slot, &(0..slot.pages.total()));
             }
         } else {
-            self.let_go();
+            self.let_go(flags & KUF_CLOSE_NOWAIT != 0);
         }
         self.end_forks();
     }
 
-    fn let_go(&self) {
+    fn let_go(&self, in_use: bool) {
         // Every page is present, removed or poisoned now: unregistering wakes nobody onto a wrong page.
         for slot in self.memory.map().all() {
-            slot.mechanism.detach(slot);
+            slot.mechanism.detach(slot, in_use);
         }
         self.read_at_the_end();
     }

@@ -1,11 +1,27 @@
 //! What a handle was opened with, checked.
 
+use std::os::fd::OwnedFd;
+
 pub use super::host::Host;
+use crate::mechanism::kvm_bitmap::Memslot;
 use crate::memory::Opaque;
+
+/// The mechanism of a handle.
+pub enum Which {
+    Userfaultfd,
+    /// On this VM.
+    KvmBitmap(OwnedFd),
+    KvmAsync {
+        vm: OwnedFd,
+        /// The host vouches for ENOENT on an empty queue.
+        drain: bool,
+    },
+}
 
 /// Options of `kuf_open`, in range and with defaults filled in.
 pub struct Config {
     pub host: Host,
+    pub mechanism: Which,
     pub user_mode_only: bool,
     pub follow_fork: bool,
     pub direct: bool,
@@ -32,12 +48,17 @@ pub struct NewMemory {
     pub uffd: Option<i32>,
     pub remote: bool,
     pub fill_all: bool,
+    pub kvm_attributes: u64,
+    /// The memslot, when the library is to set it.
+    pub memslot: Option<Memslot>,
     pub opaque: Opaque,
 }
 
 /// A populate request.
 pub struct NewPopulate {
     pub stop: bool,
+    /// As if somebody waited for each page: what cannot be filled is poisoned, and the rest is gone on with.
+    pub sweep: bool,
     /// None: everything.
     pub range: Option<(u64, u64)>,
     /// Bytes per second; 0: no limit.

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::mechanism::{Content, Stop};
 use crate::memory::{Slot, Waiter};
 use crate::pages::State;
+use crate::uapi::kvm::KVM_MEMORY_EXIT_FLAG_USERFAULT;
 
 /// What a thread has to do for a page.
 enum Task {
@@ -96,8 +97,13 @@ impl Service {
             state @ (State::Removed | State::Present) => {
                 if state == State::Present {
                     self.stats.faults_late.add(1);
+                    if slot.mechanism.reveal(&slot).is_none() {
+                        drop(claims);
+                        self.stats.ended(thread, read_at);
+                        return Task::Nothing;
+                    }
                 }
-                let terms = Terms { owner: Owner::Fill, in_place: slot.shared.is_some(), demand: true };
+                let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
                 let Some((id, _)) = claims.claim(&slot.pages, page, 1, state, terms) else { return Task::Nothing };
                 let _ = claims.join(waiter);
                 if state == State::Removed {
@@ -117,7 +123,7 @@ impl Service {
         max: u64,
         waiter: Waiter,
     ) -> Option<(Id, Range<u64>)> {
-        let terms = Terms { owner: Owner::Fill, in_place: slot.shared.is_some(), demand: true };
+        let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
         let from = slot.pages.get(page);
         let claimed = match from {
             State::Filling => None,
@@ -168,13 +174,26 @@ impl Service {
     /// was dropped.
     fn map(&self, slot: &Arc<Slot>, id: Id, page: u64) {
         let pages = page..page + 1;
-        let content = if slot.shared.is_some() { Content::Shown } else { Content::Zero };
+        let Some(content) = slot.mechanism.reveal(slot) else { return self.abandon(slot, id, pages) };
         match self.install(slot, id, pages.clone(), page, content) {
             (_, Ok(())) => {}
             (_, Err(failed)) if failed.errno == libc::EFAULT && slot.shared.is_some() => {
                 self.zero(slot, id, page);
             }
             (_, Err(failed)) => self.could_not(slot, id, pages, failed.errno),
+        }
+    }
+
+    /// Opens what the guest gave back of `pages`: where a vCPU exits at it, it would exit again.
+    fn open_removed(&self, slot: &Arc<Slot>, pages: &Range<u64>) {
+        let mut from = pages.start;
+        while let Some(run) = slot.pages.first_run(from..pages.end, State::Removed, 1) {
+            from = run.end;
+            let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
+            let claimed = slot.claims().claim(&slot.pages, run.start, 1, State::Removed, terms);
+            if let Some((id, _)) = claimed {
+                self.zero(slot, id, run.start);
+            }
         }
     }
 
@@ -212,6 +231,7 @@ impl Service {
                     std::thread::yield_now();
                 }
                 Some(Stop::Exists) => return slot.mechanism.wake(slot, &pages),
+                None if slot.mechanism.marks() => return self.parked(slot, pages),
                 Some(_) if !slot.mechanism.close_off(slot, &pages) => {
                     let text = || format!("a poisoned page of the memory slot at gpa {:#x} stays closed", slot.gpa);
                     return self.config.host.log(KUF_LOG_WARN, text);
@@ -242,11 +262,15 @@ impl Service {
     }
 
     /// `kuf_vcpu_fault`.
-    pub fn vcpu_fault(&self, gpa: u64, len: u64, _exit_flags: u64) -> Result<()> {
+    pub fn vcpu_fault(&self, gpa: u64, len: u64, exit_flags: u64) -> Result<()> {
         refuse_inside_callbacks("kuf_vcpu_fault")?;
         self.check_open()?;
         let map = self.memory.map();
         let (slot, offsets) = map.range(gpa, len)?;
+        if slot.mechanism.vcpu_exits() && exit_flags & KVM_MEMORY_EXIT_FLAG_USERFAULT == 0 {
+            let text = "KVM_EXIT_MEMORY_FAULT without its USERFAULT flag: not a fault of the library's";
+            return Err(Error::new(libc::ENOENT, text));
+        }
         self.stats.vcpu_faults.add(1);
         self.ensure_pages(slot, slot.pages_of(&offsets), None)
     }
@@ -267,6 +291,9 @@ impl Service {
     /// Returns when `pages` are present or removed. Fills what nobody has begun on the calling thread.
     pub(super) fn ensure_pages(&self, slot: &Arc<Slot>, pages: Range<u64>, deadline: Option<Instant>) -> Result<()> {
         let mut one_by_one = false;
+        if slot.mechanism.vcpu_exits() {
+            self.open_removed(slot, &pages);
+        }
         while let Some(page) = slot.pages.first_open(pages.clone()) {
             self.check_open()?;
             if let Some(errno) = slot.gone() {
@@ -301,7 +328,7 @@ impl Service {
                 State::Absent => {
                     let max = if one_by_one { 1 } else { (self.config.demand_run / slot.granule).max(1) };
                     let max = max.min(pages.end - page);
-                    let terms = Terms { owner: Owner::Fill, in_place: slot.shared.is_some(), demand: true };
+                    let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
                     let claimed = claims.claim(&slot.pages, page, max, State::Absent, terms);
                     drop(claims);
                     if let Some((id, pages)) = claimed {

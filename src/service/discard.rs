@@ -28,6 +28,7 @@ impl Service {
             let text = "only the process that owns this memory can drop it: the slot has no KUF_MEMORY_FD";
             return Err(Error::new(libc::ENOTSUP, text));
         }
+        self.refuse_memslot_change(slot, "kuf_discard")?;
         self.drop_pages(slot, pages, removed)
     }
 
@@ -40,7 +41,7 @@ impl Service {
                 // Not whole any more from here on, whatever becomes of the rest.
                 slot.complete.store(false, Ordering::Release);
                 let before = slot.pages.count(State::Removed);
-                let begun = claims.begin_discard(&slot.pages, pages.clone(), removed, slot.shared.is_some());
+                let begun = claims.begin_discard(&slot.pages, pages.clone(), removed, slot.in_place());
                 let more = slot.pages.count(State::Removed).saturating_sub(before);
                 self.stats.bytes_removed.add(more * slot.granule);
                 slot.wake_sleepers(&claims);
@@ -70,6 +71,7 @@ impl Service {
                 slot.wake_sleepers(&claims);
                 waiters
             };
+            self.serve_parked(slot, run);
             self.push_again(slot, waiters);
         }
         if let Some(work) = self.completion(slot) {

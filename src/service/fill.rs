@@ -139,10 +139,18 @@ impl Service {
     /// Bytes that kuf_resolve brought while the callback was running.
     pub(super) fn install_early(&self, slot: &Arc<Slot>, id: Id, early: Vec<(Range<u64>, Early)>) {
         for (pages, bytes) in early {
-            let at = slot.shared.as_ref().map(|shared| shared.at(&slot.bytes_of(&pages)));
+            // Bytes that are in place already may have been dropped since: the page must not be made anew for them.
+            let written = matches!(bytes, Early::Data(_) | Early::Zero);
+            let at = match if written { slot.mechanism.place(slot, &pages) } else { Ok(None) } {
+                Ok(at) => at,
+                Err(errno) => {
+                    self.could_not(slot, id, pages, errno);
+                    continue;
+                }
+            };
             let content = match (&bytes, at) {
                 (Early::Data(bytes), Some(at)) => {
-                    // SAFETY: in place since the callback was called; `bytes` is as long as `pages`.
+                    // SAFETY: `place` made these bytes writable, and the claim makes them this thread's; `bytes` is as long.
                     unsafe { at.copy_from_nonoverlapping(NonNull::from(bytes.as_slice()).cast(), bytes.len()) };
                     Content::InPlace
                 }
@@ -187,7 +195,7 @@ impl Service {
             };
             let claimed = {
                 let mut claims = slot.claims();
-                let terms = Terms { owner: Owner::Fill, in_place: slot.shared.is_some(), demand: true };
+                let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
                 let claimed = claims.claim(&slot.pages, page, 1, State::Absent, terms);
                 let strays: Vec<_> = mine.into_iter().filter_map(|waiter| claims.join(waiter).err()).collect();
                 self.push_again(slot, strays);
@@ -203,7 +211,7 @@ impl Service {
 
     /// Closes what the claim `id` owns of `pages` for good, and says so.
     pub(super) fn poison(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: i32, why: &str) -> u64 {
-        if slot.shared.is_some() {
+        if slot.in_place() {
             // What a failed fill has left there is nobody's.
             slot.claims().held(pages.clone(), id).iter().for_each(|run| slot.scrub(run));
         }

@@ -197,7 +197,7 @@ impl Service {
     /// A child was forked: its copy of the memory gets views of its own. Pages present now are the child's already.
     pub(super) fn follow_fork(&self, parent: &Arc<Inlet>, fd: OwnedFd, work: &mut Vec<Work>) {
         self.forget_dead_children();
-        let child = parent.mechanism.child(fd);
+        let Some(child) = parent.mechanism.child(fd) else { return };
         let map = self.memory.map();
         let views: Vec<_> = map
             .all()

@@ -12,7 +12,7 @@ use std::time::Instant;
 use super::{Fault, Service, Work};
 use crate::capi::types::*;
 use crate::error::{Error, Result};
-use crate::mechanism::{Left, Mechanism, Message};
+use crate::mechanism::{Address, Left, Mechanism, Message};
 use crate::memory::Slot;
 use crate::sync::{lock, Mutex};
 
@@ -156,7 +156,8 @@ impl Service {
             push(self, work);
         }
         if let Err(errno) = read {
-            self.unreadable(inlet, &Error::system("reading the userfaultfd", errno));
+            let what = format!("reading {}", inlet.mechanism.queue());
+            self.unreadable(inlet, &Error::system(&what, errno));
         }
     }
 
@@ -178,7 +179,7 @@ impl Service {
         let mut remapped = false;
         for message in messages {
             match message {
-                Message::Fault { hva, flags, thread } => faults.push((hva, flags, thread)),
+                Message::Fault { at, flags, thread } => faults.push((at, flags, thread)),
                 Message::Removed(range) => {
                     self.stats.events_remove.add(1);
                     self.remove_range(id, &range, false, work);
@@ -205,25 +206,37 @@ impl Service {
                     self.stats.events_fork.add(1);
                     self.follow_fork(inlet, fd, work);
                 }
+                Message::Lost => {
+                    self.stats.faults_lost.add(1);
+                    self.begin_sweep(work);
+                }
+                Message::Unsignalled => {
+                    self.stats.faults_unsignalled.add(1);
+                    self.warn_of_signals(work);
+                }
             }
         }
         if remapped {
             self.unpark(id, true);
         }
         let map = self.memory.map();
-        for (hva, flags, thread) in faults {
+        for (at, flags, thread) in faults {
             self.stats.faults.add(1);
             self.stats.faults_minor.add(u64::from(flags & KUF_FAULT_MINOR != 0));
             self.stats.faults_write.add(u64::from(flags & KUF_FAULT_WRITE != 0));
-            match map.at_hva(id, hva) {
-                Some((slot, page)) => {
+            match (map.at(id, at), at) {
+                (Some((slot, page)), _) => {
                     work.push(Work::Fault(Fault { slot: slot.clone(), page, flags, thread, read_at }));
                 }
                 // Registered by the host, which may be about to add the slot: let it wait, not spin.
-                None if inlet.mechanism.adopted() => lock(&inlet.parked).push((hva, flags, thread, read_at)),
-                None => {
+                (None, Address::Hva(hva)) if inlet.mechanism.adopted() => {
+                    lock(&inlet.parked).push((hva, flags, thread, read_at));
+                }
+                (None, at) => {
                     self.stats.faults_unknown.add(1);
-                    inlet.mechanism.wake_range(hva..hva + 1);
+                    if let Address::Hva(hva) = at {
+                        inlet.mechanism.wake_range(hva..hva + 1);
+                    }
                 }
             }
         }

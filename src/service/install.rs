@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Service, Work};
 use crate::capi::types::*;
 use crate::claims::Id;
+use crate::mechanism::kvm_bitmap::Bitmap;
 use crate::mechanism::{Content, Installed, Stop};
 use crate::memory::{Slot, Waiter};
 use crate::pages::State;
@@ -36,11 +37,12 @@ impl Service {
         content: Content,
     ) -> (u64, Result<(), Failed>) {
         let started = Instant::now();
-        let stretch = (STRETCH / slot.granule).max(1);
+        // Marks are taken off a run in one go, whatever its length.
+        let stretch = if slot.mechanism.marks() { u64::MAX } else { (STRETCH / slot.granule).max(1) };
         let (mut opened, mut at) = (0, pages.start);
         let mut result = Ok(());
         while at < pages.end && result.is_ok() {
-            let part = at..pages.end.min(at + stretch);
+            let part = at..pages.end.min(at.saturating_add(stretch));
             at = part.end;
             let (n, r) = self.install_stretch(slot, id, part, base, content);
             opened += n;
@@ -168,6 +170,9 @@ impl Service {
             slot.wake_sleepers(&claims);
             waiters
         };
+        for waiter in waiters.iter().filter(|waiter| waiter.flags & KUF_FAULT_KVM != 0) {
+            self.parked(slot, waiter.page..waiter.page + 1);
+        }
         self.ended(slot, waiters);
     }
 
@@ -247,6 +252,9 @@ impl Service {
         use std::sync::atomic::Ordering::AcqRel;
         if slot.parent.is_some() || !slot.whole() || slot.complete.swap(true, AcqRel) {
             return None;
+        }
+        if slot.kvm.bitmap.as_ref().is_some_and(Bitmap::sets_memslot) {
+            self.populate.save_costs_of(slot);
         }
         let (kind, gpa, len, error) = (KUF_EVENT_COMPLETE, slot.gpa, slot.len, 0);
         let text = format!("memory slot {gpa:#x}..{:#x} is complete", gpa + len);

@@ -13,6 +13,7 @@ mod fork;
 mod host;
 mod inlet;
 mod install;
+mod kvm;
 mod populate;
 mod resolve;
 mod slots;
@@ -21,7 +22,7 @@ mod tests;
 mod threads;
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -30,15 +31,18 @@ use crossbeam_channel::{unbounded, Receiver, Sender};
 
 use crate::capi::types::*;
 use crate::error::{Error, Result};
+use crate::mechanism::kvm_async::KvmAsync;
+use crate::mechanism::kvm_bitmap::KvmBitmap;
 use crate::mechanism::userfaultfd::Userfaultfd;
 use crate::mechanism::Mechanism;
 use crate::memory::buffer::Pool;
 use crate::memory::{Memory, Slot};
 use crate::pages::State;
+use crate::probe;
 use crate::stats::Stats;
 use crate::sync::{lock, Mutex};
 use caller::Ready;
-use config::Config;
+use config::{Config, Which};
 use inlet::Inlet;
 
 pub use host::refuse_inside_callbacks;
@@ -58,6 +62,8 @@ pub struct Fault {
 /// Something for a service thread to do.
 enum Work {
     Fault(Fault),
+    /// Faults were lost: whatever is closed may be waited for.
+    Sweep,
     /// A log record, from where no host code may run.
     Log(u32, String),
     /// An event found while reading the kernel: raised by a thread that is free to enter host code.
@@ -78,7 +84,7 @@ const DEAD: u8 = 2;
 pub struct Service {
     config: Config,
     memory: Memory,
-    /// The library's own userfaultfd; None when every slot brings one.
+    /// The library's own mechanism; None when every slot brings one.
     own: Option<Arc<dyn Mechanism>>,
     /// Every queue there is to read.
     inlets: RwLock<Arc<Vec<Arc<Inlet>>>>,
@@ -88,6 +94,12 @@ pub struct Service {
     fillers: AtomicUsize,
     /// Service threads asleep.
     idle: AtomicUsize,
+    /// Work taken off the queue and not done yet.
+    serving: AtomicUsize,
+    /// A [`Work::Sweep`] is queued and has not begun.
+    sweep_queued: AtomicBool,
+    /// The host was told of a queue whose signals go elsewhere.
+    warned: AtomicBool,
     waking: threads::Waking,
     ready: Ready,
     populate: populate::Queue,
@@ -105,13 +117,7 @@ pub struct Service {
 impl Service {
     /// Opens the mechanism and starts the threads.
     pub fn open(config: Config) -> Result<Arc<Self>> {
-        let own: Option<Arc<dyn Mechanism>> = if config.adopt_only {
-            None
-        } else {
-            let (uffd, way) = Userfaultfd::open(config.user_mode_only, !config.direct, config.follow_fork)?;
-            config.host.log(KUF_LOG_INFO, || format!("userfaultfd {}", way.text()));
-            Some(Arc::new(uffd))
-        };
+        let own = open_mechanism(&config)?;
         Self::open_with(config, own)
     }
 
@@ -124,6 +130,9 @@ impl Service {
             work: unbounded(),
             fillers: AtomicUsize::new(if config.host.fill.is_some() { config.fill_threads } else { 1 }),
             idle: AtomicUsize::new(0),
+            serving: AtomicUsize::new(0),
+            sweep_queued: AtomicBool::new(false),
+            warned: AtomicBool::new(false),
             waking: threads::Waking::new(!config.direct)?,
             ready: Ready::new()?,
             populate: populate::Queue::default(),
@@ -234,6 +243,31 @@ impl Service {
     fn inlets(&self) -> Arc<Vec<Arc<Inlet>>> {
         self.inlets.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+fn open_mechanism(config: &Config) -> Result<Option<Arc<dyn Mechanism>>> {
+    let userfaultfd = || {
+        let (uffd, way) = Userfaultfd::open(config.user_mode_only, !config.direct, config.follow_fork)?;
+        config.host.log(KUF_LOG_INFO, || format!("userfaultfd {}", way.text()));
+        Ok::<_, Error>(uffd)
+    };
+    let duplicate = |vm: &OwnedFd| vm.try_clone().map_err(|e| Error::system("duplicating vm_fd", errno_of(&e)));
+    Ok(match &config.mechanism {
+        Which::Userfaultfd if config.adopt_only => None,
+        Which::Userfaultfd => Some(Arc::new(userfaultfd()?)),
+        Which::KvmBitmap(vm) => {
+            probe::kvm_bitmap()?;
+            Some(Arc::new(KvmBitmap::new(userfaultfd()?, duplicate(vm)?)))
+        }
+        Which::KvmAsync { vm, drain } => {
+            probe::kvm_async(Some(vm))?;
+            Some(Arc::new(KvmAsync::open(duplicate(vm)?, *drain)?))
+        }
+    })
+}
+
+fn errno_of(error: &std::io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
 }
 
 fn no_slot(gpa: u64) -> Error {

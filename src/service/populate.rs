@@ -32,16 +32,40 @@ pub struct Queue {
 #[derive(Default)]
 struct Requests {
     requests: VecDeque<NewPopulate>,
+    /// Slots that are complete, so that what it costs to catch touches may be saved.
+    complete: Vec<Arc<Slot>>,
     /// Counts KUF_POPULATE_STOP: a request that began under another number ends.
     era: u64,
 }
 
 impl Queue {
+    /// Has the thread that works on it tell the mechanism of a complete slot: that may take time.
+    pub fn save_costs_of(&self, slot: &Arc<Slot>) {
+        lock(&self.state).complete.push(slot.clone());
+        self.changed.notify_all();
+    }
+
     /// Wakes the thread that works on it.
     pub fn wake(&self) {
         let _state = lock(&self.state);
         self.changed.notify_all();
     }
+}
+
+enum Job {
+    Populate(NewPopulate, u64),
+    SaveCosts(Arc<Slot>),
+}
+
+/// What to do about a page that cannot be filled.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OnFailure {
+    /// End the request.
+    End,
+    /// Leave it and go on.
+    Leave,
+    /// Poison it, for somebody may be waiting, and go on.
+    Poison,
 }
 
 /// What a request may do without asking again.
@@ -70,10 +94,12 @@ impl Service {
         let mut state = lock(&self.populate.state);
         if request.stop {
             state.era += 1;
-            for request in std::mem::take(&mut state.requests) {
+            let (sweeps, stopped) = std::mem::take(&mut state.requests).into_iter().partition(|r| r.sweep);
+            state.requests = sweeps;
+            for request in stopped {
                 self.push(populated(request.range, libc::ECANCELED));
             }
-        } else {
+        } else if !(request.sweep && state.requests.iter().any(|other| other.sweep)) {
             if self.runs(request.range).is_empty() {
                 return Err(Error::new(libc::ENOENT, "no memory slot in this range"));
             }
@@ -84,23 +110,35 @@ impl Service {
     }
 
     pub(super) fn populate_loop(self: &Arc<Self>) {
-        while let Some((request, era)) = self.next_request() {
-            let mut pace = Pace { started: Instant::now(), rate: request.rate, bytes: 0 };
-            let stop = |service: &Service| service.check_open().is_err() || lock(&service.populate.state).era != era;
-            let result = self.populate_range(request.range, &mut pace, &stop, false);
-            if self.check_open().is_err() {
-                return;
+        while let Some(job) = self.next_job() {
+            match job {
+                Job::Populate(request, era) => self.work_on_request(&request, era),
+                Job::SaveCosts(slot) => slot.mechanism.completed(&slot),
             }
+        }
+    }
+
+    fn work_on_request(&self, request: &NewPopulate, era: u64) {
+        let mut pace = Pace { started: Instant::now(), rate: request.rate, bytes: 0 };
+        let sweep = request.sweep;
+        let stop =
+            |service: &Service| service.check_open().is_err() || !sweep && lock(&service.populate.state).era != era;
+        let on_failure = if sweep { OnFailure::Poison } else { OnFailure::End };
+        let result = self.populate_range(request.range, &mut pace, &stop, on_failure);
+        if self.check_open().is_ok() && !sweep {
             self.push(populated(request.range, result.err().unwrap_or(0)));
         }
     }
 
-    fn next_request(&self) -> Option<(NewPopulate, u64)> {
+    fn next_job(&self) -> Option<Job> {
         let mut state = lock(&self.populate.state);
         loop {
             self.check_open().ok()?;
+            if let Some(slot) = state.complete.pop() {
+                return Some(Job::SaveCosts(slot));
+            }
             if let Some(request) = state.requests.pop_front() {
-                return Some((request, state.era));
+                return Some(Job::Populate(request, state.era));
             }
             state = self.populate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -109,7 +147,7 @@ impl Service {
     /// Fills everything there is, on this thread, for `kuf_close` and `kuf_remove_memory`.
     pub(super) fn populate_now(&self, range: Option<(u64, u64)>) -> std::result::Result<(), i32> {
         let mut pace = Pace { started: Instant::now(), rate: 0, bytes: 0 };
-        self.populate_range(range, &mut pace, &|service| service.check_open().is_err(), true)
+        self.populate_range(range, &mut pace, &|service| service.check_open().is_err(), OnFailure::Leave)
     }
 
     fn populate_range(
@@ -117,7 +155,7 @@ impl Service {
         range: Option<(u64, u64)>,
         pace: &mut Pace,
         stop: &dyn Fn(&Service) -> bool,
-        whatever_fails: bool,
+        on_failure: OnFailure,
     ) -> std::result::Result<(), i32> {
         let runs = self.runs(range);
         // A fill that a discard has overtaken leaves its page absent behind this. A host that discards all the while
@@ -125,8 +163,8 @@ impl Service {
         for _ in 0..ROUNDS {
             let mut failed = Ok(());
             for (slot, pages) in &runs {
-                match self.fill_ahead(slot, pages, pace, stop, whatever_fails) {
-                    Err(errno) if whatever_fails && errno != libc::ECANCELED => failed = Err(errno),
+                match self.fill_ahead(slot, pages, pace, stop, on_failure) {
+                    Err(errno) if on_failure != OnFailure::End && errno != libc::ECANCELED => failed = Err(errno),
                     other => other?,
                 }
             }
@@ -156,7 +194,7 @@ impl Service {
         pages: &Range<u64>,
         pace: &mut Pace,
         stop: &dyn Fn(&Service) -> bool,
-        whatever_fails: bool,
+        on_failure: OnFailure,
     ) -> std::result::Result<(), i32> {
         let mut failed = Ok(());
         let mut from = pages.start;
@@ -169,11 +207,14 @@ impl Service {
                 return Err(errno);
             }
             let max = if failed.is_ok() { (self.config.populate_run / slot.granule).max(1) } else { 1 };
-            let Some(run) = self.claim_ahead(slot, from..pages.end, max) else { return failed };
+            let Some(mut run) = self.claim_ahead(slot, from..pages.end, max) else { return failed };
+            if on_failure == OnFailure::Poison && max == 1 {
+                run.wanted = Some(run.pages.start);
+            }
             from = run.pages.start;
             if let Err(errno) = self.fill(&run) {
                 failed = Err(errno);
-                if !whatever_fails {
+                if on_failure == OnFailure::End {
                     return failed;
                 }
                 // A run is tried again page by page; a page that fails is left.
@@ -203,7 +244,7 @@ impl Service {
     }
 
     fn claim_ahead(&self, slot: &Arc<Slot>, pages: Range<u64>, max: u64) -> Option<Run> {
-        let terms = Terms { owner: Owner::Fill, in_place: slot.shared.is_some(), demand: false };
+        let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: false };
         let mut claims = slot.claims();
         let run = slot.pages.first_run(pages, State::Absent, max)?;
         let (id, pages) = claims.claim(&slot.pages, run.start, run.end - run.start, State::Absent, terms)?;

@@ -20,7 +20,7 @@ impl Service {
         let map = self.memory.map();
         let (slot, offsets) = map.range(gpa, len)?;
         let pages = aligned(slot, &offsets)?;
-        if matches!(how, Resolution::InPlace) && slot.shared.is_none() {
+        if matches!(how, Resolution::InPlace) && !slot.in_place() {
             let text = "KUF_RESOLVE_IN_PLACE needs a slot that is filled in place (KUF_MEMORY_FD, minor faults)";
             return Err(Error::new(libc::EINVAL, text));
         }
@@ -46,7 +46,7 @@ impl Service {
         let mut left = vec![pages.clone()];
         // A second round only for parts whose callback returned between the two looks.
         while let Some(part) = left.pop() {
-            let taken = slot.claims().take(&slot.pages, part.clone(), slot.shared.is_some(), filling_here(slot));
+            let taken = slot.claims().take(&slot.pages, part.clone(), slot.in_place(), filling_here(slot));
             for asked in &taken.asked {
                 self.stats.filling.record(asked.elapsed());
             }

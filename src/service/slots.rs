@@ -25,6 +25,7 @@ impl Service {
         let huge = file.as_ref().and_then(|(file, _)| huge_page_size(file));
         let mappings = if new.remote { Vec::new() } else { maps::covering(new.hva..new.hva + new.len)? };
         let granule = granule(&new, huge, &mappings)?;
+        let marks = self.own.as_ref().is_some_and(|own| own.marks());
         for (what, value) in
             [("gpa", new.gpa), ("len", new.len), ("hva", new.hva), ("fd_offset", file.as_ref().map_or(0, |f| f.1))]
         {
@@ -35,7 +36,7 @@ impl Service {
         }
         if let Some(mapping) = mappings.iter().find(|m| !m.shared && m.inode != 0 && !m.anonymous_huge) {
             let text = format!(
-                "hva {:#x} is a private mapping of a file: userfaultfd does not catch what the file holds",
+                "hva {:#x} is a private mapping of a file: what the file holds there would be read without a fault",
                 mapping.hva.start
             );
             return Err(Error::new(libc::EINVAL, text));
@@ -48,12 +49,19 @@ impl Service {
             (Some(_), None) => false,
             (None, first) => first.is_none_or(|mapping| !mapping.shared),
         };
-        let in_place = file.filter(|_| minor_works(huge.is_some()));
+        let in_place = file.filter(|_| marks || minor_works(huge.is_some()));
         let shared = in_place.map(|(file, offset)| SharedFile::new(file, offset, new.len).map(Arc::new)).transpose()?;
         let present = match &shared {
             Some(shared) if !new.fill_all => shared.data()?,
+            None if marks => {
+                maps::refuse_resident(new.hva..new.hva + new.len)?;
+                Vec::new()
+            }
             _ => Vec::new(),
         };
+        // Marks keep the guest off the slot's own mapping, which is then the way in.
+        let shared = shared.filter(|_| !marks);
+        let kvm = self.for_kvm(&new, granule)?;
         let (mechanism, fresh) = self.mechanism_for(&new)?;
         let slot = Arc::new(Slot::new(Parts {
             gpa: new.gpa,
@@ -64,6 +72,7 @@ impl Service {
             private,
             shared,
             parent: None,
+            kvm,
             extents: vec![Extent { offset: 0, len: new.len, hva: new.hva }],
         }));
         for range in present {
@@ -97,7 +106,7 @@ impl Service {
             mechanism.wake(&slot, &(0..slot.pages.total()));
         }
         self.config.host.log(KUF_LOG_INFO, || {
-            let how = if slot.shared.is_some() { "filled in place" } else { "filled by copy" };
+            let how = if slot.in_place() { "filled in place" } else { "filled by copy" };
             format!("memory slot {:#x}..{:#x}, granule {granule:#x}, {how}", new.gpa, new.gpa + new.len)
         });
         if let Some(work) = self.completion(&slot) {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
-use super::config::{Config, Host, NewMemory, Resolution};
+use super::config::{Config, Host, NewMemory, Resolution, Which};
 use super::Service;
 use crate::capi::types::*;
 use crate::error::Result;
@@ -44,8 +44,8 @@ impl Mechanism for Faulty {
     fn attach(&self, slot: &Slot) -> Result<()> {
         self.real.attach(slot)
     }
-    fn detach(&self, slot: &Slot) {
-        self.real.detach(slot);
+    fn detach(&self, slot: &Slot, in_use: bool) {
+        self.real.detach(slot, in_use);
     }
     fn place(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<Option<NonNull<u8>>, i32> {
         self.real.place(slot, pages)
@@ -81,7 +81,7 @@ impl Mechanism for Faulty {
     fn adopted(&self) -> bool {
         self.real.adopted()
     }
-    fn child(&self, fd: OwnedFd) -> Arc<dyn Mechanism> {
+    fn child(&self, fd: OwnedFd) -> Option<Arc<dyn Mechanism>> {
         self.real.child(fd)
     }
 }
@@ -152,6 +152,7 @@ fn rig(no_poison: bool) -> Option<Rig> {
     };
     let config = Config {
         host,
+        mechanism: Which::Userfaultfd,
         user_mode_only: true,
         follow_fork: false,
         direct: false,
@@ -176,6 +177,8 @@ fn rig(no_poison: bool) -> Option<Rig> {
         uffd: None,
         remote: false,
         fill_all: false,
+        kvm_attributes: 0,
+        memslot: None,
         opaque: Opaque(std::ptr::null_mut()),
     };
     service.add_memory(slot).unwrap();

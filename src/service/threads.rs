@@ -12,6 +12,7 @@ use std::time::Duration;
 use rustix::event::epoll;
 use rustix::io::Errno;
 
+use super::config::Which;
 use super::{eventfd, lock_threads, Service, Work, OPEN};
 use crate::error::{Error, Result};
 use crate::panics::quietly;
@@ -20,7 +21,8 @@ use crate::sync::lock;
 /// Epoll data of the work eventfd; mechanisms have their ids, from 1.
 const WORK: u64 = 0;
 
-/// How often the processes behind remote slots are looked at: nothing reports their end.
+/// How often the processes behind remote slots are looked at, whose end nothing reports, and queues whose signal may be
+/// lost.
 const LOOK_MS: i64 = 500;
 
 /// How threads sleep and are woken.
@@ -102,7 +104,8 @@ impl Service {
         for n in 0..threads {
             self.spawn(format!("kuf-serve-{n}"), |service| service.serve_loop())?;
         }
-        if self.serviced() {
+        // It also does what is neither demand nor may keep a thread from it.
+        if self.serviced() || matches!(self.config.mechanism, Which::KvmBitmap(_)) {
             self.spawn("kuf-populate".to_owned(), |service| service.populate_loop())?;
         }
         Ok(())
@@ -169,6 +172,7 @@ impl Service {
                 return;
             }
             let _place = Place(self);
+            let _serving = self.serving();
             while let Ok(work) = self.work.1.try_recv() {
                 // Others can take the rest while this one is in host code.
                 if !self.work.1.is_empty() && self.idle.load(Ordering::SeqCst) > 0 {
@@ -188,9 +192,16 @@ impl Service {
         !self.work.1.is_empty() && self.fillers.load(Ordering::SeqCst) > 0
     }
 
+    /// To be held from before work is taken off the queue until it is done.
+    pub(super) fn serving(&self) -> Serving<'_> {
+        self.serving.fetch_add(1, Ordering::SeqCst);
+        Serving(self)
+    }
+
     pub(super) fn work_on(&self, work: Work) {
         match work {
             Work::Fault(fault) => self.serve(fault),
+            Work::Sweep => self.sweep(),
             Work::Log(level, text) => self.config.host.log(level, || text),
             Work::Notice { kind, gpa, len, error, text } => self.config.host.event(kind, gpa, len, error, &text),
         }
@@ -203,11 +214,14 @@ impl Service {
         let due = now.saturating_sub(last) >= LOOK_MS as u64;
         if due && self.looked.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
             self.look_after_processes();
+            for inlet in self.inlets().iter().filter(|inlet| inlet.mechanism.ticks()) {
+                self.pump(inlet.mechanism.id());
+            }
         }
     }
 
     fn patience(&self) -> i64 {
-        if self.inlets().iter().any(|inlet| inlet.remote) {
+        if self.inlets().iter().any(|inlet| inlet.remote || inlet.mechanism.ticks()) {
             LOOK_MS
         } else {
             -1
@@ -221,6 +235,15 @@ struct Place<'a>(&'a Service);
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         self.0.fillers.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// Counted while it is there.
+pub(super) struct Serving<'a>(&'a Service);
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        self.0.serving.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

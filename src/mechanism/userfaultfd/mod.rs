@@ -11,13 +11,11 @@ pub mod open;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, RwLock};
 
 use rustix::io::Errno;
-use rustix::mm::Advice;
 
-use super::{Content, Installed, Left, Mechanism, Message, Stop};
+use super::{next_id, Address, Content, Installed, Left, Mechanism, Message, Stop};
 use crate::capi::types::{KUF_FAULT_MINOR, KUF_FAULT_WRITE};
 use crate::error::{Error, Result};
 use crate::memory::buffer::Buffer;
@@ -35,11 +33,6 @@ pub struct Userfaultfd {
     adopted: bool,
     /// Its memory is another process's.
     remote: bool,
-}
-
-fn next_id() -> u32 {
-    static NEXT: AtomicU32 = AtomicU32::new(1);
-    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl Userfaultfd {
@@ -114,7 +107,7 @@ impl Userfaultfd {
             UFFD_EVENT_PAGEFAULT => {
                 let minor = if msg.a & UFFD_PAGEFAULT_FLAG_MINOR != 0 { KUF_FAULT_MINOR } else { 0 };
                 let write = if msg.a & UFFD_PAGEFAULT_FLAG_WRITE != 0 { KUF_FAULT_WRITE } else { 0 };
-                Message::Fault { hva: msg.b, flags: minor | write, thread: msg.c as u32 }
+                Message::Fault { at: Address::Hva(msg.b), flags: minor | write, thread: msg.c as u32 }
             }
             UFFD_EVENT_REMOVE => Message::Removed(msg.a..msg.b),
             UFFD_EVENT_UNMAP => Message::Unmapped(msg.a..msg.b),
@@ -183,7 +176,7 @@ impl Mechanism for Userfaultfd {
         Ok(())
     }
 
-    fn detach(&self, slot: &Slot) {
+    fn detach(&self, slot: &Slot, _in_use: bool) {
         for extent in slot.extents() {
             // What is unmapped by now needs no unregistering.
             let _ = ioctl::unregister(self.fd(), extent.hva, extent.len);
@@ -240,41 +233,18 @@ impl Mechanism for Userfaultfd {
             }
             (_, false) => {}
         }
-        let mut page = pages.start;
-        while page < pages.end {
-            let Some((hva, mapped)) = slot.hva_of(page) else { break };
-            let n = mapped.min(pages.end - page);
-            // Also for a shared file: punching a hole leaves poison marks where they are.
-            let advice =
-                if slot.private || slot.shared.is_some() { Advice::LinuxDontNeed } else { Advice::LinuxRemove };
-            // SAFETY: guest memory of a slot that the host has put in the library's hands, to be dropped as it asked.
-            unsafe { rustix::mm::madvise(hva as *mut _, (n * slot.granule) as usize, advice) }
-                .map_err(|e| e.raw_os_error())?;
-            page += n;
-        }
-        match &slot.shared {
-            Some(shared) => shared.punch(&slot.bytes_of(pages)).map_err(|e| e.raw_os_error()),
-            None => Ok(()),
-        }
+        slot.drop_content(pages)
     }
 
     fn close_off(&self, slot: &Slot, pages: &Range<u64>) -> bool {
         if self.remote {
             return false;
         }
-        let mut page = pages.start;
-        while page < pages.end {
-            let Some((hva, mapped)) = slot.hva_of(page) else { return true };
-            let n = mapped.min(pages.end - page);
-            let none = rustix::mm::MprotectFlags::empty();
-            // SAFETY: guest memory of a slot; the pages hold nothing and may never be seen.
-            if unsafe { rustix::mm::mprotect(hva as *mut _, (n * slot.granule) as usize, none) }.is_err() {
-                return false;
-            }
-            page += n;
+        let closed = slot.protect(pages);
+        if closed {
+            self.wake(slot, pages);
         }
-        self.wake(slot, pages);
-        true
+        closed
     }
 
     fn alive(&self) -> bool {
@@ -292,9 +262,9 @@ impl Mechanism for Userfaultfd {
         self.adopted
     }
 
-    fn child(&self, fd: OwnedFd) -> Arc<dyn Mechanism> {
+    fn child(&self, fd: OwnedFd) -> Option<Arc<dyn Mechanism>> {
         let _ = rustix::io::ioctl_fionbio(&fd, true);
-        Arc::new(Self::new(fd, self.adopted, true))
+        Some(Arc::new(Self::new(fd, self.adopted, true)))
     }
 }
 
