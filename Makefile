@@ -114,6 +114,19 @@ $(BUILD)/tests-asan/%: tests/c/%.c $(wildcard tests/c/*.h) $(BUILD)/stage.stamp
 	@$(CC) -O1 -g -fsanitize=address -fno-omit-frame-pointer $(WARN) -Werror -pthread -o $@ $< $(if $(filter dl%,$*),\
 	    $$($(STAGE_PC) --cflags kuf) -ldl,$$($(STAGE_PC) --cflags --libs kuf))
 
+# The test plays Firecracker, and finds the handler beside itself, built as it is.
+$(BUILD)/tests/firecracker_peer: $(BUILD)/tests/firecracker_handler
+$(BUILD)/tests-asan/firecracker_peer: $(BUILD)/tests-asan/firecracker_handler
+
+$(BUILD)/tests/firecracker_handler: examples/c/firecracker_handler.c $(BUILD)/stage.stamp
+	@mkdir -p $(@D)
+	@$(CC) $(CFLAGS) $(WARN) -Werror -pthread -o $@ $< $$($(STAGE_PC) --cflags --libs kuf)
+
+$(BUILD)/tests-asan/firecracker_handler: examples/c/firecracker_handler.c $(BUILD)/stage.stamp
+	@mkdir -p $(@D)
+	@$(CC) -O1 -g -fsanitize=address -fno-omit-frame-pointer $(WARN) -Werror -pthread -o $@ $< \
+	    $$($(STAGE_PC) --cflags --libs kuf)
+
 check: ## run every test; the last line is the sum
 	@MAKE="$(MAKE)" tests/check/run.sh
 
