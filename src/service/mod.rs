@@ -19,6 +19,8 @@ mod resolve;
 mod slots;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_kvm;
 mod threads;
 
 use std::os::fd::OwnedFd;
