@@ -679,6 +679,10 @@ struct kuf_stats {
     uint64_t install_no_memory;
     /* Times reading stopped because queue_max faults were held. */
     uint64_t queue_full;
+    /* KVM_READ_USERFAULT calls that failed with EFAULT: each may have lost a fault, and led to a sweep. */
+    uint64_t faults_lost;
+    /* Faults found in KVM's queue whose signal did not come (KUF_OPEN_KVM_DRAIN). */
+    uint64_t faults_unsignalled;
     /* From reading a fault until its fill began. Caller-driven: until kuf_read returned it. */
     struct kuf_histogram queueing;
     /* Inside the fill callback, or from the request to kuf_resolve for deferred and caller-driven faults. */
@@ -687,10 +691,6 @@ struct kuf_stats {
     struct kuf_histogram installing;
     /* From reading a fault until its page was present: what the library added to the toucher's wait. */
     struct kuf_histogram blocked;
-    /* KVM_READ_USERFAULT calls that failed with EFAULT: each may have lost a fault, and led to a sweep. */
-    uint64_t faults_lost;
-    /* Faults found in KVM's queue whose signal did not come (KUF_OPEN_KVM_DRAIN). */
-    uint64_t faults_unsignalled;
 };
 
 /* How long one thread was kept waiting by page faults. */

@@ -35,11 +35,11 @@ macro_rules! sized {
 // The sizes of KUF_0.1: they never change.
 sized! {
     kuf_options: 96,
-    kuf_memory: 72,
+    kuf_memory: 80,
     kuf_populate: 32,
     kuf_probe: 2088,
     kuf_progress: 72,
-    kuf_stats: 1584,
+    kuf_stats: 1600,
 }
 
 const _: () = assert!(size_of::<kuf_fault>() == 64);

@@ -531,6 +531,10 @@ pub struct kuf_stats {
     pub install_no_memory: u64,
     /// Times reading stopped because queue_max faults were held.
     pub queue_full: u64,
+    /// KVM_READ_USERFAULT calls that failed with EFAULT: each may have lost a fault, and led to a sweep.
+    pub faults_lost: u64,
+    /// Faults found in KVM's queue whose signal did not come (KUF_OPEN_KVM_DRAIN).
+    pub faults_unsignalled: u64,
     /// From reading a fault until its fill began. Caller-driven: until kuf_read returned it.
     pub queueing: kuf_histogram,
     /// Inside the fill callback, or from the request to kuf_resolve for deferred and caller-driven faults.
@@ -539,10 +543,6 @@ pub struct kuf_stats {
     pub installing: kuf_histogram,
     /// From reading a fault until its page was present: what the library added to the toucher's wait.
     pub blocked: kuf_histogram,
-    /// KVM_READ_USERFAULT calls that failed with EFAULT: each may have lost a fault, and led to a sweep.
-    pub faults_lost: u64,
-    /// Faults found in KVM's queue whose signal did not come (KUF_OPEN_KVM_DRAIN).
-    pub faults_unsignalled: u64,
 }
 
 /// How long one thread was kept waiting by page faults.
