@@ -694,6 +694,13 @@ static void open_service(void)
         refuse(NOT_SERVED, "kuf_open: %s", kuf_error());
 }
 
+/* Its memory goes a moment before the process does. One that cannot be watched has ended, or nobody can tell. */
+static bool peer_has_ended(void)
+{
+    struct pollfd polls = { .fd = handler.peer, .events = POLLIN };
+    return handler.peer < 0 || poll(&polls, 1, 500) > 0;
+}
+
 /*
  * The message does not say where the guest sees a region, and nothing here has to know: the offset in the memory file
  * stands in for the guest's physical address.
@@ -713,6 +720,10 @@ static void add_regions(const struct region *regions, size_t count, int uffd)
         int result = kuf_add_memory(handler.kuf, &memory);
         if (result == -EBADFD)
             refuse(DESCRIPTOR, "what came with the message is no userfaultfd: %s", kuf_error());
+        if (result == -ESRCH && peer_has_ended()) {
+            printf("Firecracker has ended before it was served\n");
+            leave(ENDED);
+        }
         if (result < 0)
             refuse(NOT_SERVED, "region %zu: %s", i, kuf_error());
     }

@@ -492,11 +492,17 @@ static void firecracker_killed(struct run *run)
     kill(getpid(), atomic_load(&harness_failures) == 0 ? SIGKILL : SIGABRT);
 }
 
+static void killed_at_once(struct run *run)
+{
+    announce(run, NOW);
+    kill(getpid(), SIGKILL);
+}
+
 /* The descriptor's flags are shared, and a hostile owner can make the handler's reads wait. */
 static void made_blocking(struct run *run)
 {
     announce(run, NOW);
-    look_at(1);
+    run_a_moment();
     must(fcntl(guest.uffd, F_SETFL, 0) == 0, "the userfaultfd blocks");
     look_at(1000);
     is(atomic_load(&guest.wrong), 0, "blocking: no page is wrong");
@@ -528,6 +534,7 @@ static const struct serving servings[] = {
     {"handler killed", handler_killed, .options = {"--populate=4"}, .status = -SIGKILL},
     {"handler stopped", handler_stopped, .status = ENDED},
     {"Firecracker killed", firecracker_killed, .options = {"--populate=20"}, .status = ENDED, .killed_by = SIGKILL},
+    {"killed at once", killed_at_once, .status = ENDED, .killed_by = SIGKILL},
     {"made blocking", made_blocking, .status = ENDED},
     {"refused and killed", refused_and_killed, .options = {"--kill"}, .status = LAYOUT,
      .words = "overlap in the memory file", .killed_by = SIGKILL},
