@@ -29,6 +29,8 @@ STAGE_RUN := LD_LIBRARY_PATH=$(STAGE)/lib
 EXAMPLES := $(patsubst examples/c/%.c,$(BUILD)/examples/%,$(wildcard examples/c/*.c))
 C_TESTS  := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/*.c))
 C_ASAN   := $(C_TESTS:$(BUILD)/tests/%=$(BUILD)/tests-asan/%)
+K_TESTS  := $(patsubst tests/kernel/library/%.c,$(BUILD)/kernel-tests/%,$(wildcard tests/kernel/library/*.c))
+K_LIST   := $(BUILD)/kernel-tests/all.list
 
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
@@ -127,11 +129,21 @@ $(BUILD)/tests-asan/firecracker_handler: examples/c/firecracker_handler.c $(BUIL
 	@$(CC) -O1 -g -fsanitize=address -fno-omit-frame-pointer $(WARN) -Werror -pthread -o $@ $< \
 	    $$($(STAGE_PC) --cflags --libs kuf)
 
+# GNU C: the machine that these share with the kernel's selftests is written in it.
+$(BUILD)/kernel-tests/%: tests/kernel/library/%.c $(wildcard tests/kernel/library/*.h tests/kernel/selftests/*.h) \
+    $(BUILD)/stage.stamp
+	@mkdir -p $(@D)
+	@$(CC) $(CFLAGS) -std=gnu11 -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla -Werror \
+	    -pthread -o $@ $< $$($(STAGE_PC) --cflags --libs kuf)
+
 check: ## run every test; the last line is the sum
 	@MAKE="$(MAKE)" tests/check/run.sh
 
-check-kernel: ## run the selftests of the patched KVM kernel in an emulated machine (builds the kernel once: minutes)
-	@tests/kernel/run.sh
+# Programs in the lists are named from where they are built: NAME here, ../examples/NAME there.
+check-kernel: $(K_TESTS) $(EXAMPLES) ## test the patched KVM kernel, and the library on it, in an emulated machine
+	@mkdir -p $(dir $(K_LIST))
+	@awk 1 /dev/null $(wildcard tests/kernel/library/*.list) >$(K_LIST)
+	@tests/kernel/run.sh -L $(STAGE)/lib -l $(K_LIST)
 
 clean: ## remove build/ and cargo's target directory
 	rm -rf $(BUILD)
