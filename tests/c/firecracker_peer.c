@@ -209,8 +209,12 @@ static void make_guest(uint64_t page_size)
         unsigned char *at = mmap(NULL, room, PROT_NONE, flags, -1, 0);
         must(at != MAP_FAILED, "room for guest memory");
         at = (unsigned char *)(((uintptr_t)at + 2 * HUGE_PAGE) & ~(uintptr_t)(HUGE_PAGE - 1));
-        flags |= MAP_FIXED | (page_size == HUGE_PAGE ? MAP_HUGETLB : 0);
+        if (page_size == HUGE_PAGE) /* reserved, as Firecracker's are not: whoever else takes some then takes others */
+            flags = (flags & ~MAP_NORESERVE) | MAP_HUGETLB;
+        flags |= MAP_FIXED;
         at = mmap(at, size, PROT_READ | PROT_WRITE, flags, -1, 0);
+        if (at == MAP_FAILED && page_size == HUGE_PAGE)
+            skip("huge pages: somebody else has them");
         must(at != MAP_FAILED, "guest memory: %s", strerror(errno));
         guest.region[i].at = at;
         guest.region[i].size = size;
@@ -557,12 +561,15 @@ static void serve(const struct serving *serving)
         exit(atomic_load(&harness_failures) != 0);
     }
     must(waitpid(firecracker, &status, 0) == firecracker, "Firecracker ends");
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 77) { /* no userfaultfd */
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 77) { /* and has said why */
         kill(run.pid, SIGKILL);
-        exit(77);
+        waitpid(run.pid, &status, 0);
+        unlink(run.socket);
+        return;
     }
-    ok(serving->killed_by != 0 ? WIFSIGNALED(status) && WTERMSIG(status) == serving->killed_by : status == 0,
-       "%s: Firecracker's end, %#x", serving->name, (unsigned)status);
+    if (!ok(serving->killed_by != 0 ? WIFSIGNALED(status) && WTERMSIG(status) == serving->killed_by : status == 0,
+            "%s: Firecracker's end, %#x", serving->name, (unsigned)status))
+        kill(run.pid, SIGTERM); /* it may never have come as far as to connect */
     end_handler(&run, serving->status, serving->words, serving->name);
 }
 
@@ -955,6 +962,13 @@ static void huge_pages(void)
         reserved_huge_pages(before);
 }
 
+static int clean_up(void)
+{
+    unlink(memory_path);
+    ok(rmdir(directory) == 0, "no handler leaves a file behind");
+    return done();
+}
+
 /* With the name of a serving: only that. */
 int main(int argc, char **argv)
 {
@@ -971,7 +985,7 @@ int main(int argc, char **argv)
         if (strcmp(argv[1], servings[i].name) == 0)
             serve(&servings[i]);
     if (argc > 1)
-        return done();
+        return clean_up();
 
     command_lines();
     strangers();
@@ -1001,7 +1015,5 @@ int main(int argc, char **argv)
             huge_pages(); /* before there is no whole file any more */
         serve(&servings[i]);
     }
-    unlink(memory_path);
-    rmdir(directory);
-    return done();
+    return clean_up();
 }
