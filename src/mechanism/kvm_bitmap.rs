@@ -188,16 +188,21 @@ impl Mechanism for KvmBitmap {
                 bitmap.clear(&run);
             }
         }
-        self.under.attach(slot)?;
-        self.arm(slot, true, |_| true).map_err(|e| {
-            self.under.detach(slot, false);
-            Error::system("KVM_SET_USER_MEMORY_REGION2 with KVM_MEM_USERFAULT", e.raw_os_error())
-        })
+        self.under.attach(slot)
+    }
+
+    fn attached(&self, slot: &Slot) -> Result<()> {
+        // Until now vCPUs are caught by the userfaultfd.
+        self.arm(slot, true, |_| true)
+            .map_err(|e| Error::system("KVM_SET_USER_MEMORY_REGION2 with KVM_MEM_USERFAULT", e.raw_os_error()))
     }
 
     fn detach(&self, slot: &Slot, in_use: bool) {
-        let _ = self.arm(slot, false, |_| true);
         self.under.detach(slot, in_use);
+    }
+
+    fn detached(&self, slot: &Slot) {
+        let _ = self.arm(slot, false, |_| true);
     }
 
     fn completed(&self, slot: &Slot) {

@@ -154,12 +154,21 @@ pub trait Mechanism: Send + Sync {
     /// Allocates nothing but space in `out`, where that has none left: `service::fork` reads while malloc is locked.
     fn read(&self, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32>;
 
-    /// Starts catching touches of the slot's absent pages.
+    /// Starts catching touches of the slot's absent pages. The caller holds the gate exclusively.
     fn attach(&self, slot: &Slot) -> Result<()>;
+
+    /// What follows it that may have to wait for those who wait for pages.
+    fn attached(&self, _slot: &Slot) -> Result<()> {
+        Ok(())
+    }
 
     /// Stops it. Every page must be present, removed or poisoned. `in_use`: host code that was not waited for may still
     /// write to pages that are poisoned by now.
     fn detach(&self, slot: &Slot, in_use: bool);
+
+    /// What follows it, when every slot that ends with this one is detached: it may have to wait for who waited for pages
+    /// of those.
+    fn detached(&self, _slot: &Slot) {}
 
     /// Every page of the slot is present or removed: what it costs to catch touches may be saved. Called where waiting
     /// for KVM harms nobody.

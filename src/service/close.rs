@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use super::host::{refuse_inside_callbacks, refuse_inside_fill};
-use super::{Service, DEAD};
+use super::{Service, Work, DEAD};
 use crate::capi::types::*;
 use crate::error::{Error, Result};
 use crate::memory::Slot;
@@ -41,22 +41,26 @@ impl Service {
         }
         let views: Vec<_> = map.forks_of(slot).cloned().collect();
         views.iter().chain([slot]).for_each(|slot| self.poison_rest(slot));
-        {
-            // From here on no install of a late owner reaches these addresses, whoever they belong to next.
-            let _gate = slot.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
-            views.iter().chain([slot]).for_each(|slot| slot.gone.store(libc::ENOENT, Ordering::Release));
-            self.memory.update(|map| {
-                map.remove(slot);
-                Ok(())
-            })?;
-        }
+        self.take_out(slot, &views)?;
         views.iter().chain([slot]).for_each(|slot| slot.mechanism.detach(slot, false));
+        slot.mechanism.detached(slot);
         let id = slot.mechanism.id();
         let last = !self.memory.map().all().any(|other| other.mechanism.id() == id);
         if last && slot.mechanism.adopted() {
             self.drop_inlet(id);
         }
         Ok(())
+    }
+
+    /// Takes a slot and the views of it off the map. From here on no install of a late owner reaches its addresses,
+    /// whoever they belong to next.
+    pub(super) fn take_out(&self, slot: &Arc<Slot>, views: &[Arc<Slot>]) -> Result<()> {
+        let _gate = slot.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
+        views.iter().chain([slot]).for_each(|slot| slot.gone.store(libc::ENOENT, Ordering::Release));
+        self.memory.update(|map| {
+            map.remove(slot);
+            Ok(())
+        })
     }
 
     /// The part of `kuf_close` that can still be refused, while the handle is in full use.
@@ -140,9 +144,9 @@ impl Service {
 
     fn let_go(&self, in_use: bool) {
         // Every page is present, removed or poisoned now: unregistering wakes nobody onto a wrong page.
-        for slot in self.memory.map().all() {
-            slot.mechanism.detach(slot, in_use);
-        }
+        let map = self.memory.map();
+        map.all().for_each(|slot| slot.mechanism.detach(slot, in_use));
+        map.all().for_each(|slot| slot.mechanism.detached(slot));
         self.read_at_the_end();
     }
 
@@ -150,6 +154,18 @@ impl Service {
     /// an event of theirs to be read has nobody else to read it. Faults find their pages poisoned, or present.
     pub fn read_at_the_end(&self) {
         self.pump_all();
+    }
+
+    /// As [`Service::read_at_the_end`], and serves the faults that no source is needed for: a thread that still runs may
+    /// be changing a memslot, and KVM lets it when nobody waits.
+    pub(super) fn serve_at_the_end(&self) {
+        self.read_at_the_end();
+        while let Ok(work) = self.work.1.try_recv() {
+            match work {
+                Work::Fault(fault) if fault.slot.pages.get(fault.page) != State::Absent => self.serve(fault),
+                _ => {}
+            }
+        }
     }
 
     /// Takes every unsettled page from whoever is at it and poisons it. Late answers find nothing to fill.

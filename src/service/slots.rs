@@ -100,6 +100,11 @@ impl Service {
             self.drop_inlet(mechanism.id());
         }
         attached?;
+        if let Err(error) = mechanism.attached(&slot) {
+            self.take_out(&slot, &[])?;
+            mechanism.detach(&slot, false);
+            return Err(error);
+        }
         self.unpark(mechanism.id(), false);
         if mechanism.adopted() {
             // An earlier reader of this userfaultfd may have taken faults with it: who waits asks again.

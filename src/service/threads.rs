@@ -134,7 +134,7 @@ impl Service {
             }
             while !thread.is_finished() {
                 // It may be in a callback that waits for a host thread that waits for its event to be read.
-                self.read_at_the_end();
+                self.serve_at_the_end();
                 std::thread::sleep(Duration::from_micros(200));
             }
             let _ = thread.join();
