@@ -53,13 +53,22 @@ pub fn kvm_async(vm: Option<&OwnedFd>) -> Result<()> {
     }
     let args = [KVM_USERFAULT_DISABLE, 0, 0, 0];
     let cap = kvm_enable_cap { cap: KVM_CAP_USERFAULT_ASYNC, flags: 0, args, pad: [0; 64] };
-    // SAFETY: the struct that the request was computed from.
-    let disable = || unsafe { libc::ioctl(vm.as_raw_fd(), libc::c_ulong::from(KVM_ENABLE_CAP) as _, &cap) } == 0;
-    if marks(system_extension(KVM_CAP_MEMORY_ATTRIBUTES)) && disable() {
-        return Ok(());
+    let missing = || {
+        let text = "this kernel has no KVM asynchronous userfaults (KVM_READ_USERFAULT): no released kernel does";
+        Error::new(libc::ENOTSUP, text)
+    };
+    if !marks(system_extension(KVM_CAP_MEMORY_ATTRIBUTES)) {
+        return Err(missing());
     }
-    let text = "this kernel has no KVM asynchronous userfaults (KVM_READ_USERFAULT): no released kernel does";
-    Err(Error::new(libc::ENOTSUP, text))
+    // SAFETY: the struct that the request was computed from.
+    match unsafe { libc::ioctl(vm.as_raw_fd(), libc::c_ulong::from(KVM_ENABLE_CAP) as _, &cap) } {
+        0 => Ok(()),
+        _ if std::io::Error::last_os_error().raw_os_error() == Some(libc::EIO) => Err(Error::new(
+            libc::EIO,
+            "this VM is another process's, or dead: only the process that made it can serve it",
+        )),
+        _ => Err(missing()),
+    }
 }
 
 fn vm_extension(vm: &OwnedFd, extension: u32) -> Option<c_int> {
