@@ -181,8 +181,14 @@
 /*
  * KUF_MECHANISM_KVM_BITMAP: the library sets the memslot kuf_memory.memslot itself (KVM_SET_USER_MEMORY_REGION2, with
  * this slot's gpa, len and hva): made, or changed if the host has made it, with KVM_MEM_USERFAULT when the slot is
- * added and after kuf_discard, without when every page is present and when the slot is removed. The memslot stays the
- * host's to delete. Not with KUF_OPEN_DIRECT.
+ * added and before kuf_discard, without when every page is present and when the slot is removed. Not with
+ * KUF_OPEN_DIRECT.
+ *
+ * From kuf_add_memory until kuf_remove_memory or kuf_close has returned the memslot is the library's: the host neither
+ * changes nor deletes it (a host that turns dirty logging on and off sets the memslot itself, with kuf_kvm_bitmap).
+ * KVM makes a change wait for everybody who waits for a page of the VM. So kuf_add_memory, kuf_discard,
+ * kuf_remove_memory and kuf_close on such a slot do, and may be called neither by a thread that resolves pages nor
+ * with a lock held that resolving pages needs.
  */
 #define KUF_MEMORY_MEMSLOT (1 << 4)
 
@@ -244,6 +250,10 @@
 /*
  * kuf_close: do not wait for fill callbacks that are still running. Their results are dropped;
  * kuf_options.release is called when the last one has returned, and opaque must stay valid until then.
+ *
+ * With KUF_MECHANISM_KVM_ASYNC a callback writes to guest memory itself, which has to stay mapped until then too. What
+ * is poisoned keeps its marks and userfaults stay enabled on the VM: vCPUs go on exiting at these pages, and who waits
+ * inside KVM for one stays there until it is killed. For a VM that is about to go.
  */
 #define KUF_CLOSE_NOWAIT (1 << 2)
 
@@ -1006,9 +1016,12 @@ int kuf_kvm_owned(struct kuf *kuf, uint64_t gpa, uint64_t len);
  *
  * timeout_ms: milliseconds at most, -1 for ever, 0 does not wait.
  *
+ * Fills that are running are waited for: hold no lock that the fill callback takes.
+ *
  * Returns 0. Any thread but not from a callback (-EDEADLK), and on a caller-driven handle not the thread that reads.
  * -EINVAL: kuf is NULL, timeout_ms below -1. -ETIMEDOUT: pages are still waited for. -EHWPOISON: KVM waits for a page
- *   that is poisoned (KUF_EVENT_PARKED). -ECANCELED: kuf_close has begun. -EIO: the service is dead.
+ *   that is poisoned (KUF_EVENT_PARKED); said once for each such page. -ECANCELED: kuf_close has begun. -EIO: the
+ *   service is dead.
  */
 int kuf_quiesce(struct kuf *kuf, int timeout_ms);
 

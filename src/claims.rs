@@ -265,6 +265,11 @@ impl<W: Waits> Claims<W> {
         runs
     }
 
+    /// Whether `page` is.
+    pub fn is_poisoned(&mut self, page: u64) -> bool {
+        self.at(page).is_some_and(|(_, claim)| claim.owner == Owner::Poison)
+    }
+
     /// Whether somebody is known to wait for a page that may still become present.
     pub fn waited_for(&self) -> bool {
         self.by_start.values().any(|claim| claim.owner != Owner::Poison && !claim.waiters.is_empty())

@@ -106,8 +106,14 @@ pub const KUF_MEMORY_FILL_ALL: u32 = 1 << 3;
 
 /// KUF_MECHANISM_KVM_BITMAP: the library sets the memslot kuf_memory.memslot itself (KVM_SET_USER_MEMORY_REGION2, with
 /// this slot's gpa, len and hva): made, or changed if the host has made it, with KVM_MEM_USERFAULT when the slot is
-/// added and after kuf_discard, without when every page is present and when the slot is removed. The memslot stays the
-/// host's to delete. Not with KUF_OPEN_DIRECT.
+/// added and before kuf_discard, without when every page is present and when the slot is removed. Not with
+/// KUF_OPEN_DIRECT.
+///
+/// From kuf_add_memory until kuf_remove_memory or kuf_close has returned the memslot is the library's: the host neither
+/// changes nor deletes it (a host that turns dirty logging on and off sets the memslot itself, with kuf_kvm_bitmap).
+/// KVM makes a change wait for everybody who waits for a page of the VM. So kuf_add_memory, kuf_discard,
+/// kuf_remove_memory and kuf_close on such a slot do, and may be called neither by a thread that resolves pages nor
+/// with a lock held that resolving pages needs.
 pub const KUF_MEMORY_MEMSLOT: u32 = 1 << 4;
 
 /// A write caused the fault.
@@ -146,6 +152,10 @@ pub const KUF_CLOSE_POISON: u32 = 1 << 0;
 pub const KUF_CLOSE_POPULATE: u32 = 1 << 1;
 /// kuf_close: do not wait for fill callbacks that are still running. Their results are dropped;
 /// kuf_options.release is called when the last one has returned, and opaque must stay valid until then.
+///
+/// With KUF_MECHANISM_KVM_ASYNC a callback writes to guest memory itself, which has to stay mapped until then too. What
+/// is poisoned keeps its marks and userfaults stay enabled on the VM: vCPUs go on exiting at these pages, and who waits
+/// inside KVM for one stays there until it is killed. For a VM that is about to go.
 pub const KUF_CLOSE_NOWAIT: u32 = 1 << 2;
 /// kuf_close: leave unresolved pages closed and registered, because the host hands its own descriptor of the
 /// userfaultfd to another handler; who waits is announced there anew. Only when every slot was added with

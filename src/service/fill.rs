@@ -63,8 +63,12 @@ impl Service {
         let result = match answer {
             Answer::Filled(n) => self.filled(slot, id, pages, n, content, demand),
             Answer::Zero(n) if in_place => {
-                // SAFETY: `place` made these bytes writable, and the claim makes them this thread's.
-                unsafe { buf.write_bytes(0, (n * slot.granule) as usize) };
+                // Not where the callback itself has resolved pages of the run: the guest has them.
+                for run in slot.claims().held(pages.start..pages.start + n, id) {
+                    let (at, len) = ((run.start - pages.start) * slot.granule, (run.end - run.start) * slot.granule);
+                    // SAFETY: `place` made these bytes writable, and the claim makes them this thread's.
+                    unsafe { buf.add(at as usize).write_bytes(0, len as usize) };
+                }
                 self.filled(slot, id, pages, n, Content::ZeroInPlace, demand)
             }
             Answer::Zero(n) => self.filled(slot, id, pages, n, Content::Zero, demand),

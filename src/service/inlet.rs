@@ -36,6 +36,11 @@ impl Inlet {
         let (starved, parked) = (AtomicBool::new(false), Mutex::new(Vec::new()));
         Arc::new(Self { mechanism, host_fd, remote, fork, starved, parked })
     }
+
+    /// Whether it holds messages there was no room for.
+    pub(super) fn is_starved(&self) -> bool {
+        self.starved.load(Ordering::SeqCst)
+    }
 }
 
 impl Service {
@@ -110,7 +115,7 @@ impl Service {
     /// Reads every queue that had to wait for room.
     pub(super) fn pump_starved(&self) {
         for inlet in self.inlets().iter() {
-            if inlet.starved.load(Ordering::SeqCst) {
+            if inlet.is_starved() {
                 self.pump(inlet.mechanism.id());
             }
         }

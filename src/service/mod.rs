@@ -78,6 +78,13 @@ enum Work {
     },
 }
 
+impl Work {
+    /// Whether somebody waits for it, as opposed to something that the host is to be told.
+    fn is_demand(&self) -> bool {
+        matches!(self, Self::Fault(_) | Self::Sweep)
+    }
+}
+
 const OPEN: u8 = 0;
 const CLOSING: u8 = 1;
 const DEAD: u8 = 2;
@@ -96,8 +103,8 @@ pub struct Service {
     fillers: AtomicUsize,
     /// Service threads asleep.
     idle: AtomicUsize,
-    /// Work taken off the queue and not done yet.
-    serving: AtomicUsize,
+    /// Demand that is queued or being served.
+    demanded: AtomicUsize,
     /// A [`Work::Sweep`] is queued and has not begun.
     sweep_queued: AtomicBool,
     /// The host was told of a queue whose signals go elsewhere.
@@ -132,7 +139,7 @@ impl Service {
             work: unbounded(),
             fillers: AtomicUsize::new(if config.host.fill.is_some() { config.fill_threads } else { 1 }),
             idle: AtomicUsize::new(0),
-            serving: AtomicUsize::new(0),
+            demanded: AtomicUsize::new(0),
             sweep_queued: AtomicBool::new(false),
             warned: AtomicBool::new(false),
             waking: threads::Waking::new(!config.direct)?,
@@ -207,6 +214,9 @@ impl Service {
 
     /// As [`Service::push`], by a thread that goes on to work itself.
     fn enqueue(&self, work: Work) {
+        if work.is_demand() {
+            self.demanded.fetch_add(1, Ordering::SeqCst);
+        }
         // The channel is unbounded, and closed only with the service.
         let _ = self.work.0.send(work);
     }
@@ -258,6 +268,7 @@ fn open_mechanism(config: &Config) -> Result<Option<Arc<dyn Mechanism>>> {
         Which::Userfaultfd if config.adopt_only => None,
         Which::Userfaultfd => Some(Arc::new(userfaultfd()?)),
         Which::KvmBitmap(vm) => {
+            probe::own_vm(vm)?;
             probe::kvm_bitmap()?;
             Some(Arc::new(KvmBitmap::new(userfaultfd()?, duplicate(vm)?)))
         }

@@ -41,6 +41,10 @@ impl Service {
             );
             return Err(Error::new(libc::EINVAL, text));
         }
+        if let Some(mapping) = mappings.iter().find(|mapping| marks && !mapping.writable) {
+            let text = format!("hva {:#x} is not writable: pages are written straight to it", mapping.hva.start);
+            return Err(Error::new(libc::EINVAL, text));
+        }
         let private = match (&file, mappings.first()) {
             (Some((file, offset)), Some(_)) => {
                 check_file_is_mapped(file, *offset, &new, &mappings)?;
