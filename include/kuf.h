@@ -80,8 +80,9 @@
  * holds on to what it has looked up; touched memory is refused with -EBUSY); memslots are changed only after
  * kuf_quiesce with all vCPUs stopped; KVM_SET_MEMORY_ATTRIBUTES is left to the library for these ranges; memory that
  * the guest gives back is reported with kuf_discard(..., KUF_DISCARD_REMOVED), and is not unmapped or moved before
- * kuf_remove_memory; the handle is used in the process that made the VM (KVM answers any other with EIO, which ends
- * the service).
+ * kuf_remove_memory; the memory is in one memslot range only (a second gpa for it is not marked); what an ioctl other
+ * than KVM_RUN reads of guest memory is present before (kuf_ensure), for it fails with EFAULT or waits; the handle is
+ * used in the process that made the VM (KVM answers any other with EIO, which ends the service).
  */
 #define KUF_MECHANISM_KVM_ASYNC 3
 
@@ -221,8 +222,12 @@
 
 /*
  * kuf_resolve: src is NULL and the bytes are lost. Touching these pages raises SIGBUS; an event is raised. Touched by
- * a guest, KVM sends it to the vCPU thread (BUS_MCEERR_AR, with the hva) and KVM_RUN returns EINTR. Undone by
- * kuf_discard.
+ * a guest, KVM sends it to the vCPU thread (BUS_MCEERR_AR, with the hva) and KVM_RUN returns EINTR; with a KVM
+ * mechanism the vCPU exits and kuf_vcpu_fault returns -EHWPOISON. Undone by kuf_discard.
+ *
+ * KVM's own access (an emulated instruction) to such a page may come out as KVM_EXIT_MMIO with an address inside a
+ * slot: KVM takes memory that it cannot read for a device. Do not answer it as one: kuf_ensure says -EHWPOISON for it.
+ * With KUF_MECHANISM_KVM_ASYNC it waits instead (KUF_EVENT_PARKED).
  */
 #define KUF_RESOLVE_POISON (1 << 2)
 
@@ -485,7 +490,7 @@ struct kuf_options {
     int32_t vm_fd;
     /*
      * Threads that may be inside a fill callback at once, besides the one that always watches for faults:
-     * 1 to 256, 0 for 2. With kuf_populate, one more. Ignored without a fill callback.
+     * 1 to 256, 0 for 2. With kuf_populate or KUF_MECHANISM_KVM_BITMAP, one more. Ignored without a fill callback.
      */
     uint32_t fill_threads;
     /*
@@ -544,7 +549,8 @@ struct kuf_memory {
     uint64_t fd_offset;
     /*
      * KUF_MECHANISM_KVM_ASYNC: the memory attributes (KVM_MEMORY_ATTRIBUTE_PRIVATE, 1 << 3) that the range has besides
-     * the mark, which the library keeps: KVM_SET_MEMORY_ATTRIBUTES replaces all of them. Else 0.
+     * the mark, which the library keeps: KVM_SET_MEMORY_ATTRIBUTES replaces all of them. They hold for the whole slot
+     * and for as long as it is there. Else 0.
      */
     uint64_t kvm_attributes;
     /* Handed back in kuf_fill and kuf_fault. */
@@ -828,8 +834,9 @@ int kuf_add_memory(struct kuf *kuf, const struct kuf_memory *memory);
 
 /*
  * Takes the slot that starts at gpa off the service; its memory stays mapped and is the host's alone: unregistered,
- * huge pages possible again, no cost left. With KUF_MECHANISM_KVM_ASYNC poisoned pages are made PROT_NONE and lose
- * their marks; with KUF_MECHANISM_KVM_BITMAP the bitmap is unmapped, so take KVM_MEM_USERFAULT off the memslot before.
+ * huge pages possible again, no cost left. With KUF_MECHANISM_KVM_ASYNC poisoned pages lose their marks (and become
+ * PROT_NONE where userfaultfd cannot poison them); with KUF_MECHANISM_KVM_BITMAP the bitmap is unmapped, so take
+ * KVM_MEM_USERFAULT off the memslot before.
  *
  * flags: 0, KUF_CLOSE_POISON, KUF_CLOSE_POPULATE or both.
  *
@@ -933,6 +940,8 @@ int kuf_vcpu_fault(struct kuf *kuf, uint64_t gpa, uint64_t len, uint64_t exit_fl
  * gpa, len: of any alignment, within one slot; len not 0. timeout_ms: milliseconds at most, -1 for ever, 0 does not
  * wait for others but still fills what nobody has begun.
  *
+ * With a KVM mechanism pages that the guest gave back become zero pages: they take memory again.
+ *
  * Returns 0: present or given back by the guest. Any thread but not from a callback (-EDEADLK); calls the fill
  * callback on the calling thread, so hold no lock that it takes. On a caller-driven handle the pages are queued for
  * kuf_read and waited for: not from the thread that reads.
@@ -1002,7 +1011,8 @@ int kuf_kvm_bitmap(struct kuf *kuf, uint64_t gpa, uint64_t *address);
  *
  * gpa, len: of any alignment, within one slot; len not 0. Remembered until the slot is removed.
  *
- * Returns 0. Any thread, also from callbacks. Of use with KUF_MECHANISM_KVM_ASYNC; without effect with others.
+ * Returns 0. Any thread, also from fill and event callbacks. Of use with KUF_MECHANISM_KVM_ASYNC; without effect with
+ * others.
  * -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
  * -ECANCELED: kuf_close has begun. -EIO: the service is dead.
  */

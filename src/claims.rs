@@ -319,8 +319,10 @@ impl<W: Waits> Claims<W> {
             if theirs {
                 if claim.owner == Owner::Host {
                     taken.asked.push(claim.since);
-                    taken.ahead += if claim.demand { 0 } else { claim.end - start };
                     claim.owed = true;
+                }
+                if claim.owner == Owner::Host || Some(claim.id) == mine {
+                    taken.ahead += if claim.demand { 0 } else { claim.end - start };
                 }
                 claim.owner = Owner::Fill;
                 claim.id = id;

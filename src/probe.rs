@@ -1,11 +1,14 @@
 //! What this host can do, and why not.
 
 use std::ffi::{c_char, c_int};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
 
 use crate::capi::types::*;
 use crate::error::{Error, Result};
 use crate::mechanism::kvm_bitmap::set_memslot;
+use crate::mechanism::kvm_ioctl;
 use crate::mechanism::userfaultfd::open;
 use crate::memory::buffer::Buffer;
 use crate::service::duplicate_vm;
@@ -53,7 +56,7 @@ pub fn kvm_async(vm: Option<&OwnedFd>) -> Result<()> {
         return Err(Error::new(libc::EEXIST, "userfaults are enabled on this VM already, by somebody else"));
     }
     let args = [KVM_USERFAULT_DISABLE, 0, 0, 0];
-    let cap = kvm_enable_cap { cap: KVM_CAP_USERFAULT_ASYNC, flags: 0, args, pad: [0; 64] };
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_USERFAULT_ASYNC, flags: 0, args, pad: [0; 64] };
     let missing = || {
         let text = "this kernel has no KVM asynchronous userfaults (KVM_READ_USERFAULT): no released kernel does";
         Error::new(libc::ENOTSUP, text)
@@ -63,10 +66,7 @@ pub fn kvm_async(vm: Option<&OwnedFd>) -> Result<()> {
         return Err(missing());
     }
     // SAFETY: the struct that the request was computed from.
-    match unsafe { libc::ioctl(vm.as_raw_fd(), libc::c_ulong::from(KVM_ENABLE_CAP) as _, &cap) } {
-        0 => Ok(()),
-        _ => Err(missing()),
-    }
+    unsafe { kvm_ioctl::call(vm.as_fd(), KVM_ENABLE_CAP, &mut cap) }.map(drop).map_err(|_| missing())
 }
 
 /// KVM answers EIO to any process but the one that made the VM.
@@ -115,12 +115,12 @@ pub fn kvm_bitmap() -> Result<()> {
         userfault_bitmap: bitmap.at().as_ptr() as u64,
         ..Default::default()
     };
-    set_memslot(&vm, &region).map_err(|_| missing())?;
+    set_memslot(&vm, &mut region).map_err(|_| missing())?;
     (region.slot, region.guest_phys_addr) = (1, 1 << 30);
     region.userfault_bitmap = (page as u64).wrapping_neg();
-    match set_memslot(&vm, &region) {
-        Ok(()) => Err(missing()),
-        Err(_) => Ok(()),
+    match set_memslot(&vm, &mut region) {
+        Err(Errno::INVAL) => Ok(()),
+        _ => Err(missing()),
     }
 }
 

@@ -37,8 +37,9 @@ pub const KUF_MECHANISM_KVM_BITMAP: u32 = 2;
 /// holds on to what it has looked up; touched memory is refused with -EBUSY); memslots are changed only after
 /// kuf_quiesce with all vCPUs stopped; KVM_SET_MEMORY_ATTRIBUTES is left to the library for these ranges; memory that
 /// the guest gives back is reported with kuf_discard(..., KUF_DISCARD_REMOVED), and is not unmapped or moved before
-/// kuf_remove_memory; the handle is used in the process that made the VM (KVM answers any other with EIO, which ends
-/// the service).
+/// kuf_remove_memory; the memory is in one memslot range only (a second gpa for it is not marked); what an ioctl other
+/// than KVM_RUN reads of guest memory is present before (kuf_ensure), for it fails with EFAULT or waits; the handle is
+/// used in the process that made the VM (KVM answers any other with EIO, which ends the service).
 pub const KUF_MECHANISM_KVM_ASYNC: u32 = 3;
 /// Number of mechanism names, KUF_MECHANISM_AUTO included: the length of the arrays in struct kuf_probe.
 pub const KUF_MECHANISM_COUNT: usize = 4;
@@ -134,8 +135,12 @@ pub const KUF_RESOLVE_ZERO: u32 = 1 << 0;
 /// or kuf_fill.buf / kuf_fault.place). Only for slots that are filled in place; with KUF_MECHANISM_KVM_ASYNC, all are.
 pub const KUF_RESOLVE_IN_PLACE: u32 = 1 << 1;
 /// kuf_resolve: src is NULL and the bytes are lost. Touching these pages raises SIGBUS; an event is raised. Touched by
-/// a guest, KVM sends it to the vCPU thread (BUS_MCEERR_AR, with the hva) and KVM_RUN returns EINTR. Undone by
-/// kuf_discard.
+/// a guest, KVM sends it to the vCPU thread (BUS_MCEERR_AR, with the hva) and KVM_RUN returns EINTR; with a KVM
+/// mechanism the vCPU exits and kuf_vcpu_fault returns -EHWPOISON. Undone by kuf_discard.
+///
+/// KVM's own access (an emulated instruction) to such a page may come out as KVM_EXIT_MMIO with an address inside a
+/// slot: KVM takes memory that it cannot read for a device. Do not answer it as one: kuf_ensure says -EHWPOISON for it.
+/// With KUF_MECHANISM_KVM_ASYNC it waits instead (KUF_EVENT_PARKED).
 pub const KUF_RESOLVE_POISON: u32 = 1 << 2;
 
 /// kuf_discard: the guest gave the range back (balloon, free page reporting): it reads as zero from now on. Without
@@ -365,7 +370,7 @@ pub struct kuf_options {
     /// but not used by userfaultfd. The host keeps its own.
     pub vm_fd: i32,
     /// Threads that may be inside a fill callback at once, besides the one that always watches for faults:
-    /// 1 to 256, 0 for 2. With kuf_populate, one more. Ignored without a fill callback.
+    /// 1 to 256, 0 for 2. With kuf_populate or KUF_MECHANISM_KVM_BITMAP, one more. Ignored without a fill callback.
     pub fill_threads: u32,
     /// Longest run, in bytes, that one fill callback is asked for when somebody waits: 0 for 64 KiB, at most 64 MiB.
     /// Rounded to whole granules, at least one.
@@ -416,7 +421,8 @@ pub struct kuf_memory {
     /// Offset in fd that is mapped at hva; a multiple of the granule.
     pub fd_offset: u64,
     /// KUF_MECHANISM_KVM_ASYNC: the memory attributes (KVM_MEMORY_ATTRIBUTE_PRIVATE, 1 << 3) that the range has besides
-    /// the mark, which the library keeps: KVM_SET_MEMORY_ATTRIBUTES replaces all of them. Else 0.
+    /// the mark, which the library keeps: KVM_SET_MEMORY_ATTRIBUTES replaces all of them. They hold for the whole slot
+    /// and for as long as it is there. Else 0.
     pub kvm_attributes: u64,
     /// Handed back in kuf_fill and kuf_fault.
     pub opaque: *mut c_void,

@@ -3,7 +3,7 @@
 //! underneath, which also keeps everybody off a page whose bit is clear already and whose bytes are not there yet.
 
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::RwLock;
@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
 use super::userfaultfd::Userfaultfd;
-use super::{Content, Installed, Left, Mechanism, Message};
+use super::{kvm_ioctl, Content, Installed, Left, Mechanism, Message};
 use crate::error::{Error, Result};
 use crate::memory::Slot;
 use crate::pages::State;
@@ -111,8 +111,8 @@ impl Bitmap {
 
 impl Drop for Bitmap {
     fn drop(&mut self) {
-        // SAFETY: mapped by `new` with this length. KVM's memslot was changed first where the library set it; else the
-        // host was told to. Should it not have done so, KVM fails to read the bitmap, and nothing else happens.
+        // SAFETY: mapped by `new` with this length. A memslot that the library sets has been changed before, for good
+        // (`Armed::Over`); a host that sets its own was told to change it before.
         let _ = unsafe { rustix::mm::munmap(self.words.as_ptr().cast(), self.len) };
     }
 }
@@ -145,7 +145,7 @@ impl KvmBitmap {
             *armed = to;
             return Ok(());
         }
-        let region = kvm_userspace_memory_region2 {
+        let mut region = kvm_userspace_memory_region2 {
             slot: memslot.id,
             flags: memslot.flags | if on { KVM_MEM_USERFAULT } else { 0 },
             guest_phys_addr: slot.gpa,
@@ -154,22 +154,16 @@ impl KvmBitmap {
             userfault_bitmap: if on { bitmap.address() } else { 0 },
             ..Default::default()
         };
-        set_memslot(&self.vm, &region)?;
+        set_memslot(&self.vm, &mut region)?;
         *armed = to;
         Ok(())
     }
 }
 
 /// KVM_SET_USER_MEMORY_REGION2.
-pub fn set_memslot(vm: &OwnedFd, region: &kvm_userspace_memory_region2) -> std::result::Result<(), Errno> {
-    let request = libc::c_ulong::from(KVM_SET_USER_MEMORY_REGION2) as _;
-    // SAFETY: the struct that the request was computed from; what it points to outlives the memslot, or KVM's reading
-    // of it fails.
-    if unsafe { libc::ioctl(vm.as_raw_fd(), request, &raw const *region) } < 0 {
-        // SAFETY: errno of this thread.
-        return Err(Errno::from_raw_os_error(unsafe { *libc::__errno_location() }));
-    }
-    Ok(())
+pub fn set_memslot(vm: &OwnedFd, region: &mut kvm_userspace_memory_region2) -> std::result::Result<(), Errno> {
+    // SAFETY: the struct that the request was computed from; what it points to outlives the memslot.
+    unsafe { kvm_ioctl::call(vm.as_fd(), KVM_SET_USER_MEMORY_REGION2, region) }.map(drop)
 }
 
 impl Mechanism for KvmBitmap {
@@ -205,8 +199,8 @@ impl Mechanism for KvmBitmap {
     }
 
     fn attached(&self, slot: &Slot) -> Result<()> {
-        // Until now vCPUs are caught by the userfaultfd.
-        self.arm(slot, Armed::On, |_| true)
+        // Until now vCPUs are caught by the userfaultfd. What is whole by now needs no exits.
+        self.arm(slot, Armed::On, |slot| !slot.whole())
             .map_err(|e| Error::system("KVM_SET_USER_MEMORY_REGION2 with KVM_MEM_USERFAULT", e.raw_os_error()))
     }
 

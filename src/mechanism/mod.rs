@@ -6,6 +6,7 @@
 
 pub mod kvm_async;
 pub mod kvm_bitmap;
+pub mod kvm_ioctl;
 pub mod userfaultfd;
 
 use std::ops::Range;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ops::Range;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
@@ -10,9 +11,10 @@ use std::time::Instant;
 use rustix::io::Errno;
 use rustix::mm::Advice;
 
-use super::shared::SharedFile;
+use super::shared::{exist, SharedFile};
 use crate::claims::{Claims, Waits};
 use crate::mechanism::kvm_bitmap::Bitmap;
+use crate::mechanism::userfaultfd::Marker;
 use crate::mechanism::Mechanism;
 use crate::pages::{Pages, State};
 use crate::sync::{lock, Condvar, Mutex, MutexGuard};
@@ -214,19 +216,55 @@ impl Slot {
         if let Some(shared) = &self.shared {
             let _ = shared.punch(&self.bytes_of(pages));
         } else if self.mechanism.marks() {
-            let _ = self.drop_content(pages);
+            let _ = self.drop_or_zero(pages);
         }
+    }
+
+    /// Where `pages` are mapped, as pages that exist and may be written. Err is an errno.
+    pub fn own_place(&self, pages: &Range<u64>) -> Result<NonNull<u8>, i32> {
+        let len = (pages.end - pages.start) * self.granule;
+        let (hva, mapped) = self.hva_of(pages.start).ok_or(libc::ENOENT)?;
+        if mapped * self.granule < len {
+            return Err(libc::ENOENT);
+        }
+        let at = NonNull::new(hva as *mut u8).ok_or(libc::EFAULT)?;
+        // Where the kernel cannot make them exist, before Linux 5.14, they are written without a net.
+        exist(at, len as usize).map(|_| at).map_err(|e| e.raw_os_error())
+    }
+
+    /// Drops the bytes of `pages`, which are closed by marks; what cannot be dropped (locked shared memory) is zeroed.
+    pub fn drop_or_zero(&self, pages: &Range<u64>) -> Result<(), i32> {
+        self.drop_content(pages).or_else(|_| {
+            let at = self.own_place(pages)?;
+            // SAFETY: `own_place` made these bytes writable, and the caller's claim makes them its own.
+            unsafe { at.write_bytes(0, ((pages.end - pages.start) * self.granule) as usize) };
+            Ok(())
+        })
+    }
+
+    /// Makes touching `pages` a memory error for this process, in a slot that is under no userfaultfd. What they hold is
+    /// dropped. False: it could not be done, or not for all of them.
+    pub fn poison(&self, pages: &Range<u64>) -> bool {
+        let Ok(marker) = Marker::open() else { return false };
+        self.drop_content(pages).is_ok()
+            && self.each_mapped(pages, |at, len| marker.mark(at as u64, len as u64, self.granule)).is_ok()
     }
 
     /// Drops the bytes of `pages`, in this process's mapping and in the file if there is one. Err is an errno.
     pub fn drop_content(&self, pages: &Range<u64>) -> Result<(), i32> {
-        // Also for a shared file: punching a hole leaves poison marks where they are.
         let keep = self.private || self.shared.is_some();
-        let advice = if keep { libc::MADV_DONTNEED } else { libc::MADV_REMOVE };
-        self.each_mapped(pages, |at, len| match advise(at, len, advice) {
-            // Locked memory (mlock, mlockall).
-            Err(Errno::INVAL) if keep => advise(at, len, MADV_DONTNEED_LOCKED),
-            other => other,
+        self.each_mapped(pages, |at, len| {
+            // Also before punching a hole, which leaves poison marks where they are.
+            match advise(at, len, libc::MADV_DONTNEED) {
+                // Locked memory (mlock, mlockall).
+                Err(Errno::INVAL) => advise(at, len, MADV_DONTNEED_LOCKED)?,
+                other => other?,
+            }
+            if keep {
+                Ok(())
+            } else {
+                advise(at, len, libc::MADV_REMOVE)
+            }
         })
         .map_err(|e| e.raw_os_error())?;
         match &self.shared {

@@ -34,13 +34,19 @@ impl Service {
             std::thread::yield_now();
         }
         self.refuse_memslot_change(slot, "kuf_remove_memory")?;
-        if flags & KUF_CLOSE_POISON == 0 && !settled(slot) {
+        let poison = flags & KUF_CLOSE_POISON != 0;
+        if !poison && !settled(slot) {
             return Err(unresolved(slot));
         }
         let views: Vec<_> = map.forks_of(slot).cloned().collect();
         // Host code that fills the slot may be writing to its very pages.
-        if !self.poison_unless(slot, Claims::busy) {
-            return Err(Error::new(libc::EBUSY, "a fill of this slot is running: try again when it has ended"));
+        if !self.poison_unless(slot, |claims, all| {
+            claims.busy(all) || !poison && (slot.pages.count(State::Absent) > 0 || claims.open(all))
+        }) {
+            return Err(match poison || slot.claims().busy(&(0..slot.pages.total())) {
+                true => Error::new(libc::EBUSY, "a fill of this slot is running: try again when it has ended"),
+                false => unresolved(slot),
+            });
         }
         views.iter().for_each(|slot| self.poison_rest(slot));
         self.take_out(slot, &views)?;
@@ -176,14 +182,20 @@ impl Service {
     }
 
     /// As [`Service::poison_rest`], but does nothing and returns false if `refuse` says so of the slot's claims.
-    fn poison_unless(&self, slot: &Arc<Slot>, refuse: impl Fn(&Claims<Waiter>, &Range<u64>) -> bool) -> bool {
+    pub(super) fn poison_unless(
+        &self,
+        slot: &Arc<Slot>,
+        refuse: impl Fn(&Claims<Waiter>, &Range<u64>) -> bool,
+    ) -> bool {
         let (id, runs, waiters) = loop {
             let mut claims = slot.claims();
             if refuse(&claims, &(0..slot.pages.total())) {
                 return false;
             }
-            // A page that is on its way through the kernel is present in a moment. In a dead service it may stay there.
-            if self.life.load(Ordering::Acquire) == DEAD || !claims.installing(&(0..slot.pages.total())) {
+            // A page that is on its way through the kernel is present in a moment, or dropped. In a dead service it may
+            // stay there.
+            let all = 0..slot.pages.total();
+            if self.life.load(Ordering::Acquire) == DEAD || !(claims.installing(&all) || claims.dropping(&all)) {
                 let shut = claims.shut(&slot.pages);
                 slot.wake_sleepers(&claims);
                 break shut;

@@ -35,10 +35,13 @@ impl Service {
     fn drop_pages(&self, slot: &Arc<Slot>, pages: Range<u64>, removed: bool) -> Result<()> {
         // A thread that comes from madvise may be here before its event, read already, was applied: this discard is later.
         drop(slot.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner));
-        let before_drop = || slot.mechanism.before_drop(slot).map_err(|e| Error::system("changing the memslot", e));
-        before_drop()?;
+        if !removed {
+            slot.mechanism.before_drop(slot).map_err(|e| Error::system("changing the memslot", e))?;
+        }
         let Discarding { id, runs, waiters } = loop {
             let mut claims = slot.claims();
+            // Under the lock: a kuf_close that does not wait for this has not looked at the slot yet.
+            self.check_open()?;
             if !claims.installing(&pages) && !claims.dropping(&pages) {
                 // Not whole any more from here on, whatever becomes of the rest.
                 slot.complete.store(false, Ordering::Release);
@@ -50,7 +53,6 @@ impl Service {
                 break begun;
             }
             drop(claims);
-            self.check_open()?;
             std::thread::yield_now();
         };
         self.push_again(slot, waiters);
@@ -76,8 +78,10 @@ impl Service {
             self.serve_parked(slot, run);
             self.push_again(slot, waiters);
         }
-        // The slot may have been taken for complete in the meantime.
-        before_drop()?;
+        if !removed {
+            // It may have been taken for complete between the two; without exits all are caught still.
+            let _ = slot.mechanism.before_drop(slot);
+        }
         if let Some(work) = self.completion(slot) {
             self.work_on(work);
         }

@@ -132,6 +132,10 @@ impl Service {
         for slot in map.slots().iter().filter(|slot| slot.mechanism.marks()) {
             // What the guest gave back is closed too, and needs no source.
             self.open_removed(slot, &(0..slot.pages.total()));
+            // Who waits for a poisoned page may be the one whose fault was lost: served when it is discarded.
+            for page in slot.poisoned().into_iter().flatten() {
+                lock(&slot.kvm.parked).entry(page).or_insert(true);
+            }
         }
         if self.serviced() {
             // Refused when there is no slot, and so nothing to sweep.

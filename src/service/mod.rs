@@ -204,7 +204,13 @@ impl Service {
 
     /// Gives service threads something to do.
     fn push(&self, work: Work) {
-        self.enqueue(work);
+        self.count(&work);
+        self.push_counted(work);
+    }
+
+    /// As [`Service::push`], of work that was counted when it was read.
+    fn push_counted(&self, work: Work) {
+        self.send(work);
         if self.config.direct {
             self.ready.signal();
         } else if self.idle.load(Ordering::SeqCst) > 0 {
@@ -212,11 +218,15 @@ impl Service {
         }
     }
 
-    /// As [`Service::push`], by a thread that goes on to work itself.
-    fn enqueue(&self, work: Work) {
+    /// Demand counts from when it is taken from the kernel until it is served.
+    fn count(&self, work: &Work) {
         if work.is_demand() {
             self.demanded.fetch_add(1, Ordering::SeqCst);
         }
+    }
+
+    /// Queues work for this thread, or whoever comes.
+    fn send(&self, work: Work) {
         // The channel is unbounded, and closed only with the service.
         let _ = self.work.0.send(work);
     }
