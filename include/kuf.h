@@ -242,7 +242,8 @@
 
 /*
  * kuf_close, kuf_remove_memory: poison what is still unresolved, so that touching it raises SIGBUS. What a shared file
- * holds there is dropped, in all its mappings; the poison itself is on the slot's own mapping.
+ * holds there is dropped, in all its mappings; the poison itself is on the slot's own mapping. End the vCPUs: one that
+ * is inside KVM may leave it with KVM_EXIT_MMIO at an address in RAM (see KUF_RESOLVE_POISON).
  */
 #define KUF_CLOSE_POISON (1 << 0)
 

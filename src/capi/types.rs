@@ -150,7 +150,8 @@ pub const KUF_DISCARD_REMOVED: u32 = 1 << 0;
 /// kuf_populate: stop every populate request that is still running; gpa and len are ignored.
 pub const KUF_POPULATE_STOP: u32 = 1 << 0;
 /// kuf_close, kuf_remove_memory: poison what is still unresolved, so that touching it raises SIGBUS. What a shared file
-/// holds there is dropped, in all its mappings; the poison itself is on the slot's own mapping.
+/// holds there is dropped, in all its mappings; the poison itself is on the slot's own mapping. End the vCPUs: one that
+/// is inside KVM may leave it with KVM_EXIT_MMIO at an address in RAM (see KUF_RESOLVE_POISON).
 pub const KUF_CLOSE_POISON: u32 = 1 << 0;
 /// kuf_close, kuf_remove_memory: fill what is still unresolved first. A page that cannot be filled makes the call fail
 /// with -EIO and leaves the handle open, unless KUF_CLOSE_POISON is given too.
