@@ -35,7 +35,7 @@ K_LIST   := $(BUILD)/kernel-tests/all.list
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
 .SUFFIXES:
-.PHONY: build header install install-files uninstall stage examples demo c-tests c-tests-asan check check-kernel clean help
+.PHONY: build header install install-files uninstall stage examples demo c-tests c-tests-asan check check-kernel check-qemu clean help
 
 build: $(BUILD)/$(SO) $(BUILD)/libkuf.a ## build libkuf.so and libkuf.a into build/ (the default)
 
@@ -144,6 +144,9 @@ check-kernel: $(K_TESTS) $(EXAMPLES) ## test the patched KVM kernel, and the lib
 	@mkdir -p $(dir $(K_LIST))
 	@awk 1 /dev/null $(wildcard tests/kernel/library/*.list) >$(K_LIST)
 	@tests/kernel/run.sh -L $(STAGE)/lib -l $(K_LIST)
+
+check-qemu: $(BUILD)/stage.stamp ## migrate guests with a QEMU that uses the library (builds it once: minutes)
+	@tests/qemu/run.sh $(STAGE)
 
 clean: ## remove build/ and cargo's target directory
 	rm -rf $(BUILD)
