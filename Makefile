@@ -29,6 +29,7 @@ STAGE_RUN := LD_LIBRARY_PATH=$(STAGE)/lib
 EXAMPLES := $(patsubst examples/c/%.c,$(BUILD)/examples/%,$(wildcard examples/c/*.c))
 C_TESTS  := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/*.c))
 C_ASAN   := $(C_TESTS:$(BUILD)/tests/%=$(BUILD)/tests-asan/%)
+BENCHES  := $(patsubst benches/%.c,$(BUILD)/bench/%,$(wildcard benches/*.c))
 K_TESTS  := $(patsubst tests/kernel/library/%.c,$(BUILD)/kernel-tests/%,$(wildcard tests/kernel/library/*.c))
 K_LIST   := $(BUILD)/kernel-tests/all.list
 
@@ -135,6 +136,17 @@ $(BUILD)/kernel-tests/%: tests/kernel/library/%.c $(wildcard tests/kernel/librar
 	@mkdir -p $(@D)
 	@$(CC) $(CFLAGS) -std=gnu11 -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla -Werror \
 	    -pthread -o $@ $< $$($(STAGE_PC) --cflags --libs kuf)
+
+$(BUILD)/bench/%: benches/%.c $(wildcard benches/*.h) $(BUILD)/stage.stamp
+	@mkdir -p $(@D)
+	@$(CC) $(CFLAGS) $(WARN) -Werror -pthread -o $@ $< $$($(STAGE_PC) --cflags --libs kuf)
+
+.PHONY: bench bench-programs
+bench-programs: $(BENCHES)
+
+bench: $(BENCHES) ## measure against what VMMs do today (QUICK=1 for two minutes, BENCH=name,... for some rows)
+	@tests/check/need.sh python3=python3
+	@benches/run.py
 
 check: ## run every test; the last line is the sum
 	@MAKE="$(MAKE)" tests/check/run.sh
