@@ -9,11 +9,10 @@ import contextlib
 import os
 import re
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 from vhost_user import VhostUser
@@ -36,10 +35,12 @@ class Case:
     """What one migration is made with."""
 
     def __init__(self, memory=640, mib=384, smp=2, step=1, accel="tcg,thread=multi", backend=None, preempt=False,
-                 cuts=0, bandwidth=96, precopy=0.0, limit=4):
+                 cuts=0, bandwidth=0, precopy=0.0, limit=4):
         self.memory, self.mib, self.smp, self.step = memory, mib, smp, step
         self.accel, self.backend, self.preempt, self.cuts = accel, backend, preempt, cuts
-        # MiB a second after and before the guest changes sides; the part of memory that goes before.
+        # MiB a second after and before the guest changes sides; the part of memory that goes before. 0 is no limit, and
+        # is what can be compared: a source of 7.2 that has used up its share answers no request in that tenth of a
+        # second.
         self.bandwidth, self.limit, self.precopy = bandwidth, limit, precopy
 
     def arguments(self):
@@ -80,13 +81,10 @@ class Case:
         return Vm(name, QEMU, self.arguments() + extra, directory, {"LD_LIBRARY_PATH": LIBDIR})
 
 
-def listening_port(vm):
-    """Of those that -incoming and migrate-recover have opened, the last one."""
+def listening_ports(vm):
+    """Those that migrate-incoming and migrate-recover have opened."""
     addresses = vm.qmp("query-migrate").get("socket-address", [])
-    ports = [int(address["port"]) for address in addresses if address["type"] == "inet"]
-    if not ports:
-        raise Failed(f"{vm.name} listens nowhere")
-    return ports
+    return [int(address["port"]) for address in addresses if address["type"] == "inet"]
 
 
 def pages(source):
@@ -107,6 +105,7 @@ class Migration:
             self.source.kill()
             raise
         self.ports = set()
+        self.uri = None
 
     def __enter__(self):
         return self
@@ -116,16 +115,20 @@ class Migration:
         self.source.kill()
         self.destination.kill()
 
-    def _listen(self, command, **arguments):
-        self.destination.qmp(command, uri="tcp:127.0.0.1:0", **arguments)
+    def _listen(self, command):
+        """Sets uri, where the source is to connect to: a socket of the destination's, or the relay that can be cut."""
+        if not self.case.cuts:
+            self.uri = f"unix:{self.destination.directory}/migration"
+            self.destination.qmp(command, uri=self.uri)
+            return
+        self.uri = f"tcp:127.0.0.1:{self.link.port}"
+        self.destination.qmp(command, uri="tcp:127.0.0.1:0")
         deadline = time.monotonic() + 20
         while True:
-            fresh = [port for port in listening_port(self.destination) if port not in self.ports]
+            fresh = [port for port in listening_ports(self.destination) if port not in self.ports]
             if fresh:
                 self.link.target = fresh[0]
                 self.ports.update(fresh)
-                # Around the relay where nothing is to be cut: it is Python, and has a share in two processors.
-                self.port = self.link.port if self.case.cuts else fresh[0]
                 return
             if time.monotonic() > deadline:
                 raise Failed("the destination opens no port")
@@ -142,7 +145,7 @@ class Migration:
         source.qmp("migrate-set-parameters", max_bandwidth=case.limit * MIB,
                    max_postcopy_bandwidth=case.bandwidth * MIB)
         self._listen("migrate-incoming")
-        source.qmp("migrate", uri=f"tcp:127.0.0.1:{self.port}")
+        source.qmp("migrate", uri=self.uri)
         source.wait_status(["active"], 60)
         while pages(source) < case.precopy * case.memory * 256:
             if source.status() != "active":
@@ -164,7 +167,7 @@ class Migration:
         # Pages that are touched now have nobody to ask, and must not be forgotten.
         time.sleep(1)
         self._listen("migrate-recover")
-        self.source.qmp("migrate", uri=f"tcp:127.0.0.1:{self.port}", resume=True)
+        self.source.qmp("migrate", uri=self.uri, resume=True)
         self.destination.wait_status(["postcopy-active", "completed"], 60)
 
     def end(self, timeout=300):
@@ -209,6 +212,7 @@ class Migration:
             "check": took,
             "downtime": at_source.get("downtime", 0),
             "slowest": int(during["slowest_us"]) / 1000,
+            "wait": sum(here["postcopy-vcpu-blocktime"]) / requests,
         }
 
 
@@ -260,17 +264,19 @@ class Suite:
 
         text = ""
         if self.table:
-            text += ("| libkuf / QEMU's own / ratio | pages by demand | requests | pages by push | block time, ms, sum "
-                     "of vCPUs | until all has come, s | guest reads all meanwhile, s | longest stop the guest sees, ms |\n"
-                     "|---|---|---|---|---|---|---|---|\n")
+            columns = (
+                ("pages by demand", "demand", "d"), ("requests", "requests", "d"), ("pages by push", "push", "d"),
+                ("block time, ms, sum of vCPUs", "block", "d"), ("the same for each request", "wait", ".2f"),
+                ("until all has come, s", "seconds", ".2f"), ("guest reads all meanwhile, s", "check", ".2f"),
+                ("longest stop the guest sees, ms", "slowest", ".0f"))
+            text += f"| libkuf / QEMU's own / ratio | {' | '.join(title for title, _, _ in columns)} |\n"
+            text += "|---" * (len(columns) + 1) + "|\n"
             for name, ours, stock in self.table:
-                cells = [cell(ours[key], stock[key], form) for key, form in (
-                    ("demand", "d"), ("requests", "d"), ("push", "d"), ("block", "d"), ("seconds", ".2f"),
-                    ("check", ".2f"), ("slowest", ".0f"))]
+                cells = [cell(ours[key], stock[key], form) for _, key, form in columns]
                 text += f"| {name} | " + " | ".join(cells) + " |\n"
         if self.starts:
-            text += ("\n| libkuf / plain -incoming / ratio | until the guest runs, ms | until it has said something, ms | "
-                     "guest then reads all, s |\n|---|---|---|---|\n")
+            text += ("\n| libkuf / plain -incoming / ratio | until the guest runs, ms "
+                     "| until it has said something, ms | guest then reads all, s |\n|---|---|---|---|\n")
             for name, ours, stock in self.starts:
                 text += (f"| {name} | {cell(ours['run'] * 1000, stock['run'] * 1000, '.1f')} | "
                          f"{cell(ours['spoke'] * 1000, stock['spoke'] * 1000, '.0f')} | "
@@ -292,6 +298,14 @@ class Suite:
         if done.returncode or not re.search(rf"^ok 1 /x86_64/migration/postcopy/{name}$", done.stdout, re.MULTILINE):
             said = [line for line in done.stdout.splitlines() if not line.startswith("# ")]
             raise Failed(f"exit status {done.returncode}: {' | '.join(said[-6:])}")
+
+    def on_kvm(self):
+        """What migration-test migrates are guests of KVM, if there is KVM."""
+        if not os.path.exists("/dev/kvm"):
+            raise Skip("no /dev/kvm: the cases of migration-test ran emulated")
+        with Vm("kvm", QEMU, ["-machine", "pc", "-accel", "kvm", "-accel", "tcg", "-m", "64"], self.directory) as vm:
+            if not vm.qmp("query-kvm")["enabled"]:
+                raise Skip(f"/dev/kvm does not work, the cases of migration-test ran emulated: {vm.log()}")
 
     def source_killed(self, kuf):
         """The pages that were at the source only are gone. The guest waits for them: it is given nothing else."""
@@ -419,15 +433,20 @@ class Suite:
             vm.qmp("migrate-incoming", uri=f"lazy:{image}", timeout=120)
             os.truncate(image, os.path.getsize(image) // 2)
             deadline = time.monotonic() + 60
-            while vm.process.poll() is None and vm.qmp("query-status")["status"] != "internal-error":
-                if time.monotonic() > deadline:
-                    raise Failed("the guest goes on without its memory")
-                time.sleep(0.05)
+            try:
+                while vm.qmp("query-status")["status"] != "internal-error":
+                    if time.monotonic() > deadline:
+                        raise Failed("the guest goes on without its memory")
+                    time.sleep(0.05)
+                if not re.search("libkuf: |cannot read guest memory", vm.log()):
+                    raise Failed(f"the guest is stopped, and nobody says why: {vm.log()}")
+            except Failed:
+                # TCG has no machine check to give to the guest: a touch of a page that is lost ends QEMU.
+                if vm.process.poll() != -signal.SIGBUS:
+                    raise
             wrong = [text for _, text in vm.console if re.search("BAD|FAIL|segfault|panic|BUG", text)]
             if wrong:
                 raise Failed(f"the guest has seen what is not its own: {wrong}")
-            if not re.search("could not be filled|cannot read guest memory|libkuf", vm.log()):
-                raise Failed(f"nobody says what has happened: {vm.log()}")
 
     def of_another(self):
         """Images that do not belong to this machine, or are none, are refused."""
@@ -460,6 +479,7 @@ def main():
         suite.run("vhost-user-refused", suite.vhost_user)
         for name in MIGRATION_TESTS:
             suite.run(f"migration-test/{name}", suite.migration_test, name)
+        suite.run("migration-test-on-kvm", suite.on_kvm)
         suite.both("postcopy", Case)
         suite.both("postcopy-preempt", lambda: Case(preempt=True))
         suite.both("postcopy-cut-twice", lambda: Case(cuts=2, bandwidth=64))
@@ -469,7 +489,7 @@ def main():
         suite.both("postcopy-half-precopied", lambda: Case(precopy=0.5, limit=128, smp=1))
         suite.both("postcopy-hugetlb-half-precopied", lambda: Case(
             precopy=0.5, limit=128, backend="memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M"))
-        suite.both("postcopy-2g", lambda: Case(memory=2304, mib=1900, step=8, bandwidth=256))
+        suite.both("postcopy-2g", lambda: Case(memory=2304, mib=1900, step=8))
         suite.run("source-killed/libkuf", suite.source_killed, True)
         suite.run("source-killed/stock", suite.source_killed, False)
         suite.snapshots()

@@ -52,7 +52,10 @@ class Qmp:
             left = max(deadline - time.monotonic(), 0)
             if not select.select([self.socket], [], [], left)[0]:
                 return None
-            data = self.socket.recv(65536)
+            try:
+                data = self.socket.recv(65536)
+            except ConnectionError:
+                data = b""
             if not data:
                 raise Failed(f"the monitor was closed (QEMU: {self.ended()})")
             self.buffer += data
@@ -66,7 +69,10 @@ class Qmp:
         arguments = {key.replace("_", "-"): value for key, value in arguments.items()}
         with self.lock:
             request = {"execute": command, "arguments": arguments}
-            self.socket.sendall(json.dumps(request).encode() + b"\n")
+            try:
+                self.socket.sendall(json.dumps(request).encode() + b"\n")
+            except OSError:
+                raise Failed(f"the monitor is closed (QEMU: {self.ended()})") from None
             while True:
                 message = self._message(timeout)
                 if message is None:
