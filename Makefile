@@ -134,7 +134,8 @@ $(BUILD)/tests-asan/firecracker_handler: examples/c/firecracker_handler.c $(BUIL
 $(BUILD)/kernel-tests/%: tests/kernel/library/%.c $(wildcard tests/kernel/library/*.h tests/kernel/selftests/*.h) \
     $(BUILD)/stage.stamp
 	@mkdir -p $(@D)
-	@$(CC) $(CFLAGS) -std=gnu11 -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla -Werror \
+	@$(CC) $(CFLAGS) -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wstrict-prototypes \
+	    -Wmissing-prototypes -Wvla -Werror \
 	    -pthread -o $@ $< $$($(STAGE_PC) --cflags --libs kuf)
 
 $(BUILD)/bench/%: benches/%.c $(wildcard benches/*.h) $(BUILD)/stage.stamp

@@ -14,6 +14,7 @@
 #include "../selftests/test.h"
 
 #include <dirent.h>
+#include <setjmp.h>
 #include <linux/memfd.h>
 
 #include <kuf.h>
@@ -54,6 +55,29 @@ static UNUSED bool is_zero(const void *p, size_t n)
 		if (((const uint8_t *)p)[i])
 			return false;
 	return true;
+}
+
+static sigjmp_buf touched;
+
+static UNUSED void on_touch(int sig)
+{
+	siglongjmp(touched, sig);
+}
+
+/* Reads a byte: 0, or the signal that this raised.  For one thread at a time. */
+static UNUSED int touch(const void *p)
+{
+	struct sigaction sa = { .sa_handler = on_touch }, bus, segv;
+	int sig;
+
+	sigaction(SIGBUS, &sa, &bus);
+	sigaction(SIGSEGV, &sa, &segv);
+	sig = sigsetjmp(touched, 1);
+	if (!sig)
+		(void)*(const volatile uint8_t *)p;
+	sigaction(SIGBUS, &bus, NULL);
+	sigaction(SIGSEGV, &segv, NULL);
+	return sig;
 }
 
 /* ---- where pages come from ---- */
@@ -195,10 +219,15 @@ static UNUSED struct kuf *open_options(struct vm *vm, struct kuf_options o)
 	return kuf;
 }
 
+/*
+ * A page at a time, so that it can be said which are asked for: faults that follow
+ * each other are answered by longer and longer runs otherwise.
+ */
 static UNUSED struct kuf *open_serviced(struct vm *vm, struct source *s, uint64_t flags)
 {
 	return open_options(vm, (struct kuf_options){ .flags = flags, .fill = source_fill,
-			    .event = source_event, .release = source_release, .opaque = s });
+			    .event = source_event, .release = source_release, .opaque = s,
+			    .demand_run = PAGE });
 }
 
 /* The test reads the faults itself; @s, which may be NULL, is told of events. */
@@ -266,10 +295,76 @@ static UNUSED struct kuf_stats stats_of(struct kuf *kuf)
 /* Waits until @condition, which another thread brings about, for a long while. */
 #define COMES_TRUE(condition)                                         \
 	({                                                            \
-		for (int i_ = 0; i_ < 20000 && !(condition); i_++)    \
+		bool true_ = (condition);                             \
+		for (int i_ = 0; i_ < 20000 && !true_; i_++) {        \
 			sleep_ms(1);                                  \
-		(condition);                                          \
+			true_ = (condition);                          \
+		}                                                     \
+		true_;                                                \
 	})
+
+/* ---- the library's eventfds ---- */
+
+/*
+ * All that are there now, but for semaphores: the one that KVM signals is among
+ * those that kuf_open adds, and the only one of them that counts as long as there
+ * is a fill callback.
+ */
+struct eventfds {
+	int fd[64];
+	int nr;
+};
+
+/* The counter of an eventfd, or -1 for anything else. */
+static UNUSED int64_t eventfd_count(int fd)
+{
+	char path[64], buf[512], *p;
+	ssize_t n;
+	int info;
+
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
+	info = open(path, O_RDONLY);
+	if (info < 0)
+		return -1;
+	n = read(info, buf, sizeof(buf) - 1);
+	close(info);
+	buf[n > 0 ? n : 0] = 0;
+	p = strstr(buf, "eventfd-semaphore:");
+	if (p && atoi(p + 18))
+		return -1;
+	p = strstr(buf, "eventfd-count:");
+	return p ? strtoll(p + 14, NULL, 16) : -1;
+}
+
+static UNUSED struct eventfds eventfds_but(const struct eventfds *known)
+{
+	struct eventfds all = { .nr = 0 };
+	DIR *dir = opendir("/proc/self/fd");
+
+	for (struct dirent *e; dir && (e = readdir(dir));) {
+		int fd = atoi(e->d_name);
+		bool is_known = false;
+
+		if (e->d_name[0] == '.' || eventfd_count(fd) < 0)
+			continue;
+		for (int i = 0; known && i < known->nr; i++)
+			is_known = is_known || known->fd[i] == fd;
+		if (!is_known && all.nr < 64)
+			all.fd[all.nr++] = fd;
+	}
+	if (dir)
+		closedir(dir);
+	return all;
+}
+
+static UNUSED uint64_t sum_of(const struct eventfds *e)
+{
+	uint64_t sum = 0;
+
+	for (int i = 0; i < e->nr; i++)
+		sum += (uint64_t)eventfd_count(e->fd[i]);
+	return sum;
+}
 
 /* ---- vCPUs ---- */
 
@@ -323,6 +418,13 @@ static void *worker_main(void *arg)
 				else if (w->out_len < sizeof(w->out))
 					w->out[w->out_len++] = data[i];
 			}
+		} else if (w->result == KVM_EXIT_MMIO && run->mmio.phys_addr >= TEST_GPA &&
+			   run->mmio.phys_addr < TEST_GPA + w->vm->size) {
+			/*
+			 * Memory that KVM itself cannot access: it takes that for a
+			 * device.  Whoever answers makes up the page's bytes.
+			 */
+			break;
 		} else if (w->result == KVM_EXIT_MMIO) {
 			w->mmio++;
 			if (!run->mmio.is_write) {
@@ -377,10 +479,43 @@ static UNUSED int run_here(struct worker *w, struct vm *vm, struct kuf *kuf, int
 	return w->refused ? w->refused : w->result;
 }
 
-/* Inside KVM, where it waits for a page. */
+/* Whether a thread sleeps in a function of this name, as far as the kernel can tell. */
+static UNUSED bool sleeps_in(pid_t tid, const char *name)
+{
+	char path[64], buf[128];
+	ssize_t n;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/self/task/%d/wchan", tid);
+	fd = open(path, O_RDONLY);
+	if (fd < 0)
+		return false;
+	n = read(fd, buf, sizeof(buf) - 1);
+	close(fd);
+	buf[n > 0 ? n : 0] = 0;
+	return strstr(buf, name);
+}
+
+/*
+ * Inside KVM, where it waits for a page.  The state alone does not say so: a vCPU
+ * that has changed its thread waits for a grace period in the same one.  Nor does
+ * the name always, for the kernel guesses it from what is on the stack; then it
+ * has to be a long sleep.
+ */
 static UNUSED bool sleeps_in_kvm(struct worker *w)
 {
-	return COMES_TRUE(w->tid && thread_state(w->tid) == 'D') && !w->done;
+	int asleep = 0;
+
+	for (int i = 0; i < 20000 && !w->done; i++) {
+		if (w->tid && thread_state(w->tid) == 'D') {
+			if (sleeps_in(w->tid, "userfault") || ++asleep == 1000)
+				return !w->done;
+		} else {
+			asleep = 0;
+		}
+		sleep_ms(1);
+	}
+	return false;
 }
 
 /* The guest reads 8 bytes, on the calling thread. */
