@@ -56,6 +56,9 @@ impl Service {
         self.stats.fills.add(1);
         let started = Instant::now();
         let answer = self.config.host.fill(slot, id, pages, buf, flags);
+        if demand {
+            self.crew.took(started.elapsed());
+        }
         if !matches!(answer, Answer::Deferred) {
             self.stats.filling.record(started.elapsed());
         }

@@ -6,6 +6,7 @@
 mod caller;
 mod close;
 pub mod config;
+mod crew;
 mod demand;
 mod discard;
 mod fill;
@@ -94,8 +95,9 @@ pub struct Service {
     /// Service threads that may be inside host code, of `config.fill_threads`: one more thread than that always
     /// watches.
     fillers: AtomicUsize,
-    /// Service threads asleep.
-    idle: AtomicUsize,
+    crew: crew::Crew,
+    /// The thread that watches the kernel is asleep there.
+    lead_asleep: AtomicBool,
     /// Work taken off the queue and not done yet.
     serving: AtomicUsize,
     /// A [`Work::Sweep`] is queued and has not begun.
@@ -131,7 +133,8 @@ impl Service {
             inlets: RwLock::default(),
             work: unbounded(),
             fillers: AtomicUsize::new(if config.host.fill.is_some() { config.fill_threads } else { 1 }),
-            idle: AtomicUsize::new(0),
+            crew: crew::Crew::new(),
+            lead_asleep: AtomicBool::new(false),
             serving: AtomicUsize::new(0),
             sweep_queued: AtomicBool::new(false),
             warned: AtomicBool::new(false),
@@ -192,7 +195,8 @@ impl Service {
         }
         self.ready.end();
         self.populate.wake();
-        self.waking.wake(self.config.fill_threads + 1);
+        self.crew.call_all();
+        self.waking.wake(1);
     }
 
     /// Gives service threads something to do.
@@ -200,7 +204,7 @@ impl Service {
         self.enqueue(work);
         if self.config.direct {
             self.ready.signal();
-        } else if self.idle.load(Ordering::SeqCst) > 0 {
+        } else if !self.crew.call() && self.lead_asleep.load(Ordering::SeqCst) {
             self.waking.wake(1);
         }
     }
