@@ -80,8 +80,9 @@
  * holds on to what it has looked up; touched memory is refused with -EBUSY); memslots are changed only after
  * kuf_quiesce with all vCPUs stopped; KVM_SET_MEMORY_ATTRIBUTES is left to the library for these ranges; memory that
  * the guest gives back is reported with kuf_discard(..., KUF_DISCARD_REMOVED), and is not unmapped or moved before
- * kuf_remove_memory; the handle is used in the process that made the VM (KVM answers any other with EIO, which ends
- * the service).
+ * kuf_remove_memory; the memory is in one memslot range only (a second gpa for it is not marked); what an ioctl other
+ * than KVM_RUN reads of guest memory is present before (kuf_ensure), for it fails with EFAULT or waits; the handle is
+ * used in the process that made the VM (KVM answers any other with EIO, which ends the service).
  */
 #define KUF_MECHANISM_KVM_ASYNC 3
 
@@ -181,8 +182,14 @@
 /*
  * KUF_MECHANISM_KVM_BITMAP: the library sets the memslot kuf_memory.memslot itself (KVM_SET_USER_MEMORY_REGION2, with
  * this slot's gpa, len and hva): made, or changed if the host has made it, with KVM_MEM_USERFAULT when the slot is
- * added and after kuf_discard, without when every page is present and when the slot is removed. The memslot stays the
- * host's to delete. Not with KUF_OPEN_DIRECT.
+ * added and before kuf_discard, without when every page is present and when the slot is removed. Not with
+ * KUF_OPEN_DIRECT.
+ *
+ * From kuf_add_memory until kuf_remove_memory or kuf_close has returned the memslot is the library's: the host neither
+ * changes nor deletes it (a host that turns dirty logging on and off sets the memslot itself, with kuf_kvm_bitmap).
+ * KVM makes a change wait for everybody who waits for a page of the VM. So kuf_add_memory, kuf_discard,
+ * kuf_remove_memory and kuf_close on such a slot do, and may be called neither by a thread that resolves pages nor
+ * with a lock held that resolving pages needs.
  */
 #define KUF_MEMORY_MEMSLOT (1 << 4)
 
@@ -215,8 +222,12 @@
 
 /*
  * kuf_resolve: src is NULL and the bytes are lost. Touching these pages raises SIGBUS; an event is raised. Touched by
- * a guest, KVM sends it to the vCPU thread (BUS_MCEERR_AR, with the hva) and KVM_RUN returns EINTR. Undone by
- * kuf_discard.
+ * a guest, KVM sends it to the vCPU thread (BUS_MCEERR_AR, with the hva) and KVM_RUN returns EINTR; with a KVM
+ * mechanism the vCPU exits and kuf_vcpu_fault returns -EHWPOISON. Undone by kuf_discard.
+ *
+ * KVM's own access (an emulated instruction) to such a page may come out as KVM_EXIT_MMIO with an address inside a
+ * slot: KVM takes memory that it cannot read for a device. Do not answer it as one: kuf_ensure says -EHWPOISON for it.
+ * With KUF_MECHANISM_KVM_ASYNC it waits instead (KUF_EVENT_PARKED).
  */
 #define KUF_RESOLVE_POISON (1 << 2)
 
@@ -231,7 +242,8 @@
 
 /*
  * kuf_close, kuf_remove_memory: poison what is still unresolved, so that touching it raises SIGBUS. What a shared file
- * holds there is dropped, in all its mappings; the poison itself is on the slot's own mapping.
+ * holds there is dropped, in all its mappings; the poison itself is on the slot's own mapping. End the vCPUs: one that
+ * is inside KVM may leave it with KVM_EXIT_MMIO at an address in RAM (see KUF_RESOLVE_POISON).
  */
 #define KUF_CLOSE_POISON (1 << 0)
 
@@ -244,6 +256,10 @@
 /*
  * kuf_close: do not wait for fill callbacks that are still running. Their results are dropped;
  * kuf_options.release is called when the last one has returned, and opaque must stay valid until then.
+ *
+ * With KUF_MECHANISM_KVM_ASYNC a callback writes to guest memory itself, which has to stay mapped until then too. What
+ * is poisoned keeps its marks and userfaults stay enabled on the VM: vCPUs go on exiting at these pages, and who waits
+ * inside KVM for one stays there until it is killed. For a VM that is about to go.
  */
 #define KUF_CLOSE_NOWAIT (1 << 2)
 
@@ -475,7 +491,7 @@ struct kuf_options {
     int32_t vm_fd;
     /*
      * Threads that may be inside a fill callback at once, besides the one that always watches for faults:
-     * 1 to 256, 0 for 2. With kuf_populate, one more. Ignored without a fill callback.
+     * 1 to 256, 0 for 2. With kuf_populate or KUF_MECHANISM_KVM_BITMAP, one more. Ignored without a fill callback.
      */
     uint32_t fill_threads;
     /*
@@ -534,7 +550,8 @@ struct kuf_memory {
     uint64_t fd_offset;
     /*
      * KUF_MECHANISM_KVM_ASYNC: the memory attributes (KVM_MEMORY_ATTRIBUTE_PRIVATE, 1 << 3) that the range has besides
-     * the mark, which the library keeps: KVM_SET_MEMORY_ATTRIBUTES replaces all of them. Else 0.
+     * the mark, which the library keeps: KVM_SET_MEMORY_ATTRIBUTES replaces all of them. They hold for the whole slot
+     * and for as long as it is there. Else 0.
      */
     uint64_t kvm_attributes;
     /* Handed back in kuf_fill and kuf_fault. */
@@ -818,8 +835,9 @@ int kuf_add_memory(struct kuf *kuf, const struct kuf_memory *memory);
 
 /*
  * Takes the slot that starts at gpa off the service; its memory stays mapped and is the host's alone: unregistered,
- * huge pages possible again, no cost left. With KUF_MECHANISM_KVM_ASYNC poisoned pages are made PROT_NONE and lose
- * their marks; with KUF_MECHANISM_KVM_BITMAP the bitmap is unmapped, so take KVM_MEM_USERFAULT off the memslot before.
+ * huge pages possible again, no cost left. With KUF_MECHANISM_KVM_ASYNC poisoned pages lose their marks (and become
+ * PROT_NONE where userfaultfd cannot poison them); with KUF_MECHANISM_KVM_BITMAP the bitmap is unmapped, so take
+ * KVM_MEM_USERFAULT off the memslot before.
  *
  * flags: 0, KUF_CLOSE_POISON, KUF_CLOSE_POPULATE or both.
  *
@@ -923,6 +941,8 @@ int kuf_vcpu_fault(struct kuf *kuf, uint64_t gpa, uint64_t len, uint64_t exit_fl
  * gpa, len: of any alignment, within one slot; len not 0. timeout_ms: milliseconds at most, -1 for ever, 0 does not
  * wait for others but still fills what nobody has begun.
  *
+ * With a KVM mechanism pages that the guest gave back become zero pages: they take memory again.
+ *
  * Returns 0: present or given back by the guest. Any thread but not from a callback (-EDEADLK); calls the fill
  * callback on the calling thread, so hold no lock that it takes. On a caller-driven handle the pages are queued for
  * kuf_read and waited for: not from the thread that reads.
@@ -992,7 +1012,8 @@ int kuf_kvm_bitmap(struct kuf *kuf, uint64_t gpa, uint64_t *address);
  *
  * gpa, len: of any alignment, within one slot; len not 0. Remembered until the slot is removed.
  *
- * Returns 0. Any thread, also from callbacks. Of use with KUF_MECHANISM_KVM_ASYNC; without effect with others.
+ * Returns 0. Any thread, also from fill and event callbacks. Of use with KUF_MECHANISM_KVM_ASYNC; without effect with
+ * others.
  * -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
  * -ECANCELED: kuf_close has begun. -EIO: the service is dead.
  */
@@ -1006,9 +1027,12 @@ int kuf_kvm_owned(struct kuf *kuf, uint64_t gpa, uint64_t len);
  *
  * timeout_ms: milliseconds at most, -1 for ever, 0 does not wait.
  *
+ * Fills that are running are waited for: hold no lock that the fill callback takes.
+ *
  * Returns 0. Any thread but not from a callback (-EDEADLK), and on a caller-driven handle not the thread that reads.
  * -EINVAL: kuf is NULL, timeout_ms below -1. -ETIMEDOUT: pages are still waited for. -EHWPOISON: KVM waits for a page
- *   that is poisoned (KUF_EVENT_PARKED). -ECANCELED: kuf_close has begun. -EIO: the service is dead.
+ *   that is poisoned (KUF_EVENT_PARKED); said once for each such page. -ECANCELED: kuf_close has begun. -EIO: the
+ *   service is dead.
  */
 int kuf_quiesce(struct kuf *kuf, int timeout_ms);
 

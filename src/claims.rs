@@ -265,6 +265,11 @@ impl<W: Waits> Claims<W> {
         runs
     }
 
+    /// Whether `page` is.
+    pub fn is_poisoned(&mut self, page: u64) -> bool {
+        self.at(page).is_some_and(|(_, claim)| claim.owner == Owner::Poison)
+    }
+
     /// Whether somebody is known to wait for a page that may still become present.
     pub fn waited_for(&self) -> bool {
         self.by_start.values().any(|claim| claim.owner != Owner::Poison && !claim.waiters.is_empty())
@@ -314,8 +319,10 @@ impl<W: Waits> Claims<W> {
             if theirs {
                 if claim.owner == Owner::Host {
                     taken.asked.push(claim.since);
-                    taken.ahead += if claim.demand { 0 } else { claim.end - start };
                     claim.owed = true;
+                }
+                if claim.owner == Owner::Host || Some(claim.id) == mine {
+                    taken.ahead += if claim.demand { 0 } else { claim.end - start };
                 }
                 claim.owner = Owner::Fill;
                 claim.id = id;

@@ -1,11 +1,14 @@
 //! What this host can do, and why not.
 
 use std::ffi::{c_char, c_int};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
 
 use crate::capi::types::*;
 use crate::error::{Error, Result};
 use crate::mechanism::kvm_bitmap::set_memslot;
+use crate::mechanism::kvm_ioctl;
 use crate::mechanism::userfaultfd::open;
 use crate::memory::buffer::Buffer;
 use crate::service::duplicate_vm;
@@ -47,28 +50,34 @@ pub fn kvm_async(vm: Option<&OwnedFd>) -> Result<()> {
         return Err(Error::new(libc::ENOTSUP, "KVM asynchronous userfaults: pass a VM descriptor to find out"));
     };
     let marks = |attributes: Option<c_int>| attributes.unwrap_or(0) as u64 & KVM_MEMORY_ATTRIBUTE_USERFAULT != 0;
+    own_vm(vm)?;
     // A VM names the mark only while userfaults are enabled: disabling them would release somebody else's guest.
     if marks(vm_extension(vm, KVM_CAP_MEMORY_ATTRIBUTES)) {
         return Err(Error::new(libc::EEXIST, "userfaults are enabled on this VM already, by somebody else"));
     }
     let args = [KVM_USERFAULT_DISABLE, 0, 0, 0];
-    let cap = kvm_enable_cap { cap: KVM_CAP_USERFAULT_ASYNC, flags: 0, args, pad: [0; 64] };
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_USERFAULT_ASYNC, flags: 0, args, pad: [0; 64] };
     let missing = || {
         let text = "this kernel has no KVM asynchronous userfaults (KVM_READ_USERFAULT): no released kernel does";
         Error::new(libc::ENOTSUP, text)
     };
-    if !marks(system_extension(KVM_CAP_MEMORY_ATTRIBUTES)) {
+    let system = system_extension(KVM_CAP_MEMORY_ATTRIBUTES).map_err(|e| no_kvm("KVM asynchronous userfaults", e))?;
+    if !marks(Some(system)) {
         return Err(missing());
     }
     // SAFETY: the struct that the request was computed from.
-    match unsafe { libc::ioctl(vm.as_raw_fd(), libc::c_ulong::from(KVM_ENABLE_CAP) as _, &cap) } {
-        0 => Ok(()),
-        _ if std::io::Error::last_os_error().raw_os_error() == Some(libc::EIO) => Err(Error::new(
-            libc::EIO,
-            "this VM is another process's, or dead: only the process that made it can serve it",
-        )),
-        _ => Err(missing()),
+    unsafe { kvm_ioctl::call(vm.as_fd(), KVM_ENABLE_CAP, &mut cap) }.map(drop).map_err(|_| missing())
+}
+
+/// KVM answers EIO to any process but the one that made the VM.
+pub fn own_vm(vm: &OwnedFd) -> Result<()> {
+    if vm_extension(vm, KVM_CAP_MEMORY_ATTRIBUTES).is_none()
+        && std::io::Error::last_os_error().raw_os_error() == Some(libc::EIO)
+    {
+        let text = "this VM is another process's, or dead: only the process that made it can serve it";
+        return Err(Error::new(libc::EIO, text));
     }
+    Ok(())
 }
 
 fn vm_extension(vm: &OwnedFd, extension: u32) -> Option<c_int> {
@@ -77,9 +86,13 @@ fn vm_extension(vm: &OwnedFd, extension: u32) -> Option<c_int> {
     (value >= 0).then_some(value)
 }
 
-fn system_extension(extension: u32) -> Option<c_int> {
-    let kvm = kvm_ioctls::Kvm::new().ok()?;
-    Some(kvm.check_extension_raw(u64::from(extension)))
+fn system_extension(extension: u32) -> std::result::Result<c_int, kvm_ioctls::Error> {
+    Ok(kvm_ioctls::Kvm::new()?.check_extension_raw(u64::from(extension)))
+}
+
+fn no_kvm(what: &str, error: kvm_ioctls::Error) -> Error {
+    let reason = std::io::Error::from_raw_os_error(error.errno());
+    Error::new(libc::ENOTSUP, format!("{what}: cannot be found out without /dev/kvm ({reason})"))
 }
 
 /// Tried on a VM made for it: bit 3 of the memslot flags was proposed for other things too, so the kernel has to take a
@@ -89,11 +102,8 @@ pub fn kvm_bitmap() -> Result<()> {
         let text = "this kernel has no KVM userfault bitmap (KVM_MEM_USERFAULT): no released kernel does";
         Error::new(libc::ENOTSUP, text)
     };
-    let no_kvm = |e: kvm_ioctls::Error| {
-        let reason = std::io::Error::from_raw_os_error(e.errno());
-        Error::new(libc::ENOTSUP, format!("KVM userfault bitmap: /dev/kvm makes no VM to try it on ({reason})"))
-    };
-    let vm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm()).map_err(no_kvm)?;
+    let made = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm());
+    let vm = made.map_err(|e| no_kvm("KVM userfault bitmap", e))?;
     // SAFETY: open for the life of `vm`.
     let vm = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) }.try_clone_to_owned().map_err(|_| missing())?;
     let page = rustix::param::page_size();
@@ -105,12 +115,12 @@ pub fn kvm_bitmap() -> Result<()> {
         userfault_bitmap: bitmap.at().as_ptr() as u64,
         ..Default::default()
     };
-    set_memslot(&vm, &region).map_err(|_| missing())?;
+    set_memslot(&vm, &mut region).map_err(|_| missing())?;
     (region.slot, region.guest_phys_addr) = (1, 1 << 30);
     region.userfault_bitmap = (page as u64).wrapping_neg();
-    match set_memslot(&vm, &region) {
-        Ok(()) => Err(missing()),
-        Err(_) => Ok(()),
+    match set_memslot(&vm, &mut region) {
+        Err(Errno::INVAL) => Ok(()),
+        _ => Err(missing()),
     }
 }
 

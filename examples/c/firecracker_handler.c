@@ -687,6 +687,8 @@ static void open_service(void)
         .fill = fill,
         .event = on_event,
     };
+    if (access("/proc/self/fd", F_OK) < 0)
+        refuse(SETUP, "/proc: %s (the library looks there what a descriptor is)", strerror(errno));
     handler.wakeup = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (handler.wakeup < 0)
         refuse(BROKEN, "eventfd: %s", strerror(errno));

@@ -33,7 +33,7 @@ macro_rules! sized {
     };
 }
 
-// The sizes of KUF_0.1: they never change.
+// The sizes of KUF_0.1: once released they never change.
 sized! {
     kuf_options: 104,
     kuf_memory: 80,

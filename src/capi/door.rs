@@ -91,7 +91,7 @@ impl Door {
                 let wait = door.left.wait_timeout(calls, Duration::from_millis(1));
                 drop(wait.unwrap_or_else(PoisonError::into_inner));
                 // The service threads have ended; a call may be in madvise, which waits for its event to be read.
-                service.read_at_the_end();
+                service.serve_at_the_end();
                 calls = door.calls.lock().unwrap_or_else(PoisonError::into_inner);
             }
             // A kuf_discard that was inside may have made pages absent since.

@@ -176,8 +176,9 @@ pub unsafe extern "C" fn kuf_add_memory(kuf: *mut kuf, memory: *const kuf_memory
 }
 
 /// Takes the slot that starts at gpa off the service; its memory stays mapped and is the host's alone: unregistered,
-/// huge pages possible again, no cost left. With KUF_MECHANISM_KVM_ASYNC poisoned pages are made PROT_NONE and lose
-/// their marks; with KUF_MECHANISM_KVM_BITMAP the bitmap is unmapped, so take KVM_MEM_USERFAULT off the memslot before.
+/// huge pages possible again, no cost left. With KUF_MECHANISM_KVM_ASYNC poisoned pages lose their marks (and become
+/// PROT_NONE where userfaultfd cannot poison them); with KUF_MECHANISM_KVM_BITMAP the bitmap is unmapped, so take
+/// KVM_MEM_USERFAULT off the memslot before.
 ///
 /// flags: 0, KUF_CLOSE_POISON, KUF_CLOSE_POPULATE or both.
 ///
@@ -336,6 +337,8 @@ pub unsafe extern "C" fn kuf_vcpu_fault(kuf: *mut kuf, gpa: u64, len: u64, exit_
 /// gpa, len: of any alignment, within one slot; len not 0. timeout_ms: milliseconds at most, -1 for ever, 0 does not
 /// wait for others but still fills what nobody has begun.
 ///
+/// With a KVM mechanism pages that the guest gave back become zero pages: they take memory again.
+///
 /// Returns 0: present or given back by the guest. Any thread but not from a callback (-EDEADLK); calls the fill
 /// callback on the calling thread, so hold no lock that it takes. On a caller-driven handle the pages are queued for
 /// kuf_read and waited for: not from the thread that reads.
@@ -448,7 +451,8 @@ pub unsafe extern "C" fn kuf_kvm_bitmap(kuf: *mut kuf, gpa: u64, address: *mut u
 ///
 /// gpa, len: of any alignment, within one slot; len not 0. Remembered until the slot is removed.
 ///
-/// Returns 0. Any thread, also from callbacks. Of use with KUF_MECHANISM_KVM_ASYNC; without effect with others.
+/// Returns 0. Any thread, also from fill and event callbacks. Of use with KUF_MECHANISM_KVM_ASYNC; without effect with
+/// others.
 /// -EINVAL: kuf is NULL, len is 0, overflow. -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot.
 /// -ECANCELED: kuf_close has begun. -EIO: the service is dead.
 ///
@@ -471,9 +475,12 @@ pub unsafe extern "C" fn kuf_kvm_owned(kuf: *mut kuf, gpa: u64, len: u64) -> c_i
 ///
 /// timeout_ms: milliseconds at most, -1 for ever, 0 does not wait.
 ///
+/// Fills that are running are waited for: hold no lock that the fill callback takes.
+///
 /// Returns 0. Any thread but not from a callback (-EDEADLK), and on a caller-driven handle not the thread that reads.
 /// -EINVAL: kuf is NULL, timeout_ms below -1. -ETIMEDOUT: pages are still waited for. -EHWPOISON: KVM waits for a page
-///   that is poisoned (KUF_EVENT_PARKED). -ECANCELED: kuf_close has begun. -EIO: the service is dead.
+///   that is poisoned (KUF_EVENT_PARKED); said once for each such page. -ECANCELED: kuf_close has begun. -EIO: the
+///   service is dead.
 ///
 /// # Safety
 /// `kuf` came from kuf_open.

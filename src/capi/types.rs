@@ -37,8 +37,9 @@ pub const KUF_MECHANISM_KVM_BITMAP: u32 = 2;
 /// holds on to what it has looked up; touched memory is refused with -EBUSY); memslots are changed only after
 /// kuf_quiesce with all vCPUs stopped; KVM_SET_MEMORY_ATTRIBUTES is left to the library for these ranges; memory that
 /// the guest gives back is reported with kuf_discard(..., KUF_DISCARD_REMOVED), and is not unmapped or moved before
-/// kuf_remove_memory; the handle is used in the process that made the VM (KVM answers any other with EIO, which ends
-/// the service).
+/// kuf_remove_memory; the memory is in one memslot range only (a second gpa for it is not marked); what an ioctl other
+/// than KVM_RUN reads of guest memory is present before (kuf_ensure), for it fails with EFAULT or waits; the handle is
+/// used in the process that made the VM (KVM answers any other with EIO, which ends the service).
 pub const KUF_MECHANISM_KVM_ASYNC: u32 = 3;
 /// Number of mechanism names, KUF_MECHANISM_AUTO included: the length of the arrays in struct kuf_probe.
 pub const KUF_MECHANISM_COUNT: usize = 4;
@@ -106,8 +107,14 @@ pub const KUF_MEMORY_FILL_ALL: u32 = 1 << 3;
 
 /// KUF_MECHANISM_KVM_BITMAP: the library sets the memslot kuf_memory.memslot itself (KVM_SET_USER_MEMORY_REGION2, with
 /// this slot's gpa, len and hva): made, or changed if the host has made it, with KVM_MEM_USERFAULT when the slot is
-/// added and after kuf_discard, without when every page is present and when the slot is removed. The memslot stays the
-/// host's to delete. Not with KUF_OPEN_DIRECT.
+/// added and before kuf_discard, without when every page is present and when the slot is removed. Not with
+/// KUF_OPEN_DIRECT.
+///
+/// From kuf_add_memory until kuf_remove_memory or kuf_close has returned the memslot is the library's: the host neither
+/// changes nor deletes it (a host that turns dirty logging on and off sets the memslot itself, with kuf_kvm_bitmap).
+/// KVM makes a change wait for everybody who waits for a page of the VM. So kuf_add_memory, kuf_discard,
+/// kuf_remove_memory and kuf_close on such a slot do, and may be called neither by a thread that resolves pages nor
+/// with a lock held that resolving pages needs.
 pub const KUF_MEMORY_MEMSLOT: u32 = 1 << 4;
 
 /// A write caused the fault.
@@ -128,8 +135,12 @@ pub const KUF_RESOLVE_ZERO: u32 = 1 << 0;
 /// or kuf_fill.buf / kuf_fault.place). Only for slots that are filled in place; with KUF_MECHANISM_KVM_ASYNC, all are.
 pub const KUF_RESOLVE_IN_PLACE: u32 = 1 << 1;
 /// kuf_resolve: src is NULL and the bytes are lost. Touching these pages raises SIGBUS; an event is raised. Touched by
-/// a guest, KVM sends it to the vCPU thread (BUS_MCEERR_AR, with the hva) and KVM_RUN returns EINTR. Undone by
-/// kuf_discard.
+/// a guest, KVM sends it to the vCPU thread (BUS_MCEERR_AR, with the hva) and KVM_RUN returns EINTR; with a KVM
+/// mechanism the vCPU exits and kuf_vcpu_fault returns -EHWPOISON. Undone by kuf_discard.
+///
+/// KVM's own access (an emulated instruction) to such a page may come out as KVM_EXIT_MMIO with an address inside a
+/// slot: KVM takes memory that it cannot read for a device. Do not answer it as one: kuf_ensure says -EHWPOISON for it.
+/// With KUF_MECHANISM_KVM_ASYNC it waits instead (KUF_EVENT_PARKED).
 pub const KUF_RESOLVE_POISON: u32 = 1 << 2;
 
 /// kuf_discard: the guest gave the range back (balloon, free page reporting): it reads as zero from now on. Without
@@ -139,13 +150,18 @@ pub const KUF_DISCARD_REMOVED: u32 = 1 << 0;
 /// kuf_populate: stop every populate request that is still running; gpa and len are ignored.
 pub const KUF_POPULATE_STOP: u32 = 1 << 0;
 /// kuf_close, kuf_remove_memory: poison what is still unresolved, so that touching it raises SIGBUS. What a shared file
-/// holds there is dropped, in all its mappings; the poison itself is on the slot's own mapping.
+/// holds there is dropped, in all its mappings; the poison itself is on the slot's own mapping. End the vCPUs: one that
+/// is inside KVM may leave it with KVM_EXIT_MMIO at an address in RAM (see KUF_RESOLVE_POISON).
 pub const KUF_CLOSE_POISON: u32 = 1 << 0;
 /// kuf_close, kuf_remove_memory: fill what is still unresolved first. A page that cannot be filled makes the call fail
 /// with -EIO and leaves the handle open, unless KUF_CLOSE_POISON is given too.
 pub const KUF_CLOSE_POPULATE: u32 = 1 << 1;
 /// kuf_close: do not wait for fill callbacks that are still running. Their results are dropped;
 /// kuf_options.release is called when the last one has returned, and opaque must stay valid until then.
+///
+/// With KUF_MECHANISM_KVM_ASYNC a callback writes to guest memory itself, which has to stay mapped until then too. What
+/// is poisoned keeps its marks and userfaults stay enabled on the VM: vCPUs go on exiting at these pages, and who waits
+/// inside KVM for one stays there until it is killed. For a VM that is about to go.
 pub const KUF_CLOSE_NOWAIT: u32 = 1 << 2;
 /// kuf_close: leave unresolved pages closed and registered, because the host hands its own descriptor of the
 /// userfaultfd to another handler; who waits is announced there anew. Only when every slot was added with
@@ -358,7 +374,7 @@ pub struct kuf_options {
     /// but not used by userfaultfd. The host keeps its own.
     pub vm_fd: i32,
     /// Threads that may be inside a fill callback at once, besides the one that always watches for faults:
-    /// 1 to 256, 0 for 2. With kuf_populate, one more. Ignored without a fill callback.
+    /// 1 to 256, 0 for 2. With kuf_populate or KUF_MECHANISM_KVM_BITMAP, one more. Ignored without a fill callback.
     pub fill_threads: u32,
     /// Longest run, in bytes, that one fill callback is asked for when somebody waits: 0 for 64 KiB, at most 64 MiB.
     /// Rounded to whole granules, at least one.
@@ -416,7 +432,8 @@ pub struct kuf_memory {
     /// Offset in fd that is mapped at hva; a multiple of the granule.
     pub fd_offset: u64,
     /// KUF_MECHANISM_KVM_ASYNC: the memory attributes (KVM_MEMORY_ATTRIBUTE_PRIVATE, 1 << 3) that the range has besides
-    /// the mark, which the library keeps: KVM_SET_MEMORY_ATTRIBUTES replaces all of them. Else 0.
+    /// the mark, which the library keeps: KVM_SET_MEMORY_ATTRIBUTES replaces all of them. They hold for the whole slot
+    /// and for as long as it is there. Else 0.
     pub kvm_attributes: u64,
     /// Handed back in kuf_fill and kuf_fault.
     pub opaque: *mut c_void,

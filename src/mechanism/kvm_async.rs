@@ -19,10 +19,9 @@ use std::time::{Duration, Instant};
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 
-use super::{next_id, Address, Content, Installed, Left, Mechanism, Message, Stop};
+use super::{kvm_ioctl, next_id, Address, Content, Installed, Left, Mechanism, Message, Stop};
 use crate::capi::types::KUF_FAULT_KVM;
 use crate::error::{Error, Result};
-use crate::memory::shared::exist;
 use crate::memory::Slot;
 use crate::pages::State;
 use crate::sync::{lock, Mutex};
@@ -53,17 +52,8 @@ struct Vm {
 
 impl Vm {
     fn ioctl<T>(&self, request: u32, argument: &mut T) -> std::result::Result<(), Errno> {
-        loop {
-            // SAFETY: `argument` is the struct that `request` was computed from (asserted in uapi).
-            if unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::c_ulong::from(request) as _, &raw mut *argument) } >= 0 {
-                return Ok(());
-            }
-            // SAFETY: errno of this thread.
-            match Errno::from_raw_os_error(unsafe { *libc::__errno_location() }) {
-                Errno::INTR => {}
-                errno => return Err(errno),
-            }
-        }
+        // SAFETY: each caller passes the struct that its request was computed from (asserted in uapi).
+        unsafe { kvm_ioctl::call(self.fd.as_fd(), request, argument) }.map(drop)
     }
 
     fn capability(&self, what: u64) -> std::result::Result<(), Errno> {
@@ -269,38 +259,31 @@ impl Mechanism for KvmAsync {
     }
 
     fn detach(&self, slot: &Slot, in_use: bool) {
-        let mut open = 0;
+        for state in [State::Present, State::Removed] {
+            let mut from = 0;
+            while let Some(run) = slot.pages.first_run(from..slot.pages.total(), state, u64::MAX) {
+                from = run.end;
+                let _ = self.set(slot, &run, 0);
+            }
+        }
+        // What touching makes an error needs no mark, and who waits for it gets that error instead of waiting for ever.
         for closed in slot.poisoned() {
-            let _ = self.set(slot, &(open..closed.start), 0);
-            open = closed.end;
-            // Inaccessible pages need no mark, and who waits for one gets an error instead of waiting for ever.
-            if in_use || !slot.protect(&closed) {
+            if in_use || !(slot.poison(&closed) || slot.protect(&closed)) {
                 self.keep.store(true, Ordering::Relaxed);
             } else {
                 let _ = self.set(slot, &closed, 0);
             }
         }
-        let _ = self.set(slot, &(open..slot.pages.total()), 0);
     }
 
     fn place(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<Option<NonNull<u8>>, i32> {
-        let len = (pages.end - pages.start) * slot.granule;
-        let (hva, mapped) = slot.hva_of(pages.start).ok_or(libc::ENOENT)?;
-        if mapped * slot.granule < len {
-            return Err(libc::ENOENT);
-        }
-        let at = NonNull::new(hva as *mut u8).ok_or(libc::EFAULT)?;
-        match exist(at, len as usize) {
-            // Before Linux 5.14: written without a net.
-            Ok(()) | Err(Errno::INVAL) => Ok(Some(at)),
-            Err(errno) => Err(errno.raw_os_error()),
-        }
+        slot.own_place(pages).map(Some)
     }
 
     fn install(&self, slot: &Slot, pages: &Range<u64>, content: Content) -> Installed {
         let all = pages.end - pages.start;
         let stop = match content {
-            Content::InPlace | Content::ZeroInPlace => {
+            Content::InPlace | Content::ZeroInPlace | Content::Shown => {
                 // The bytes before the mark: the kernel's locks order what follows, this orders what came before.
                 fence(Ordering::Release);
                 match self.set(slot, pages, 0) {
@@ -310,10 +293,13 @@ impl Mechanism for KvmAsync {
                     Err(errno) => Some(Stop::Other(errno.raw_os_error())),
                 }
             }
-            // The mark stays.
-            Content::Poison => None,
+            // The mark stays. It does not keep the VMM's own threads off.
+            Content::Poison => {
+                let _ = slot.poison(pages);
+                None
+            }
             // Everything is written in place here.
-            Content::Data(_) | Content::Zero | Content::Shown => Some(Stop::Unsupported),
+            Content::Data(_) | Content::Zero => Some(Stop::Unsupported),
         };
         Installed { pages: if stop.is_none() { all } else { 0 }, stop }
     }
@@ -330,7 +316,7 @@ impl Mechanism for KvmAsync {
     fn drop_pages(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<(), i32> {
         // The mark first: a vCPU that touches the page in between waits for what it will be.
         self.set(slot, pages, KVM_MEMORY_ATTRIBUTE_USERFAULT).map_err(|e| e.raw_os_error())?;
-        slot.drop_content(pages)
+        slot.drop_or_zero(pages)
     }
 
     fn close_off(&self, _slot: &Slot, _pages: &Range<u64>) -> bool {

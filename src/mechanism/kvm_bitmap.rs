@@ -3,7 +3,7 @@
 //! underneath, which also keeps everybody off a page whose bit is clear already and whose bytes are not there yet.
 
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::RwLock;
@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
 use super::userfaultfd::Userfaultfd;
-use super::{Content, Installed, Left, Mechanism, Message};
+use super::{kvm_ioctl, Content, Installed, Left, Mechanism, Message};
 use crate::error::{Error, Result};
 use crate::memory::Slot;
 use crate::pages::State;
@@ -38,7 +38,15 @@ pub struct Bitmap {
     /// The memslot, when the library sets it itself.
     memslot: Option<Memslot>,
     /// Whether KVM looks at the bitmap now, where the library knows. Held while that is changed.
-    armed: Mutex<bool>,
+    armed: Mutex<Armed>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Armed {
+    Off,
+    On,
+    /// Off for good: the bitmap is about to go.
+    Over,
 }
 
 // SAFETY: memory of atomics that the bitmap owns.
@@ -57,7 +65,7 @@ impl Bitmap {
         let at = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, MapFlags::PRIVATE) }
             .map_err(|e| Error::system("mapping a userfault bitmap", e.raw_os_error()))?;
         let words = NonNull::new(at.cast()).ok_or_else(|| Error::new(libc::ENOMEM, "no userfault bitmap"))?;
-        let bitmap = Self { words, len, frames_per_page, memslot, armed: Mutex::new(false) };
+        let bitmap = Self { words, len, frames_per_page, memslot, armed: Mutex::new(Armed::Off) };
         bitmap.set(&(0..pages));
         Ok(bitmap)
     }
@@ -103,8 +111,8 @@ impl Bitmap {
 
 impl Drop for Bitmap {
     fn drop(&mut self) {
-        // SAFETY: mapped by `new` with this length. KVM's memslot was changed first where the library set it; else the
-        // host was told to. Should it not have done so, KVM fails to read the bitmap, and nothing else happens.
+        // SAFETY: mapped by `new` with this length. A memslot that the library sets has been changed before, for good
+        // (`Armed::Over`); a host that sets its own was told to change it before.
         let _ = unsafe { rustix::mm::munmap(self.words.as_ptr().cast(), self.len) };
     }
 }
@@ -121,18 +129,23 @@ impl KvmBitmap {
         Self { under, vm }
     }
 
-    /// Makes KVM look at the slot's bitmap, or not, where the memslot is the library's to set. Waits for KVM to be done
+    /// Makes KVM look at the slot's bitmap or not, where the memslot is the library's to set. Waits for KVM to be done
     /// with the memslot as it was. Turning it on makes KVM drop what it has mapped of the memslot, so that bits that
     /// were set before count for all of it; turning it off lets it map huge pages again. `still` is asked when nobody
     /// else can be changing it any more.
-    fn arm(&self, slot: &Slot, on: bool, still: impl Fn(&Slot) -> bool) -> std::result::Result<(), Errno> {
+    fn arm(&self, slot: &Slot, to: Armed, still: impl Fn(&Slot) -> bool) -> std::result::Result<(), Errno> {
         let Some(bitmap) = &slot.kvm.bitmap else { return Ok(()) };
         let Some(memslot) = bitmap.memslot else { return Ok(()) };
         let mut armed = lock(&bitmap.armed);
-        if *armed == on || !still(slot) {
+        if *armed == to || *armed == Armed::Over || !still(slot) {
             return Ok(());
         }
-        let region = kvm_userspace_memory_region2 {
+        let on = to == Armed::On;
+        if !on && *armed == Armed::Off {
+            *armed = to;
+            return Ok(());
+        }
+        let mut region = kvm_userspace_memory_region2 {
             slot: memslot.id,
             flags: memslot.flags | if on { KVM_MEM_USERFAULT } else { 0 },
             guest_phys_addr: slot.gpa,
@@ -141,22 +154,16 @@ impl KvmBitmap {
             userfault_bitmap: if on { bitmap.address() } else { 0 },
             ..Default::default()
         };
-        set_memslot(&self.vm, &region)?;
-        *armed = on;
+        set_memslot(&self.vm, &mut region)?;
+        *armed = to;
         Ok(())
     }
 }
 
 /// KVM_SET_USER_MEMORY_REGION2.
-pub fn set_memslot(vm: &OwnedFd, region: &kvm_userspace_memory_region2) -> std::result::Result<(), Errno> {
-    let request = libc::c_ulong::from(KVM_SET_USER_MEMORY_REGION2) as _;
-    // SAFETY: the struct that the request was computed from; what it points to outlives the memslot, or KVM's reading
-    // of it fails.
-    if unsafe { libc::ioctl(vm.as_raw_fd(), request, &raw const *region) } < 0 {
-        // SAFETY: errno of this thread.
-        return Err(Errno::from_raw_os_error(unsafe { *libc::__errno_location() }));
-    }
-    Ok(())
+pub fn set_memslot(vm: &OwnedFd, region: &mut kvm_userspace_memory_region2) -> std::result::Result<(), Errno> {
+    // SAFETY: the struct that the request was computed from; what it points to outlives the memslot.
+    unsafe { kvm_ioctl::call(vm.as_fd(), KVM_SET_USER_MEMORY_REGION2, region) }.map(drop)
 }
 
 impl Mechanism for KvmBitmap {
@@ -192,8 +199,8 @@ impl Mechanism for KvmBitmap {
     }
 
     fn attached(&self, slot: &Slot) -> Result<()> {
-        // Until now vCPUs are caught by the userfaultfd.
-        self.arm(slot, true, |_| true)
+        // Until now vCPUs are caught by the userfaultfd. What is whole by now needs no exits.
+        self.arm(slot, Armed::On, |slot| !slot.whole())
             .map_err(|e| Error::system("KVM_SET_USER_MEMORY_REGION2 with KVM_MEM_USERFAULT", e.raw_os_error()))
     }
 
@@ -202,12 +209,12 @@ impl Mechanism for KvmBitmap {
     }
 
     fn detached(&self, slot: &Slot) {
-        let _ = self.arm(slot, false, |_| true);
+        let _ = self.arm(slot, Armed::Over, |_| true);
     }
 
     fn completed(&self, slot: &Slot) {
         // A page may have been discarded since.
-        let _ = self.arm(slot, false, Slot::whole);
+        let _ = self.arm(slot, Armed::Off, Slot::whole);
     }
 
     fn place(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<Option<NonNull<u8>>, i32> {
@@ -231,14 +238,22 @@ impl Mechanism for KvmBitmap {
         self.under.wake_range(hva);
     }
 
+    fn before_drop(&self, slot: &Slot) -> std::result::Result<(), i32> {
+        self.arm(slot, Armed::On, |_| true).map_err(|e| e.raw_os_error())
+    }
+
     fn drop_pages(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<(), i32> {
         // A bit has no effect on what KVM has mapped; dropping the page takes it out of KVM's mappings, so the bit
         // first.
         if let Some(bitmap) = &slot.kvm.bitmap {
             bitmap.set(pages);
-            self.arm(slot, true, |_| true).map_err(|e| e.raw_os_error())?;
         }
-        self.under.drop_pages(slot, pages)
+        self.under.drop_pages(slot, pages).inspect_err(|_| {
+            // Whatever is there now, the userfaultfd knows of it.
+            if let Some(bitmap) = &slot.kvm.bitmap {
+                bitmap.clear(pages);
+            }
+        })
     }
 
     fn close_off(&self, slot: &Slot, pages: &Range<u64>) -> bool {

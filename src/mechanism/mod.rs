@@ -6,6 +6,7 @@
 
 pub mod kvm_async;
 pub mod kvm_bitmap;
+pub mod kvm_ioctl;
 pub mod userfaultfd;
 
 use std::ops::Range;
@@ -166,8 +167,8 @@ pub trait Mechanism: Send + Sync {
     /// write to pages that are poisoned by now.
     fn detach(&self, slot: &Slot, in_use: bool);
 
-    /// What follows it, when every slot that ends with this one is detached: it may have to wait for who waited for pages
-    /// of those.
+    /// What follows it, when every slot that ends with this one is detached: it may have to wait for who waited for
+    /// pages of those.
     fn detached(&self, _slot: &Slot) {}
 
     /// Every page of the slot is present or removed: what it costs to catch touches may be saved. Called where waiting
@@ -191,6 +192,12 @@ pub trait Mechanism: Send + Sync {
 
     /// Wakes who waits at addresses that are in no slot any more.
     fn wake_range(&self, hva: Range<u64>);
+
+    /// To be called before pages are claimed to be dropped, with nothing held: it may have to wait for who waits for
+    /// pages.
+    fn before_drop(&self, _slot: &Slot) -> std::result::Result<(), i32> {
+        Ok(())
+    }
 
     /// Drops the content of `pages`, so that touching them is caught again. Err is an errno.
     fn drop_pages(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<(), i32>;

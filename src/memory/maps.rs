@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 pub struct Mapping {
     pub hva: Range<u64>,
     pub shared: bool,
+    pub writable: bool,
     pub inode: u64,
     /// Device number as `makedev` builds it.
     pub device: u64,
@@ -72,13 +73,14 @@ fn parse(line: &str) -> Option<Mapping> {
     let (start, end) = words.next()?.split_once('-')?;
     let hex = |word: &str| u64::from_str_radix(word, 16).ok();
     let hva = hex(start)?..hex(end)?;
-    let shared = words.next()?.as_bytes().get(3) == Some(&b's');
+    let rights = words.next()?.as_bytes();
+    let (writable, shared) = (rights.get(1) == Some(&b'w'), rights.get(3) == Some(&b's'));
     let offset = hex(words.next()?)?;
     let (major, minor) = words.next()?.split_once(':')?;
     let device = libc::makedev(hex(major)? as u32, hex(minor)? as u32);
     let inode = words.next()?.parse().ok()?;
     let anonymous_huge = words.next().is_some_and(|path| path.starts_with("/anon_hugepage"));
-    Some(Mapping { hva, shared, inode, device, offset, anonymous_huge })
+    Some(Mapping { hva, shared, writable, inode, device, offset, anonymous_huge })
 }
 
 #[cfg(test)]
@@ -87,14 +89,14 @@ mod tests {
 
     const MAPS: &str = "\
 10000-20000 rw-p 00000000 00:00 0 \n\
-20000-30000 rw-s 00003000 00:01 1033                       /memfd:ram (deleted)\n\
+20000-30000 r--s 00003000 00:01 1033                       /memfd:ram (deleted)\n\
 40000-50000 rw-p 00000000 00:0e 99                         /anon_hugepage (deleted)\n";
 
     #[test]
     fn finds_what_covers_a_range() {
         let found = select(MAPS, 0x18000..0x28000).unwrap();
         assert_eq!(found.len(), 2);
-        assert!(!found[0].shared && found[1].shared);
+        assert!(!found[0].shared && found[1].shared && found[0].writable && !found[1].writable);
         assert_eq!((found[1].inode, found[1].offset, found[1].device), (1033, 0x3000, libc::makedev(0, 1)));
         assert!(select(MAPS, 0x40000..0x50000).unwrap()[0].anonymous_huge);
     }

@@ -5,10 +5,12 @@ use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 
+use once_cell::sync::OnceCell;
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use super::buffer::Buffer;
 use crate::error::{Error, Result};
 
 /// The part of a shared file that backs a slot.
@@ -41,12 +43,8 @@ impl SharedFile {
     pub fn place(&self, bytes: Range<u64>) -> std::result::Result<NonNull<u8>, Errno> {
         let at = self.at(&bytes);
         let len = (bytes.end - bytes.start) as usize;
-        match exist(at, len) {
-            // Before Linux 5.14.
-            Err(Errno::INVAL) => {
-                rustix::fs::fallocate(&self.file, FallocateFlags::empty(), self.offset + bytes.start, len as u64)?;
-            }
-            other => other?,
+        if !exist(at, len)? {
+            rustix::fs::fallocate(&self.file, FallocateFlags::empty(), self.offset + bytes.start, len as u64)?;
         }
         Ok(at)
     }
@@ -108,15 +106,32 @@ impl Drop for SharedFile {
     }
 }
 
-/// Makes the pages of a mapping exist and writable, so that writing them cannot raise SIGBUS. Content that was there
-/// stays. ENOMEM or ENOSPC when they cannot be had, EINVAL before Linux 5.14.
-pub fn exist(at: NonNull<u8>, len: usize) -> std::result::Result<(), Errno> {
-    // SAFETY: changes no byte and no right; an address that is not mapped is an error.
-    match unsafe { rustix::mm::madvise(at.as_ptr().cast(), len, Advice::LinuxPopulateWrite) } {
+/// Makes the pages of a mapping exist and writable, so that writing them cannot raise a signal. Content that was there
+/// stays. ENOMEM or ENOSPC when they cannot be had, EACCES when they may not be written. False: this kernel cannot.
+pub fn exist(at: NonNull<u8>, len: usize) -> std::result::Result<bool, Errno> {
+    match populate(at, len) {
+        Ok(()) => Ok(true),
         // The fault handler's SIGBUS: the file has no room (tmpfs size, huge pages), or was truncated.
         Err(Errno::FAULT | Errno::BUSY) => Err(Errno::NOSPC),
-        other => other,
+        // Before Linux 5.14, or the mapping may not be written.
+        Err(Errno::INVAL) if can_populate() => Err(Errno::ACCESS),
+        Err(Errno::INVAL) => Ok(false),
+        Err(errno) => Err(errno),
     }
+}
+
+fn populate(at: NonNull<u8>, len: usize) -> std::result::Result<(), Errno> {
+    // SAFETY: changes no byte and no right; an address that is not mapped is an error.
+    unsafe { rustix::mm::madvise(at.as_ptr().cast(), len, Advice::LinuxPopulateWrite) }
+}
+
+/// Whether the kernel has MADV_POPULATE_WRITE, tried on a page that it cannot refuse.
+fn can_populate() -> bool {
+    static CAN: OnceCell<bool> = OnceCell::new();
+    *CAN.get_or_init(|| {
+        let page = rustix::param::page_size();
+        Buffer::new(page).is_ok_and(|buffer| populate(buffer.at(), page) != Err(Errno::INVAL))
+    })
 }
 
 /// The page size of a hugetlbfs file; None for any other.

@@ -1,17 +1,20 @@
 //! One memory slot: its pages, their owners, and where its host mapping is now.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ops::Range;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
+use rustix::io::Errno;
 use rustix::mm::Advice;
 
-use super::shared::SharedFile;
+use super::shared::{exist, SharedFile};
 use crate::claims::{Claims, Waits};
 use crate::mechanism::kvm_bitmap::Bitmap;
+use crate::mechanism::userfaultfd::Marker;
 use crate::mechanism::Mechanism;
 use crate::pages::{Pages, State};
 use crate::sync::{lock, Condvar, Mutex, MutexGuard};
@@ -65,8 +68,8 @@ pub struct ForKvm {
     pub bitmap: Option<Bitmap>,
     /// Pages that KVM itself uses, in its own right.
     pub owned: Mutex<Vec<Range<u64>>>,
-    /// Poisoned pages for which somebody has been waiting inside KVM since.
-    pub parked: Mutex<BTreeSet<u64>>,
+    /// Poisoned pages for which somebody has been waiting inside KVM since, and whether kuf_quiesce has said so.
+    pub parked: Mutex<BTreeMap<u64, bool>>,
 }
 
 /// A memory slot, or a forked child's view of one.
@@ -213,18 +216,55 @@ impl Slot {
         if let Some(shared) = &self.shared {
             let _ = shared.punch(&self.bytes_of(pages));
         } else if self.mechanism.marks() {
-            let _ = self.drop_content(pages);
+            let _ = self.drop_or_zero(pages);
         }
     }
 
+    /// Where `pages` are mapped, as pages that exist and may be written. Err is an errno.
+    pub fn own_place(&self, pages: &Range<u64>) -> Result<NonNull<u8>, i32> {
+        let len = (pages.end - pages.start) * self.granule;
+        let (hva, mapped) = self.hva_of(pages.start).ok_or(libc::ENOENT)?;
+        if mapped * self.granule < len {
+            return Err(libc::ENOENT);
+        }
+        let at = NonNull::new(hva as *mut u8).ok_or(libc::EFAULT)?;
+        // Where the kernel cannot make them exist, before Linux 5.14, they are written without a net.
+        exist(at, len as usize).map(|_| at).map_err(|e| e.raw_os_error())
+    }
+
+    /// Drops the bytes of `pages`, which are closed by marks; what cannot be dropped (locked shared memory) is zeroed.
+    pub fn drop_or_zero(&self, pages: &Range<u64>) -> Result<(), i32> {
+        self.drop_content(pages).or_else(|_| {
+            let at = self.own_place(pages)?;
+            // SAFETY: `own_place` made these bytes writable, and the caller's claim makes them its own.
+            unsafe { at.write_bytes(0, ((pages.end - pages.start) * self.granule) as usize) };
+            Ok(())
+        })
+    }
+
+    /// Makes touching `pages` a memory error for this process, in a slot that is under no userfaultfd. What they hold is
+    /// dropped. False: it could not be done, or not for all of them.
+    pub fn poison(&self, pages: &Range<u64>) -> bool {
+        let Ok(marker) = Marker::open() else { return false };
+        self.drop_content(pages).is_ok()
+            && self.each_mapped(pages, |at, len| marker.mark(at as u64, len as u64, self.granule)).is_ok()
+    }
+
     /// Drops the bytes of `pages`, in this process's mapping and in the file if there is one. Err is an errno.
-    pub fn drop_content(&self, pages: &Range<u64>) -> std::result::Result<(), i32> {
-        // Also for a shared file: punching a hole leaves poison marks where they are.
+    pub fn drop_content(&self, pages: &Range<u64>) -> Result<(), i32> {
         let keep = self.private || self.shared.is_some();
-        let advice = if keep { Advice::LinuxDontNeed } else { Advice::LinuxRemove };
         self.each_mapped(pages, |at, len| {
-            // SAFETY: guest memory of a slot that the host has put in the library's hands, to be dropped as it asked.
-            unsafe { rustix::mm::madvise(at, len, advice) }
+            // Also before punching a hole, which leaves poison marks where they are.
+            match advise(at, len, libc::MADV_DONTNEED) {
+                // Locked memory (mlock, mlockall).
+                Err(Errno::INVAL) => advise(at, len, MADV_DONTNEED_LOCKED)?,
+                other => other?,
+            }
+            if keep {
+                Ok(())
+            } else {
+                advise(at, len, libc::MADV_REMOVE)
+            }
         })
         .map_err(|e| e.raw_os_error())?;
         match &self.shared {
@@ -249,8 +289,8 @@ impl Slot {
     fn each_mapped(
         &self,
         pages: &Range<u64>,
-        act: impl Fn(*mut c_void, usize) -> rustix::io::Result<()>,
-    ) -> rustix::io::Result<()> {
+        act: impl Fn(*mut c_void, usize) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
         let mut page = pages.start;
         while page < pages.end {
             let Some((hva, mapped)) = self.hva_of(page) else { break };
@@ -345,5 +385,17 @@ impl Slot {
             let tally = self.claims().tally();
             tally.filling + tally.deferred == 0
         }
+    }
+}
+
+/// Since Linux 5.18; the C library may not know it.
+const MADV_DONTNEED_LOCKED: libc::c_int = 24;
+
+fn advise(at: *mut c_void, len: usize, advice: libc::c_int) -> Result<(), Errno> {
+    // SAFETY: guest memory of a slot that the host has put in the library's hands, to be dropped as it asked.
+    match unsafe { libc::madvise(at, len, advice) } {
+        0 => Ok(()),
+        // SAFETY: errno of this thread.
+        _ => Err(Errno::from_raw_os_error(unsafe { *libc::__errno_location() })),
     }
 }

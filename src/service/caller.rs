@@ -139,7 +139,10 @@ impl Service {
         self.ready.clear();
         if self.config.direct {
             self.pump_all();
-            let _serving = self.serving();
+            if self.inlets().iter().any(|inlet| inlet.is_starved()) {
+                // What was left may not be announced again.
+                self.ready.signal();
+            }
             while let Ok(work) = self.work.1.try_recv() {
                 self.work_on(work);
             }

@@ -1,13 +1,15 @@
 //! The end of a slot and of a handle. No page that was not filled is released onto zeroes.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use super::host::{refuse_inside_callbacks, refuse_inside_fill};
 use super::{Service, Work, DEAD};
 use crate::capi::types::*;
+use crate::claims::Claims;
 use crate::error::{Error, Result};
-use crate::memory::Slot;
+use crate::memory::{Slot, Waiter};
 use crate::pages::State;
 
 impl Service {
@@ -32,15 +34,21 @@ impl Service {
             std::thread::yield_now();
         }
         self.refuse_memslot_change(slot, "kuf_remove_memory")?;
-        let settled = settled(slot);
-        if slot.claims().busy(&(0..slot.pages.total())) {
-            return Err(Error::new(libc::EBUSY, "a fill of this slot is running: try again when it has ended"));
-        }
-        if flags & KUF_CLOSE_POISON == 0 && !settled {
+        let poison = flags & KUF_CLOSE_POISON != 0;
+        if !poison && !settled(slot) {
             return Err(unresolved(slot));
         }
         let views: Vec<_> = map.forks_of(slot).cloned().collect();
-        views.iter().chain([slot]).for_each(|slot| self.poison_rest(slot));
+        // Host code that fills the slot may be writing to its very pages.
+        if !self.poison_unless(slot, |claims, all| {
+            claims.busy(all) || !poison && (slot.pages.count(State::Absent) > 0 || claims.open(all))
+        }) {
+            return Err(match poison || slot.claims().busy(&(0..slot.pages.total())) {
+                true => Error::new(libc::EBUSY, "a fill of this slot is running: try again when it has ended"),
+                false => unresolved(slot),
+            });
+        }
+        views.iter().for_each(|slot| self.poison_rest(slot));
         self.take_out(slot, &views)?;
         views.iter().chain([slot]).for_each(|slot| slot.mechanism.detach(slot, false));
         slot.mechanism.detached(slot);
@@ -152,13 +160,13 @@ impl Service {
 
     /// Reads and applies events when the service threads do so no more: whoever waits in madvise, munmap or mremap for
     /// an event of theirs to be read has nobody else to read it. Faults find their pages poisoned, or present.
-    pub fn read_at_the_end(&self) {
+    fn read_at_the_end(&self) {
         self.pump_all();
     }
 
     /// As [`Service::read_at_the_end`], and serves the faults that no source is needed for: a thread that still runs may
     /// be changing a memslot, and KVM lets it when nobody waits.
-    pub(super) fn serve_at_the_end(&self) {
+    pub fn serve_at_the_end(&self) {
         self.read_at_the_end();
         while let Ok(work) = self.work.1.try_recv() {
             match work {
@@ -170,10 +178,24 @@ impl Service {
 
     /// Takes every unsettled page from whoever is at it and poisons it. Late answers find nothing to fill.
     pub(super) fn poison_rest(&self, slot: &Arc<Slot>) {
+        self.poison_unless(slot, |_, _| false);
+    }
+
+    /// As [`Service::poison_rest`], but does nothing and returns false if `refuse` says so of the slot's claims.
+    pub(super) fn poison_unless(
+        &self,
+        slot: &Arc<Slot>,
+        refuse: impl Fn(&Claims<Waiter>, &Range<u64>) -> bool,
+    ) -> bool {
         let (id, runs, waiters) = loop {
             let mut claims = slot.claims();
-            // A page that is on its way through the kernel is present in a moment. In a dead service it may stay there.
-            if self.life.load(Ordering::Acquire) == DEAD || !claims.installing(&(0..slot.pages.total())) {
+            if refuse(&claims, &(0..slot.pages.total())) {
+                return false;
+            }
+            // A page that is on its way through the kernel is present in a moment, or dropped. In a dead service it may
+            // stay there.
+            let all = 0..slot.pages.total();
+            if self.life.load(Ordering::Acquire) == DEAD || !(claims.installing(&all) || claims.dropping(&all)) {
                 let shut = claims.shut(&slot.pages);
                 slot.wake_sleepers(&claims);
                 break shut;
@@ -182,12 +204,12 @@ impl Service {
             std::thread::yield_now();
         };
         drop(waiters);
-        if slot.gone().is_some() {
-            return;
+        if slot.gone().is_none() {
+            for run in runs {
+                self.poison(slot, id, run, libc::ECANCELED, "was not filled before the end of its service");
+            }
         }
-        for run in runs {
-            self.poison(slot, id, run, libc::ECANCELED, "was not filled before the end of its service");
-        }
+        true
     }
 }
 

@@ -46,7 +46,7 @@ impl Service {
                 // A failure has poisoned the page and told the host.
                 let _ = self.fill(&Run { slot, id, pages, wanted: Some(page) });
             }
-            Task::Zero(id) => self.zero(&slot, id, page),
+            Task::Zero(id) => self.zero(&slot, id, page..page + 1),
             Task::Map(id) => self.map(&slot, id, page),
             Task::Poison => self.touch_poison(&slot, page),
             Task::Parent(root) => {
@@ -87,8 +87,7 @@ impl Service {
                 let max = self.stride(&slot, page);
                 match self.claim_from(&mut claims, &slot, page, max, waiter) {
                     Some((id, pages)) => {
-                        slot.stride.0.store(pages.end, Ordering::Relaxed);
-                        slot.stride.1.store(pages.end - pages.start, Ordering::Relaxed);
+                        self.strode(&slot, &pages);
                         Task::Fill(id, pages)
                     }
                     None => Task::Nothing,
@@ -143,9 +142,15 @@ impl Service {
         }
     }
 
-    /// A page that the guest gave back is touched again.
-    fn zero(&self, slot: &Arc<Slot>, id: Id, page: u64) {
-        let pages = page..page + 1;
+    /// A demand fill of this run is about to begin.
+    fn strode(&self, slot: &Slot, pages: &Range<u64>) {
+        slot.stride.0.store(pages.end, Ordering::Relaxed);
+        slot.stride.1.store(pages.end - pages.start, Ordering::Relaxed);
+    }
+
+    /// Pages that the guest gave back are touched again.
+    fn zero(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
+        let page = pages.start;
         if slot.shared.is_some() {
             // Still in the file, then it was unmapped only, and its bytes are the guest's own.
             match self.install(slot, id, pages.clone(), page, Content::InPlace) {
@@ -154,10 +159,12 @@ impl Service {
                 (_, Ok(())) => return,
             }
         }
-        let content = match slot.mechanism.place(slot, &pages) {
+        let content = match self.place_in(slot, &pages) {
+            // Dropped when it was given back, and not opened since: it is zero.
+            _ if slot.mechanism.marks() => Content::ZeroInPlace,
             Ok(Some(at)) => {
-                // SAFETY: `place` made this page writable, and the claim makes it this thread's.
-                unsafe { at.write_bytes(0, slot.granule as usize) };
+                // SAFETY: `place` made these bytes writable, and the claim makes them this thread's.
+                unsafe { at.write_bytes(0, ((pages.end - pages.start) * slot.granule) as usize) };
                 Content::ZeroInPlace
             }
             Ok(None) => Content::Zero,
@@ -178,21 +185,22 @@ impl Service {
         match self.install(slot, id, pages.clone(), page, content) {
             (_, Ok(())) => {}
             (_, Err(failed)) if failed.errno == libc::EFAULT && slot.shared.is_some() => {
-                self.zero(slot, id, page);
+                self.zero(slot, id, pages);
             }
             (_, Err(failed)) => self.could_not(slot, id, pages, failed.errno),
         }
     }
 
     /// Opens what the guest gave back of `pages`: where a vCPU exits at it, it would exit again.
-    fn open_removed(&self, slot: &Arc<Slot>, pages: &Range<u64>) {
+    pub(super) fn open_removed(&self, slot: &Arc<Slot>, pages: &Range<u64>) {
         let mut from = pages.start;
-        while let Some(run) = slot.pages.first_run(from..pages.end, State::Removed, 1) {
-            from = run.end;
+        let max = if slot.mechanism.marks() { u64::MAX } else { 1 };
+        while let Some(run) = slot.pages.first_run(from..pages.end, State::Removed, max) {
             let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
-            let claimed = slot.claims().claim(&slot.pages, run.start, 1, State::Removed, terms);
-            if let Some((id, _)) = claimed {
-                self.zero(slot, id, run.start);
+            let claimed = slot.claims().claim(&slot.pages, run.start, run.end - run.start, State::Removed, terms);
+            from = claimed.as_ref().map_or(run.start + 1, |(_, pages)| pages.end);
+            if let Some((id, pages)) = claimed {
+                self.zero(slot, id, pages);
             }
         }
     }
@@ -272,7 +280,30 @@ impl Service {
             return Err(Error::new(libc::ENOENT, text));
         }
         self.stats.vcpu_faults.add(1);
-        self.ensure_pages(slot, slot.pages_of(&offsets), None)
+        let pages = slot.pages_of(&offsets);
+        if slot.mechanism.vcpu_exits() && slot.pages.first_run(pages.clone(), State::Present, 1).is_some() {
+            self.reopen(slot, &pages);
+        }
+        self.ensure_pages(slot, pages, None, true)
+    }
+
+    /// A vCPU has left KVM_RUN at a page that is present: it has become so since, or it was marked by somebody else. Opened
+    /// once more, so that no vCPU can leave for ever.
+    fn reopen(&self, slot: &Arc<Slot>, pages: &Range<u64>) {
+        for page in pages.clone() {
+            let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
+            let claimed = slot.claims().claim(&slot.pages, page, 1, State::Present, terms);
+            match claimed {
+                Some((id, pages)) if slot.mechanism.marks() => {
+                    let (_, result) = self.install(slot, id, pages.clone(), page, Content::Shown);
+                    if let Err(failed) = result {
+                        self.could_not(slot, id, pages, failed.errno);
+                    }
+                }
+                Some((id, _)) => self.map(slot, id, page),
+                None => {}
+            }
+        }
     }
 
     /// `kuf_ensure`.
@@ -285,11 +316,12 @@ impl Service {
         let map = self.memory.map();
         let (slot, offsets) = map.range(gpa, len)?;
         let deadline = u64::try_from(timeout_ms).ok().map(|ms| Instant::now() + Duration::from_millis(ms));
-        self.ensure_pages(slot, slot.pages_of(&offsets), deadline)
+        self.ensure_pages(slot, slot.pages_of(&offsets), deadline, false)
     }
 
-    /// Returns when `pages` are present or removed. Fills what nobody has begun on the calling thread.
-    pub(super) fn ensure_pages(&self, slot: &Arc<Slot>, pages: Range<u64>, deadline: Option<Instant>) -> Result<()> {
+    /// Returns when `pages` are present or removed. Fills what nobody has begun on the calling thread; `ahead`: and what
+    /// follows, if access is sequential.
+    fn ensure_pages(&self, slot: &Arc<Slot>, pages: Range<u64>, deadline: Option<Instant>, ahead: bool) -> Result<()> {
         let mut one_by_one = false;
         if slot.mechanism.vcpu_exits() {
             self.open_removed(slot, &pages);
@@ -326,12 +358,16 @@ impl Service {
                     self.ask(slot, page, Waiter { page, read_at, thread: 0, flags: 0, fork: None });
                 }
                 State::Absent => {
-                    let max = if one_by_one { 1 } else { (self.config.demand_run / slot.granule).max(1) };
-                    let max = max.min(pages.end - page);
+                    let max = match (one_by_one, ahead) {
+                        (true, _) => 1,
+                        (false, true) => self.stride(slot, page),
+                        (false, false) => (self.config.demand_run / slot.granule).clamp(1, pages.end - page),
+                    };
                     let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
                     let claimed = claims.claim(&slot.pages, page, max, State::Absent, terms);
                     drop(claims);
                     if let Some((id, pages)) = claimed {
+                        self.strode(slot, &pages);
                         let run = Run { slot: slot.clone(), id, pages, wanted: Some(page) };
                         one_by_one = self.fill(&run).is_err();
                     }

@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError};
 use super::host::refuse_inside_quiet;
 use super::resolve::aligned;
 use super::Service;
-use crate::claims::Discarding;
+use crate::claims::{Discarding, Id};
 use crate::error::{Error, Result};
 use crate::memory::Slot;
 use crate::pages::State;
@@ -35,8 +35,13 @@ impl Service {
     fn drop_pages(&self, slot: &Arc<Slot>, pages: Range<u64>, removed: bool) -> Result<()> {
         // A thread that comes from madvise may be here before its event, read already, was applied: this discard is later.
         drop(slot.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner));
+        if !removed {
+            slot.mechanism.before_drop(slot).map_err(|e| Error::system("changing the memslot", e))?;
+        }
         let Discarding { id, runs, waiters } = loop {
             let mut claims = slot.claims();
+            // Under the lock: a kuf_close that does not wait for this has not looked at the slot yet.
+            self.check_open()?;
             if !claims.installing(&pages) && !claims.dropping(&pages) {
                 // Not whole any more from here on, whatever becomes of the rest.
                 slot.complete.store(false, Ordering::Release);
@@ -48,7 +53,6 @@ impl Service {
                 break begun;
             }
             drop(claims);
-            self.check_open()?;
             std::thread::yield_now();
         };
         self.push_again(slot, waiters);
@@ -57,7 +61,7 @@ impl Service {
             // While this waits for the kernel, the REMOVE event it causes is read by a service thread, which leaves the
             // pages alone that are claimed here.
             if let Err(errno) = slot.mechanism.drop_pages(slot, run) {
-                runs[n..].iter().for_each(|run| self.abandon(slot, id, run.clone()));
+                self.drop_failed(slot, id, &runs[n..], state);
                 return Err(Error::system("dropping guest pages", errno));
             }
             // Whoever has read the REMOVE event of this may not have applied it yet.
@@ -74,9 +78,30 @@ impl Service {
             self.serve_parked(slot, run);
             self.push_again(slot, waiters);
         }
+        if !removed {
+            // It may have been taken for complete between the two; without exits all are caught still.
+            let _ = slot.mechanism.before_drop(slot);
+        }
         if let Some(work) = self.completion(slot) {
             self.work_on(work);
         }
         Ok(())
+    }
+
+    /// The first of `runs` could not be dropped as a whole. What a shared file holds is there still. Of other memory some
+    /// may be gone, and none of it may be taken for present: what is not gone keeps its bytes when it is filled anew.
+    fn drop_failed(&self, slot: &Arc<Slot>, id: Id, runs: &[Range<u64>], state: State) {
+        let mut rest = runs;
+        if let Some((first, others)) = runs.split_first().filter(|_| slot.shared.is_none()) {
+            let waiters = {
+                let mut claims = slot.claims();
+                let waiters = claims.settle(&slot.pages, first.clone(), id, Some(state));
+                slot.wake_sleepers(&claims);
+                waiters
+            };
+            self.push_again(slot, waiters);
+            rest = others;
+        }
+        rest.iter().for_each(|run| self.abandon(slot, id, run.clone()));
     }
 }

@@ -66,8 +66,12 @@ impl Service {
         let result = match answer {
             Answer::Filled(n) => self.filled(slot, id, pages, n, content, demand),
             Answer::Zero(n) if in_place => {
-                // SAFETY: `place` made these bytes writable, and the claim makes them this thread's.
-                unsafe { buf.write_bytes(0, (n * slot.granule) as usize) };
+                // Not where the callback itself has resolved pages of the run: the guest has them.
+                for run in slot.claims().held(pages.start..pages.start + n, id) {
+                    let (at, len) = ((run.start - pages.start) * slot.granule, (run.end - run.start) * slot.granule);
+                    // SAFETY: `place` made these bytes writable, and the claim makes them this thread's.
+                    unsafe { buf.add(at as usize).write_bytes(0, len as usize) };
+                }
                 self.filled(slot, id, pages, n, Content::ZeroInPlace, demand)
             }
             Answer::Zero(n) => self.filled(slot, id, pages, n, Content::Zero, demand),
@@ -120,21 +124,27 @@ impl Service {
     }
 
     fn place(&self, slot: &Arc<Slot>, pages: &Range<u64>) -> Result<Place, i32> {
+        match self.place_in(slot, pages)? {
+            Some(at) => Ok(Place::InPlace(at)),
+            None => {
+                let len = (pages.end - pages.start) * slot.granule;
+                self.buffers.take(len as usize).map(Place::Buffer).map_err(|e| e.errno())
+            }
+        }
+    }
+
+    /// Where to write `pages` in place, if that is how the slot is filled. A shortage of memory is waited out.
+    pub(super) fn place_in(&self, slot: &Slot, pages: &Range<u64>) -> Result<Option<NonNull<u8>>, i32> {
         let mut tries = 0;
         loop {
             match slot.mechanism.place(slot, pages) {
-                Ok(Some(at)) => return Ok(Place::InPlace(at)),
-                Ok(None) => {
-                    let len = (pages.end - pages.start) * slot.granule;
-                    return self.buffers.take(len as usize).map(Place::Buffer).map_err(|e| e.errno());
-                }
                 // Memory comes and goes; a page given up is lost.
                 Err(errno) if tries < 200 && matches!(errno, libc::ENOMEM | libc::ENOSPC) => {
                     self.stats.install_no_memory.add(1);
                     tries += 1;
                     std::thread::sleep(Duration::from_millis(10));
                 }
-                Err(errno) => return Err(errno),
+                other => return other,
             }
         }
     }
@@ -144,7 +154,7 @@ impl Service {
         for (pages, bytes) in early {
             // Bytes that are in place already may have been dropped since: the page must not be made anew for them.
             let written = matches!(bytes, Early::Data(_) | Early::Zero);
-            let at = match if written { slot.mechanism.place(slot, &pages) } else { Ok(None) } {
+            let at = match if written { self.place_in(slot, &pages) } else { Ok(None) } {
                 Ok(at) => at,
                 Err(errno) => {
                     self.could_not(slot, id, pages, errno);

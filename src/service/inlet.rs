@@ -29,12 +29,19 @@ pub struct Inlet {
     starved: AtomicBool,
     /// Faults of an adopted userfaultfd in no slot, as (hva, flags, thread, when): of one that is still to be added.
     parked: Mutex<Vec<(u64, u32, u32, Instant)>>,
+    /// What was given back there and is in no slot: of one that is still to be added. Sorted, apart from each other.
+    given_back: Mutex<Vec<Range<u64>>>,
 }
 
 impl Inlet {
     pub(super) fn new(mechanism: Arc<dyn Mechanism>, host_fd: Option<i32>, remote: bool, fork: bool) -> Arc<Self> {
-        let (starved, parked) = (AtomicBool::new(false), Mutex::new(Vec::new()));
-        Arc::new(Self { mechanism, host_fd, remote, fork, starved, parked })
+        let (starved, parked, given_back) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
+        Arc::new(Self { mechanism, host_fd, remote, fork, starved, parked, given_back })
+    }
+
+    /// Whether it holds messages there was no room for.
+    pub(super) fn is_starved(&self) -> bool {
+        self.starved.load(Ordering::SeqCst)
     }
 }
 
@@ -97,20 +104,20 @@ impl Service {
                 return;
             }
         }
-        self.pump_inlet(&inlet, room.max(1), Self::enqueue);
+        self.pump_inlet(&inlet, room.max(1), Self::send);
     }
 
     /// Reads everything a mechanism has, room or not: an install waits for the events in there.
     pub(super) fn pump_events(&self, mechanism: &Arc<dyn Mechanism>) {
         if let Some(inlet) = self.inlet(mechanism.id()) {
-            self.pump_inlet(&inlet, usize::MAX, Self::push);
+            self.pump_inlet(&inlet, usize::MAX, Self::push_counted);
         }
     }
 
     /// Reads every queue that had to wait for room.
     pub(super) fn pump_starved(&self) {
         for inlet in self.inlets().iter() {
-            if inlet.starved.load(Ordering::SeqCst) {
+            if inlet.is_starved() {
                 self.pump(inlet.mechanism.id());
             }
         }
@@ -119,7 +126,7 @@ impl Service {
     /// Reads every queue: the host's thread is the only reader there is.
     pub(super) fn pump_all(&self) {
         for inlet in self.inlets().iter() {
-            self.pump_inlet(inlet, self.config.queue_max, Self::enqueue);
+            self.pump_inlet(inlet, self.config.queue_max, Self::send);
         }
     }
 
@@ -135,7 +142,9 @@ impl Service {
                 if matches!(read, Ok(Left::More)) {
                     inlet.starved.store(true, Ordering::SeqCst);
                 }
+                let before = work.len();
                 self.apply(inlet, messages, &mut work);
+                work[before..].iter().for_each(|work| self.count(work));
                 read
             };
         }
@@ -183,11 +192,14 @@ impl Service {
                 Message::Removed(range) => {
                     self.stats.events_remove.add(1);
                     self.remove_range(id, &range, false, work);
+                    self.note_given_back(inlet, range);
                 }
                 Message::Unmapped(range) => {
                     self.stats.events_unmap.add(1);
                     remapped = true;
                     self.remove_range(id, &range, true, work);
+                    // What is mapped there next is not what was given back.
+                    let _ = take_within(&mut lock(&inlet.given_back), &range);
                     inlet.mechanism.wake_range(range);
                 }
                 Message::Moved { from, to } => {
@@ -199,6 +211,11 @@ impl Service {
                         slot.moved(from.clone(), Some(to));
                     }
                     self.memory.reindex();
+                    let moved = take_within(&mut lock(&inlet.given_back), &from);
+                    for range in moved {
+                        let at = |hva| to + (hva - from.start);
+                        self.note_given_back(inlet, at(range.start)..at(range.end));
+                    }
                     // The kernel does not wake who waits at an address that is no longer the page's.
                     inlet.mechanism.wake_range(from);
                 }
@@ -238,6 +255,42 @@ impl Service {
                         inlet.mechanism.wake_range(hva..hva + 1);
                     }
                 }
+            }
+        }
+    }
+
+    /// An adopted userfaultfd may report memory given back before its slot is added: it is kept for that.
+    fn note_given_back(&self, inlet: &Inlet, range: Range<u64>) {
+        if !inlet.mechanism.adopted() {
+            return;
+        }
+        let mut rest = vec![range];
+        for (slot, _) in self.memory.map().within_hva(inlet.mechanism.id(), rest[0].clone()) {
+            for extent in slot.extents() {
+                let _ = take_within(&mut rest, &(extent.hva..extent.hva + extent.len));
+            }
+        }
+        let mut given_back = lock(&inlet.given_back);
+        for range in rest {
+            let _ = take_within(&mut given_back, &range);
+            let at = given_back.partition_point(|other| other.end < range.start);
+            let end =
+                given_back[at..].iter().position(|other| other.start > range.end).map_or(given_back.len(), |n| at + n);
+            let touching = &given_back[at..end];
+            let start = touching.first().map_or(range.start, |first| first.start.min(range.start));
+            let last = touching.last().map_or(range.end, |last| last.end.max(range.end));
+            given_back.splice(at..end, std::iter::once(start..last));
+        }
+    }
+
+    /// Applies to a slot that was just added what was given back of it before. The caller holds the gate exclusively.
+    pub(super) fn apply_given_back(&self, slot: &Arc<Slot>, work: &mut Vec<Work>) {
+        let Some(inlet) = self.inlet(slot.mechanism.id()) else { return };
+        for extent in slot.extents() {
+            let ranges = take_within(&mut lock(&inlet.given_back), &(extent.hva..extent.hva + extent.len));
+            for range in ranges {
+                let offset = |hva| extent.offset + (hva - extent.hva);
+                self.give_back(slot, slot.pages_of(&(offset(range.start)..offset(range.end))), work);
             }
         }
     }
@@ -344,5 +397,35 @@ impl Service {
             error: errno,
             text,
         })
+    }
+}
+
+/// Cuts `range` out of `ranges`, which are sorted and apart, and returns what was cut.
+fn take_within(ranges: &mut Vec<Range<u64>>, range: &Range<u64>) -> Vec<Range<u64>> {
+    let mut taken = Vec::new();
+    let mut left = Vec::with_capacity(ranges.len());
+    for other in ranges.drain(..) {
+        let (start, end) = (other.start.max(range.start), other.end.min(range.end));
+        if start >= end {
+            left.push(other);
+            continue;
+        }
+        taken.push(start..end);
+        left.extend([other.start..start, end..other.end].into_iter().filter(|part| !part.is_empty()));
+    }
+    *ranges = left;
+    taken
+}
+
+#[cfg(test)]
+mod tests {
+    use super::take_within;
+
+    #[test]
+    fn a_range_is_cut_out_of_others() {
+        let mut ranges = vec![0..10, 20..30, 40..50];
+        assert_eq!(take_within(&mut ranges, &(5..45)), [5..10, 20..30, 40..45]);
+        assert_eq!(ranges, [0..5, 45..50]);
+        assert!(take_within(&mut ranges, &(5..45)).is_empty());
     }
 }

@@ -85,7 +85,7 @@ impl Service {
                 self.pump_events(&inlet.mechanism);
             }
             let map = self.memory.map();
-            if let Some((slot, page)) = map.slots().iter().find_map(|slot| parked_at(slot).map(|page| (slot, page))) {
+            if let Some((slot, page)) = map.slots().iter().find_map(|slot| Some((slot, untold(slot)?))) {
                 let text = format!(
                     "KVM waits for the poisoned page at gpa {:#x}: kuf_discard it so that it is filled again, or end \
                      the vCPU",
@@ -93,8 +93,8 @@ impl Service {
                 );
                 return Err(Error::new(libc::EHWPOISON, text));
             }
-            // The queue of work first: what is taken from it is a claim with a waiter before it is served.
-            let queued = !self.work.1.is_empty() || self.serving.load(Ordering::SeqCst) > 0;
+            // First: what was demanded is a claim with a waiter, or served, before it counts as done.
+            let queued = self.demanded.load(Ordering::SeqCst) > 0;
             let busy = map.all().find(|slot| slot.claims().waited_for());
             match busy {
                 None if !queued => return Ok(()),
@@ -129,6 +129,14 @@ impl Service {
             let owned = lock(&slot.kvm.owned).clone();
             owned.into_iter().for_each(|pages| self.demand(slot, pages));
         }
+        for slot in map.slots().iter().filter(|slot| slot.mechanism.marks()) {
+            // What the guest gave back is closed too, and needs no source.
+            self.open_removed(slot, &(0..slot.pages.total()));
+            // Who waits for a poisoned page may be the one whose fault was lost: served when it is discarded.
+            for page in slot.poisoned().into_iter().flatten() {
+                lock(&slot.kvm.parked).entry(page).or_insert(true);
+            }
+        }
         if self.serviced() {
             // Refused when there is no slot, and so nothing to sweep.
             let _ = self.populate(NewPopulate { stop: false, sweep: true, range: None, rate: 0 });
@@ -137,6 +145,9 @@ impl Service {
 
     /// Asks for what is absent of `pages` as if somebody waited.
     fn demand(&self, slot: &Arc<Slot>, pages: Range<u64>) {
+        if slot.mechanism.marks() {
+            self.open_removed(slot, &pages);
+        }
         let mut from = pages.start;
         while let Some(run) = slot.pages.first_run(from..pages.end, State::Absent, 1) {
             from = run.end;
@@ -167,8 +178,12 @@ impl Service {
 
     /// Somebody inside KVM waits for a page that is poisoned, and stays there.
     pub(super) fn parked(&self, slot: &Arc<Slot>, pages: Range<u64>) {
-        if !lock(&slot.kvm.parked).insert(pages.start) {
+        if lock(&slot.kvm.parked).insert(pages.start, false).is_some() {
             return;
+        }
+        // A discard that came in between has found nobody to serve.
+        if !slot.claims().is_poisoned(pages.start) {
+            return self.serve_parked(slot, &pages);
         }
         let (gpa, len) = slot.gpa_of(&pages);
         let text = format!(
@@ -183,7 +198,7 @@ impl Service {
     pub(super) fn serve_parked(&self, slot: &Arc<Slot>, pages: &Range<u64>) {
         let waited_for: Vec<u64> = {
             let mut parked = lock(&slot.kvm.parked);
-            let here: Vec<u64> = parked.range(pages.clone()).copied().collect();
+            let here: Vec<u64> = parked.range(pages.clone()).map(|(page, _)| *page).collect();
             here.iter().for_each(|page| {
                 parked.remove(page);
             });
@@ -196,6 +211,10 @@ impl Service {
     }
 }
 
-fn parked_at(slot: &Slot) -> Option<u64> {
-    lock(&slot.kvm.parked).first().copied()
+/// A page that somebody inside KVM waits for in vain, which kuf_quiesce has not told of yet.
+fn untold(slot: &Slot) -> Option<u64> {
+    let mut parked = lock(&slot.kvm.parked);
+    let (page, told) = parked.iter_mut().find(|(_, told)| !**told)?;
+    *told = true;
+    Some(*page)
 }

@@ -79,6 +79,13 @@ enum Work {
     },
 }
 
+impl Work {
+    /// Whether somebody waits for it, as opposed to something that the host is to be told.
+    fn is_demand(&self) -> bool {
+        matches!(self, Self::Fault(_) | Self::Sweep)
+    }
+}
+
 const OPEN: u8 = 0;
 const CLOSING: u8 = 1;
 const DEAD: u8 = 2;
@@ -98,8 +105,8 @@ pub struct Service {
     crew: crew::Crew,
     /// The thread that watches the kernel is asleep there.
     lead_asleep: AtomicBool,
-    /// Work taken off the queue and not done yet.
-    serving: AtomicUsize,
+    /// Demand that is queued or being served.
+    demanded: AtomicUsize,
     /// A [`Work::Sweep`] is queued and has not begun.
     sweep_queued: AtomicBool,
     /// The host was told of a queue whose signals go elsewhere.
@@ -135,7 +142,7 @@ impl Service {
             fillers: AtomicUsize::new(if config.host.fill.is_some() { config.fill_threads } else { 1 }),
             crew: crew::Crew::new(),
             lead_asleep: AtomicBool::new(false),
-            serving: AtomicUsize::new(0),
+            demanded: AtomicUsize::new(0),
             sweep_queued: AtomicBool::new(false),
             warned: AtomicBool::new(false),
             waking: threads::Waking::new(!config.direct)?,
@@ -201,7 +208,13 @@ impl Service {
 
     /// Gives service threads something to do.
     fn push(&self, work: Work) {
-        self.enqueue(work);
+        self.count(&work);
+        self.push_counted(work);
+    }
+
+    /// As [`Service::push`], of work that was counted when it was read.
+    fn push_counted(&self, work: Work) {
+        self.send(work);
         if self.config.direct {
             self.ready.signal();
         } else if !self.crew.call() && self.lead_asleep.load(Ordering::SeqCst) {
@@ -209,8 +222,15 @@ impl Service {
         }
     }
 
-    /// As [`Service::push`], by a thread that goes on to work itself.
-    fn enqueue(&self, work: Work) {
+    /// Demand counts from when it is taken from the kernel until it is served.
+    fn count(&self, work: &Work) {
+        if work.is_demand() {
+            self.demanded.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Queues work for this thread, or whoever comes.
+    fn send(&self, work: Work) {
         // The channel is unbounded, and closed only with the service.
         let _ = self.work.0.send(work);
     }
@@ -262,6 +282,7 @@ fn open_mechanism(config: &Config) -> Result<Option<Arc<dyn Mechanism>>> {
         Which::Userfaultfd if config.adopt_only => None,
         Which::Userfaultfd => Some(Arc::new(userfaultfd()?)),
         Which::KvmBitmap(vm) => {
+            probe::own_vm(vm)?;
             probe::kvm_bitmap()?;
             Some(Arc::new(KvmBitmap::new(userfaultfd()?, duplicate(vm)?)))
         }

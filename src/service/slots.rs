@@ -41,6 +41,10 @@ impl Service {
             );
             return Err(Error::new(libc::EINVAL, text));
         }
+        if let Some(mapping) = mappings.iter().find(|mapping| marks && !mapping.writable) {
+            let text = format!("hva {:#x} is not writable: pages are written straight to it", mapping.hva.start);
+            return Err(Error::new(libc::EINVAL, text));
+        }
         let private = match (&file, mappings.first()) {
             (Some((file, offset)), Some(_)) => {
                 check_file_is_mapped(file, *offset, &new, &mappings)?;
@@ -95,12 +99,18 @@ impl Service {
                 });
             })
         });
+        let mut given_back = Vec::new();
+        if attached.is_ok() && mechanism.adopted() {
+            self.apply_given_back(&slot, &mut given_back);
+        }
         drop(gate);
+        given_back.into_iter().for_each(|work| self.push(work));
         if attached.is_err() && fresh {
             self.drop_inlet(mechanism.id());
         }
         attached?;
         if let Err(error) = mechanism.attached(&slot) {
+            self.poison_rest(&slot);
             self.take_out(&slot, &[])?;
             mechanism.detach(&slot, false);
             return Err(error);

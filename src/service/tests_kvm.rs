@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use super::config::{Config, Host, NewMemory, Which};
+use super::config::{Config, Host, NewMemory, NewPopulate, Resolution, Which};
 use super::Service;
 use crate::capi::types::*;
 use crate::mechanism::kvm_async::{Calls, KvmAsync};
@@ -204,6 +204,10 @@ struct Seen {
     hold: AtomicBool,
     /// A gfn that cannot be filled; 0: none.
     bad: AtomicU64,
+    /// Resolve the first page inside the callback and answer KUF_ZERO for the run.
+    resolve_inside: Mutex<Option<Arc<Service>>>,
+    /// Callbacks running now.
+    inside: AtomicU64,
 }
 
 impl Seen {
@@ -234,6 +238,19 @@ unsafe extern "C-unwind" fn fill(opaque: *mut c_void, fill: *mut kuf_fill) -> c_
     while seen.hold.load(Ordering::SeqCst) {
         std::thread::sleep(Duration::from_millis(1));
     }
+    let resolve_inside = seen.resolve_inside.lock().unwrap().clone();
+    if let Some(service) = resolve_inside {
+        let bytes = vec![pattern(fill.gpa / PAGE); PAGE as usize];
+        service.resolve(fill.gpa, PAGE, Resolution::Data(bytes.as_ptr())).unwrap();
+        return KUF_ZERO;
+    }
+    seen.inside.fetch_add(1, Ordering::SeqCst);
+    let answer = fill_run(seen, fill);
+    seen.inside.fetch_sub(1, Ordering::SeqCst);
+    answer
+}
+
+fn fill_run(seen: &Seen, fill: &kuf_fill) -> c_int {
     for gfn in fill.gpa / PAGE..(fill.gpa + fill.len) / PAGE {
         seen.fills.lock().unwrap().push(gfn);
         if gfn == seen.bad.load(Ordering::SeqCst) {
@@ -259,6 +276,11 @@ struct Rig {
 }
 
 fn rig(drain: bool) -> Rig {
+    rig_of(drain, false)
+}
+
+/// `direct`: caller-driven without threads, with room for one fault.
+fn rig_of(drain: bool, direct: bool) -> Rig {
     let (len, prot) = ((PAGE * PAGES) as usize, rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE);
     // SAFETY: a new mapping where the kernel likes.
     let hva = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, rustix::mm::MapFlags::PRIVATE) };
@@ -266,7 +288,7 @@ fn rig(drain: bool) -> Rig {
     let fake = Fake::new(hva);
     let seen = Arc::new(Seen::default());
     let host = Host {
-        fill: Some(fill),
+        fill: (!direct).then_some(fill),
         event: Some(event),
         log: None,
         release: None,
@@ -280,13 +302,13 @@ fn rig(drain: bool) -> Rig {
         mechanism: Which::KvmAsync { vm, drain },
         user_mode_only: false,
         follow_fork: false,
-        direct: false,
+        direct,
         adopt_only: false,
         fill_threads: 1,
         demand_run: PAGE,
         populate_run: 4 * PAGE,
         populate_inflight: 1 << 20,
-        queue_max: 4096,
+        queue_max: if direct { 1 } else { 4096 },
         spin: Duration::ZERO,
     };
     let mechanism = Arc::new(KvmAsync::over(Box::new(Handle(fake.clone())), drain));
@@ -538,5 +560,91 @@ fn quiescing_waits_for_who_waits() {
     rig.seen.hold.store(false, Ordering::SeqCst);
     rig.service.quiesce(-1).unwrap();
     Rig::all_right(vec![waiting]);
+    rig.fill_and_end();
+}
+
+#[test]
+fn a_lost_fault_of_a_page_that_was_given_back_is_swept_up_too() {
+    let rig = rig(false);
+    rig.service.discard(GPA + 8 * PAGE, PAGE, true).unwrap();
+    rig.fake.wrong(Wrong { lose: 1, ..Wrong::default() });
+    let (_, waiting) = rig.access(8);
+    assert_eq!(waiting.join().unwrap(), Some(0));
+}
+
+#[test]
+fn what_there_was_no_room_for_is_announced_again() {
+    let rig = rig_of(false, true);
+    let waiting = [rig.access(1), rig.access(1), rig.access(2)];
+    let mut asked = BTreeSet::new();
+    while asked.len() < 2 {
+        assert!(rig.service.caller_poll(5000).unwrap(), "a fault is in KVM's queue and nobody says so: {asked:?}");
+        let mut out = [std::mem::MaybeUninit::<kuf_fault>::uninit(); 16];
+        let n = rig.service.caller_read(&mut out).unwrap_or(0);
+        // SAFETY: that many were written.
+        asked.extend(out[..n].iter().map(|fault| unsafe { fault.assume_init_ref() }.gpa));
+    }
+    for gpa in asked {
+        let bytes = vec![pattern(gpa / PAGE); PAGE as usize];
+        assert_eq!(rig.service.resolve(gpa, PAGE, Resolution::Data(bytes.as_ptr())).unwrap(), PAGE);
+    }
+    Rig::all_right(waiting.into());
+    rig.end();
+}
+
+#[test]
+fn zero_is_not_written_over_what_the_callback_has_resolved_itself() {
+    let rig = rig(false);
+    *rig.seen.resolve_inside.lock().unwrap() = Some(rig.service.clone());
+    rig.service.ensure(GPA, PAGE, -1).unwrap();
+    *rig.seen.resolve_inside.lock().unwrap() = None;
+    rig.fill_and_end();
+}
+
+#[test]
+fn locked_memory_can_be_discarded() {
+    let rig = rig(false);
+    // SAFETY: locks the slot's own mapping, as it is touched.
+    let locked = unsafe { libc::mlock2(rig.fake.hva as *const c_void, (PAGE * PAGES) as usize, libc::MLOCK_ONFAULT) };
+    if locked != 0 {
+        return eprintln!("SKIP: this process may not lock memory");
+    }
+    Rig::all_right(vec![rig.access(3)]);
+    rig.service.discard(GPA + 3 * PAGE, PAGE, false).unwrap();
+    rig.service.vcpu_fault(GPA + 3 * PAGE, PAGE, 1 << 4).unwrap();
+    assert!(!rig.fake.state.lock().unwrap().marked.contains(&Rig::gfn(3)));
+    // Given back while its fill writes to it.
+    rig.seen.hold.store(true, Ordering::SeqCst);
+    let service = rig.service.clone();
+    let filling = std::thread::spawn(move || service.ensure(GPA + 5 * PAGE, PAGE, 10_000));
+    wait_until("the fill", || rig.service.stats().fills == 3);
+    rig.service.discard(GPA + 5 * PAGE, PAGE, true).unwrap();
+    rig.seen.hold.store(false, Ordering::SeqCst);
+    filling.join().unwrap().unwrap();
+    assert_eq!(rig.fake.byte(Rig::gfn(5)), Some(0), "what a cancelled fill wrote is there");
+}
+
+#[test]
+fn a_slot_is_not_taken_away_from_under_a_fill() {
+    for _ in 0..20 {
+        let rig = rig(false);
+        rig.service.populate(NewPopulate { stop: false, sweep: false, range: None, rate: 0 }).unwrap();
+        wait_until("a fill", || !rig.seen.fills.lock().unwrap().is_empty());
+        while let Err(error) = rig.service.remove_memory(GPA, KUF_CLOSE_POISON) {
+            assert_eq!(error.errno(), libc::EBUSY, "{error}");
+        }
+        assert_eq!(rig.seen.inside.load(Ordering::SeqCst), 0, "removed with a callback inside its memory");
+        rig.service.begin_end();
+        rig.service.end(0);
+    }
+}
+
+#[test]
+fn a_mark_that_somebody_else_has_put_there_does_not_keep_a_vcpu_leaving() {
+    let rig = rig(false);
+    rig.service.vcpu_fault(GPA, PAGE, 1 << 4).unwrap();
+    rig.fake.state.lock().unwrap().marked.insert(Rig::gfn(0));
+    rig.service.vcpu_fault(GPA, PAGE, 1 << 4).unwrap();
+    assert!(!rig.fake.state.lock().unwrap().marked.contains(&Rig::gfn(0)));
     rig.fill_and_end();
 }

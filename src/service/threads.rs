@@ -262,7 +262,6 @@ impl Service {
                 return;
             }
             let _place = Place(self);
-            let _serving = self.serving();
             while let Ok(work) = self.work.1.try_recv() {
                 self.pump_starved();
                 self.work_as(lead.filter(|lead| self.crew.leads(*lead)), work);
@@ -303,18 +302,16 @@ impl Service {
         !self.work.1.is_empty() && self.fillers.load(Ordering::SeqCst) > 0
     }
 
-    /// To be held from before work is taken off the queue until it is done.
-    pub(super) fn serving(&self) -> Serving<'_> {
-        self.serving.fetch_add(1, Ordering::SeqCst);
-        Serving(self)
-    }
-
     pub(super) fn work_on(&self, work: Work) {
+        let demand = work.is_demand();
         match work {
             Work::Fault(fault) => self.serve(fault),
             Work::Sweep => self.sweep(),
             Work::Log(level, text) => self.config.host.log(level, || text),
             Work::Notice { kind, gpa, len, error, text } => self.config.host.event(kind, gpa, len, error, &text),
+        }
+        if demand {
+            self.demanded.fetch_sub(1, Ordering::SeqCst);
         }
     }
 
@@ -346,15 +343,6 @@ struct Place<'a>(&'a Service);
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         self.0.fillers.fetch_add(1, Ordering::SeqCst);
-    }
-}
-
-/// Counted while it is there.
-pub(super) struct Serving<'a>(&'a Service);
-
-impl Drop for Serving<'_> {
-    fn drop(&mut self) {
-        self.0.serving.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -389,18 +389,14 @@ static void some_day(struct run *run)
     run_vcpus(false, "a message of a later version, in pieces");
 }
 
-/* Before its balloon gives anything back the guest has run: the handler has all regions when it serves the last. */
-static void run_a_moment(void)
-{
-    look_at(FILE_SIZE / PAGE - 1);
-}
-
-/* Given back before it was touched and after, by a thread that races the vCPUs and looks at once at what it gave. */
+/*
+ * Given back before the handler has taken over its region, before it was touched and after, by a thread that races the
+ * vCPUs and looks at once at what it gave.
+ */
 static void balloon(struct run *run)
 {
     struct vcpu vcpus[THREADS];
     announce(run, NOW);
-    run_a_moment();
     start_vcpus(vcpus, true);
     for (uint64_t i = 0; i < FILE_SIZE / PAGE / BLOCK; i += 3) {
         uint64_t block = scattered(i, FILE_SIZE / PAGE / BLOCK);
@@ -428,7 +424,6 @@ static void populated(struct run *run)
 static void populated_and_balloon(struct run *run)
 {
     announce(run, SINCE_1_7);
-    run_a_moment();
     for (uint64_t block = 0; block < FILE_SIZE / PAGE / BLOCK; block += 2)
         give_back(FILE_SIZE / PAGE / BLOCK - 1 - block, 1);
     wait_for_end(run);
@@ -506,7 +501,8 @@ static void killed_at_once(struct run *run)
 static void made_blocking(struct run *run)
 {
     announce(run, NOW);
-    run_a_moment();
+    /* The handler has all regions when it serves the last. */
+    look_at(FILE_SIZE / PAGE - 1);
     must(fcntl(guest.uffd, F_SETFL, 0) == 0, "the userfaultfd blocks");
     look_at(1000);
     is(atomic_load(&guest.wrong), 0, "blocking: no page is wrong");

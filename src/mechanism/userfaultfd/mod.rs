@@ -92,14 +92,19 @@ impl Userfaultfd {
         }
     }
 
-    /// Whether a page of private memory is not there; false where one cannot look.
+    /// Whether a private huge page that was said to be there is not: the kernel says so too when it has no page to give
+    /// (Linux 6.18). In another process one cannot look; there the pool says whether that is the reason.
     fn is_missing(&self, slot: &Slot, hva: u64) -> bool {
+        if slot.granule == page_size() || !slot.private {
+            return false;
+        }
+        if self.remote {
+            return free_huge_pages(slot.granule) == 0;
+        }
         let mut resident = 0_u8;
         // SAFETY: looks up one base page and writes one byte.
-        !self.remote
-            && slot.private
-            && unsafe { libc::mincore(hva as *mut _, page_size() as usize, &mut resident) } == 0
-            && resident & 1 == 0
+        let looked = unsafe { libc::mincore(hva as *mut _, page_size() as usize, &mut resident) } == 0;
+        looked && resident & 1 == 0
     }
 
     fn message(&self, msg: &uffd_msg) -> Option<Message> {
@@ -116,6 +121,35 @@ impl Userfaultfd {
             UFFD_EVENT_FORK => Message::Forked(unsafe { OwnedFd::from_raw_fd(msg.a as u32 as libc::c_int) }),
             _ => return None,
         })
+    }
+}
+
+/// A userfaultfd for putting poison marks into memory that is under none. Nobody serves it: memory is registered for the
+/// moment of marking only, and the marks stay.
+pub struct Marker(OwnedFd);
+
+impl Marker {
+    pub fn open() -> Result<Self> {
+        let (fd, _) = open::open(true)?;
+        ioctl::api(fd.as_fd(), UFFD_FEATURE_POISON).map_err(|e| Error::system("UFFDIO_API", e.raw_os_error()))?;
+        Ok(Self(fd))
+    }
+
+    pub fn mark(&self, hva: u64, len: u64, granule: u64) -> std::result::Result<(), Errno> {
+        let fd = self.0.as_fd();
+        ioctl::register(fd, hva, len, UFFDIO_REGISTER_MODE_MISSING)?;
+        let (mut done, mut result) = (0, Ok(()));
+        while done < len && result.is_ok() {
+            match ioctl::poison(fd, hva + done, len - done) {
+                (bytes, None) => done += bytes,
+                // Marked already, or there: whoever calls has dropped what was there.
+                (bytes, Some(Errno::EXIST)) => done += bytes + granule,
+                (bytes, Some(Errno::AGAIN)) => done += bytes,
+                (_, Some(errno)) => result = Err(errno),
+            }
+        }
+        let _ = ioctl::unregister(fd, hva, len);
+        result
     }
 }
 
@@ -201,8 +235,9 @@ impl Mechanism for Userfaultfd {
                 continue;
             }
             let mut stop = errno.map(stop);
-            // Private huge pages: no page to be had is answered as if there was one (Linux 6.18).
-            if stop == Some(Stop::Exists) && bytes == 0 && slot.granule > page_size() && self.is_missing(slot, hva) {
+            // A poison mark needs no page: what is there for that one is there.
+            let needs_page = !matches!(content, Content::Poison);
+            if stop == Some(Stop::Exists) && bytes == 0 && needs_page && self.is_missing(slot, hva) {
                 stop = Some(Stop::NoMemory(libc::ENOMEM));
             }
             return Installed { pages: bytes / slot.granule, stop };
@@ -266,6 +301,12 @@ impl Mechanism for Userfaultfd {
         let _ = rustix::io::ioctl_fionbio(&fd, true);
         Some(Arc::new(Self::new(fd, self.adopted, true)))
     }
+}
+
+/// How many huge pages of `size` the pool has left; 0 if it cannot be read.
+fn free_huge_pages(size: u64) -> u64 {
+    let path = format!("/sys/kernel/mm/hugepages/hugepages-{}kB/free_hugepages", size >> 10);
+    std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
 
 fn page_size() -> u64 {

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * What the tests of KUF_MECHANISM_KVM_BITMAP share: the selftests' virtual machine, a source of pages that keeps count,
- * and a vCPU's loop as a VMM has it. Memory at TEST_GPA is the library's; the low memory is nobody's but the VM's.
+ * What the tests of KUF_MECHANISM_KVM_BITMAP share: the selftests' virtual machine, a source of pages that keeps
+ * count, and a vCPU's loop as a VMM has it. Memory at TEST_GPA is the library's; the low memory is nobody's but the
+ * VM's.
  *
- * What a page holds is a matter of its address and of a generation, so that stale, misplaced and half-filled ones show.
+ * What a page holds is a matter of its address and of a generation, so that stale, misplaced and half-filled ones
+ * show.
  */
 #ifndef KUF_BITMAP_H
 #define KUF_BITMAP_H

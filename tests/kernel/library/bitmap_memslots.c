@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A change of a memslot waits for everybody inside KVM. Who is inside KVM may be waiting for a page, of this slot or of
- * another one. So wherever the library sets a memslot, pages must go on being served; here, with as few threads as there
- * can be, and KVM waiting for a page at each of these moments.
+ * A change of a memslot waits for everybody inside KVM. Who is inside KVM may be waiting for a page, of this slot or
+ * of another one. So wherever the library sets a memslot, pages must go on being served; here, with as few threads
+ * as there can be, and KVM waiting for a page at each of these moments.
  */
 #include "bitmap.h"
 
@@ -259,8 +259,8 @@ static void close_while_waiting(const char *name, int (*how)(struct call *), boo
 }
 
 /*
- * vCPUs whose KVM reads pages that need no source any more, but are not mapped here yet: it is inside KVM, page by page,
- * all the while.
+ * vCPUs whose KVM reads pages that need no source any more, but are not mapped here yet: it is inside KVM, page by
+ * page, all the while.
  */
 struct walker {
 	pthread_t thread;
@@ -290,46 +290,46 @@ static void *walker_main(void *arg)
 }
 
 /*
- * The slot that ends has a page left, so that its flag is on; all its others are removed, or in the file and not mapped
- * here. KVM is made to wait for those by the userfaultfd, for as long as there is one, in the very moment in which the
- * flag comes off.
+ * The slot that ends has a page left, so that its flag is on; all its others are removed, or in the file and not
+ * mapped here. KVM is made to wait for those by the userfaultfd, for as long as there is one, in the very moment in
+ * which the flag comes off: its own, and that of a slot in front of it.
  */
 static void end_under_touches(const char *name, bool zero, bool close_it)
 {
 	const uint64_t pages = 512;
 	unsigned int rounds = 0;
-	int fd = -1;
 	char what[100];
 
 	doing(name, 4);
 	for (int i = 0; i < 8; i++) {
-		struct walker w = { .r = &r, .cpu = 0, .gpa = TEST_GPA, .pages = pages - 1, .zero = zero };
-		uint8_t *mem = zero ? anon(pages * PAGE) : shared_memory(pages * PAGE, 0, &fd);
+		struct walker w = { .r = &r, .cpu = 0, .gpa = OTHER_GPA, .pages = pages - 1, .zero = zero };
+		struct kuf_memory slot;
 		struct kuf_options o;
-		int result;
+		int result, fd = 0;
 
-		if (!zero) {
-			uint8_t *page = malloc(PAGE);
-			for (uint64_t n = 0; n < pages - 1; n++) {
-				write_pages(page, TEST_GPA + n * PAGE, PAGE, 0);
-				MUST(pwrite(fd, page, PAGE, (off_t)(n * PAGE)));
-			}
-			free(page);
-		}
-		rig_vm(&r, mem, pages * PAGE, 1);
+		rig_vm(&r, anon(SIZE), SIZE, 1);
 		o = rig_options(&r);
 		o.fill_threads = 1;
 		rig_open(&r, o);
-		struct kuf_memory slot = rig_slot(&r, KUF_MEMORY_MEMSLOT | (zero ? 0 : KUF_MEMORY_FD));
-		slot.fd = zero ? 0 : fd;
-		rig_add(&r, slot);
+		rig_add(&r, rig_slot(&r, KUF_MEMORY_MEMSLOT));
+		other = zero ? anon(pages * PAGE) : shared_memory(pages * PAGE, 0, &fd);
+		for (uint64_t n = 0; !zero && n < pages - 1; n++) {
+			uint8_t page[PAGE];
+
+			write_pages(page, OTHER_GPA + n * PAGE, PAGE, 0);
+			MUST(pwrite(fd, page, PAGE, (off_t)(n * PAGE)));
+		}
+		slot = other_slot(KUF_MEMORY_MEMSLOT | (zero ? 0 : KUF_MEMORY_FD));
+		slot.len = pages * PAGE;
+		slot.fd = fd;
+		MUST_KUF(kuf_add_memory(r.kuf, &slot));
 		if (zero)
-			MUST_KUF(kuf_discard(r.kuf, TEST_GPA, (pages - 1) * PAGE, KUF_DISCARD_REMOVED));
-		CHECK_EQ("a page is left", progress(&r, TEST_GPA).absent, PAGE);
+			MUST_KUF(kuf_discard(r.kuf, OTHER_GPA, (pages - 1) * PAGE, KUF_DISCARD_REMOVED));
+		CHECK_EQ("a page is left", progress(&r, OTHER_GPA).absent, PAGE);
 		pthread_create(&w.thread, NULL, walker_main, &w);
 		AWAIT(w.rounds >= (unsigned int)(2 + i * 8));
 		result = close_it ? kuf_close(&r.kuf, KUF_CLOSE_POISON) :
-				    kuf_remove_memory(r.kuf, TEST_GPA, KUF_CLOSE_POISON);
+				    kuf_remove_memory(r.kuf, OTHER_GPA, KUF_CLOSE_POISON);
 		rounds += w.rounds;
 		w.stop = true;
 		pthread_join(w.thread, NULL);
@@ -338,7 +338,8 @@ static void end_under_touches(const char *name, bool zero, bool close_it)
 		snprintf(what, sizeof(what), "%s: content (round %d)", name, i);
 		CHECK(what, !w.bad);
 		rig_end(&r, KUF_CLOSE_POISON);
-		if (!zero)
+		munmap(other, pages * PAGE);
+		if (fd)
 			close(fd);
 	}
 	dprintf(1, "# %s: %u touches in 8 rounds\n", name, rounds);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A vCPU's first touch of a page: it leaves KVM_RUN, its page is filled on its own thread, and it goes on. Nothing of it
- * goes by the userfaultfd underneath, whoever owns the memslot.
+ * A vCPU's first touch of a page: it leaves KVM_RUN, its page is filled on its own thread, and it goes on. Nothing
+ * of it goes by the userfaultfd underneath, whoever owns the memslot.
  */
 #include "bitmap.h"
 
