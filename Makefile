@@ -29,13 +29,14 @@ STAGE_RUN := LD_LIBRARY_PATH=$(STAGE)/lib
 EXAMPLES := $(patsubst examples/c/%.c,$(BUILD)/examples/%,$(wildcard examples/c/*.c))
 C_TESTS  := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/*.c))
 C_ASAN   := $(C_TESTS:$(BUILD)/tests/%=$(BUILD)/tests-asan/%)
+BENCHES  := $(patsubst benches/%.c,$(BUILD)/bench/%,$(wildcard benches/*.c))
 K_TESTS  := $(patsubst tests/kernel/library/%.c,$(BUILD)/kernel-tests/%,$(wildcard tests/kernel/library/*.c))
 K_LIST   := $(BUILD)/kernel-tests/all.list
 
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
 .SUFFIXES:
-.PHONY: build header install install-files uninstall stage examples demo c-tests c-tests-asan check check-kernel clean help
+.PHONY: build header install install-files uninstall stage examples demo c-tests c-tests-asan check check-kernel check-qemu clean help
 
 build: $(BUILD)/$(SO) $(BUILD)/libkuf.a ## build libkuf.so and libkuf.a into build/ (the default)
 
@@ -136,6 +137,17 @@ $(BUILD)/kernel-tests/%: tests/kernel/library/%.c $(wildcard tests/kernel/librar
 	@$(CC) $(CFLAGS) -std=gnu11 -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla -Werror \
 	    -pthread -o $@ $< $$($(STAGE_PC) --cflags --libs kuf)
 
+$(BUILD)/bench/%: benches/%.c $(wildcard benches/*.h) $(BUILD)/stage.stamp
+	@mkdir -p $(@D)
+	@$(CC) $(CFLAGS) $(WARN) -Werror -pthread -o $@ $< $$($(STAGE_PC) --cflags --libs kuf)
+
+.PHONY: bench bench-programs
+bench-programs: $(BENCHES)
+
+bench: $(BENCHES) ## measure against what VMMs do today (QUICK=1 for two minutes, BENCH=name,... for some rows)
+	@tests/check/need.sh python3=python3
+	@benches/run.py
+
 check: ## run every test; the last line is the sum
 	@MAKE="$(MAKE)" tests/check/run.sh
 
@@ -144,6 +156,9 @@ check-kernel: $(K_TESTS) $(EXAMPLES) ## test the patched KVM kernel, and the lib
 	@mkdir -p $(dir $(K_LIST))
 	@awk 1 /dev/null $(wildcard tests/kernel/library/*.list) >$(K_LIST)
 	@tests/kernel/run.sh -L $(STAGE)/lib -l $(K_LIST)
+
+check-qemu: $(BUILD)/stage.stamp ## migrate guests with a QEMU that uses the library (builds it once: minutes)
+	@tests/qemu/run.sh $(STAGE)
 
 clean: ## remove build/ and cargo's target directory
 	rm -rf $(BUILD)

@@ -110,8 +110,9 @@ impl Service {
         }
         attached?;
         if let Err(error) = mechanism.attached(&slot) {
-            self.poison_rest(&slot);
+            // The memory is the host's as it was before the call.
             self.take_out(&slot, &[])?;
+            slot.wake_sleepers(&slot.claims());
             mechanism.detach(&slot, false);
             return Err(error);
         }

@@ -5,7 +5,7 @@
 
 . "$(dirname "$0")/common.sh"
 
-[ $# -gt 0 ] || set -- lint rust loom header symbols install c examples
+[ $# -gt 0 ] || set -- lint rust loom header symbols install c examples bench
 
 export KUF_TALLY=$work/tally
 : >"$KUF_TALLY"

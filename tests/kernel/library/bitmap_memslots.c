@@ -345,6 +345,110 @@ static void end_under_touches(const char *name, bool zero, bool close_it)
 	dprintf(1, "# %s: %u touches in 8 rounds\n", name, rounds);
 }
 
+/*
+ * The end comes while the flag of a slot that has become complete waits to come off: for KVM that waits for a page of
+ * another slot, with KVM touching pages that the guest had given back all the time.
+ */
+static void close_completing(void)
+{
+	const uint64_t pages = 512;
+	struct walker w = { .r = &r, .cpu = 0, .gpa = OTHER_GPA, .pages = pages - 1, .zero = true };
+	struct kuf_memory slot;
+	struct vcpu v;
+	struct call c;
+
+	begin("close completing", 0);
+	munmap(other, SIZE);
+	other = anon(pages * PAGE);
+	slot = other_slot(KUF_MEMORY_MEMSLOT);
+	slot.len = pages * PAGE;
+	MUST_KUF(kuf_add_memory(r.kuf, &slot));
+	MUST_KUF(kuf_discard(r.kuf, OTHER_GPA, (pages - 1) * PAGE, KUF_DISCARD_REMOVED));
+	kvm_waits(&v, 1, TEST_GPA + 3 * PAGE);
+	pthread_create(&w.thread, NULL, walker_main, &w);
+	MUST_KUF(kuf_ensure(r.kuf, OTHER_GPA + (pages - 1) * PAGE, PAGE, -1));
+	AWAIT(r.source.events[KUF_EVENT_COMPLETE] == 1);
+	sleep_ms(50);
+	call_start(&c, close_poison);
+	r.source.held_gpa = UINT64_MAX;
+	CHECK_EQ("close completing: ends", call_join(&c), 0);
+	w.stop = true;
+	pthread_join(w.thread, NULL);
+	CHECK("close completing: content", !w.bad && w.rounds > 0);
+	int result = vcpu_join(&v);
+	CHECK("close completing: KVM has its bytes, or none",
+	      result == KVM_EXIT_HLT ? is_pattern(v.out, TEST_GPA + 3 * PAGE, 8) : v.out_len == 0);
+	munmap(other, pages * PAGE);
+	other = anon(SIZE);
+	end();
+}
+
+/*
+ * A slot that is whole, so that its flag is off: each discard puts it on, each fill of the last page takes it off,
+ * while vCPUs and KVM touch these very pages, and wait for them. (What the guest reads may be of before or after: it
+ * is to keep off, if it cares.)
+ */
+static _Atomic bool whole_stop, whole_bad;
+static _Atomic unsigned int whole_touches[2];
+
+static void *whole_main(void *arg)
+{
+	int cpu = (int)(intptr_t)arg;
+	unsigned int n = (unsigned int)cpu;
+
+	while (!whole_stop) {
+		uint64_t gpa = TEST_GPA + n++ * 5 % PAGES * PAGE;
+		struct vcpu v = { .rig = &r, .cpu = cpu };
+
+		set_guest(&r.vm, cpu, cpu ? guest_outsb : guest_read, gpa, 8, 0);
+		bool good = drive(&v) == KVM_EXIT_HLT;
+		if (cpu) {
+			/* Byte by byte, and the page may go in between. */
+			for (uint64_t i = 0; i < 8; i++)
+				good = good && (v.out[i] == 0 || v.out[i] == pattern(gpa + i));
+		} else {
+			uint64_t rax = guest_rax(&r.vm, cpu);
+
+			good = good && (rax == 0 || rax == pattern64(gpa));
+		}
+		if (!good) {
+			dprintf(1, "# vCPU %d: run %d, kuf_vcpu_fault %d\n", cpu, v.result, v.error);
+			whole_bad = true;
+			return NULL;
+		}
+		whole_touches[cpu]++;
+	}
+	return NULL;
+}
+
+static void discard_whole(void)
+{
+	pthread_t t[2];
+	unsigned int n = 0;
+
+	begin("discard whole", 0);
+	doing("discard whole", 8);
+	CHECK("discard whole: fill", fill_all(2, TEST_GPA));
+	for (intptr_t i = 0; i < 2; i++)
+		pthread_create(&t[i], NULL, whole_main, (void *)i);
+	while ((whole_touches[0] < 400 || whole_touches[1] < 400) && !whole_bad) {
+		uint64_t first = n * 7 % PAGES, len = 1 + n % (PAGES - first);
+
+		MUST_KUF(kuf_discard(r.kuf, TEST_GPA + first * PAGE, len * PAGE, n % 3 ? 0 : KUF_DISCARD_REMOVED));
+		/* Now and then, whole again. */
+		if (n++ % 4 == 0)
+			MUST_KUF(kuf_ensure(r.kuf, TEST_GPA, SIZE, -1));
+	}
+	whole_stop = true;
+	for (int i = 0; i < 2; i++)
+		pthread_join(t[i], NULL);
+	CHECK("discard whole: its bytes or zeroes, and they get on", !whole_bad);
+	dprintf(1, "# discard whole: %u discards, %u times complete\n", n,
+		(unsigned int)r.source.events[KUF_EVENT_COMPLETE]);
+	CHECK("discard whole: it was", r.source.events[KUF_EVENT_COMPLETE] > 3);
+	end();
+}
+
 static _Atomic int in_callback[4];
 
 static void call_back(const struct kuf_event *event)
@@ -391,6 +495,8 @@ int main(int argc, char **argv)
 	RUN("remove-removed", end_under_touches("remove under touches of removed pages", true, false));
 	RUN("remove-file", end_under_touches("remove under touches of a file's pages", false, false));
 	RUN("close-removed", end_under_touches("close under touches of removed pages", true, true));
+	RUN("close-completing", close_completing());
+	RUN("discard-whole", discard_whole());
 	RUN("close-file", end_under_touches("close under touches of a file's pages", false, true));
 	return finish();
 }

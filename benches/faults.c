@@ -1,0 +1,178 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * faults.c - threads touch absent pages of anonymous memory: latency, pages a second, what serving costs
+ *
+ *     faults poll|drain|kuf image=FILE [KEY=VALUE]...
+ *
+ *     size=BYTES       the memory slot
+ *     window=BYTES     what is touched of it, in its middle (all)
+ *     pages=N          how many pages, each once, spread evenly over the window (all)
+ *     order=random|sequential   touchers=N   seed=N   pin=none|split|same   verify=quick|full
+ *     fill=copy|resolve   fill_threads=N   demand_run=BYTES   spin=US     kuf only
+ *     stats_hz=N       kuf: somebody asks for kuf_stats that often meanwhile
+ *     dose=N           kuf: does the library's statistics of a fault N times more, see statistics_again
+ */
+#include "baseline.h"
+
+/* ---- What statistics cost ---------------------------------------------------------------------------------------- */
+
+/*
+ * The library's counters cannot be turned off, and a build without them would not be the library. So the dose is raised
+ * instead: what it does about statistics for one fault (src/stats.rs) is done again, N times, in the fill callback, in
+ * the same place between the same cache misses. The time that N doses add, divided by N, is what one costs. Has to be
+ * kept in step with src/stats.rs.
+ */
+struct statistics {
+    _Atomic uint64_t counter[5];
+    struct {
+        _Atomic uint64_t sum, max, bucket[KUF_HISTOGRAM_BUCKETS];
+    } histogram[4];
+    pthread_mutex_t lock;
+    struct {
+        uint64_t thread, faults, total, max;
+    } threads[64];
+    unsigned dose;
+};
+
+static void record(struct statistics *statistics, unsigned which, uint64_t ns)
+{
+    unsigned bucket = 63 - (unsigned)__builtin_clzll(ns | 1);
+    atomic_fetch_add_explicit(&statistics->histogram[which].bucket[bucket % KUF_HISTOGRAM_BUCKETS], 1,
+                              memory_order_relaxed);
+    atomic_fetch_add_explicit(&statistics->histogram[which].sum, ns, memory_order_relaxed);
+    uint64_t max = atomic_load_explicit(&statistics->histogram[which].max, memory_order_relaxed);
+    while (max < ns && !atomic_compare_exchange_weak_explicit(&statistics->histogram[which].max, &max, ns,
+                                                              memory_order_relaxed, memory_order_relaxed))
+        ;
+}
+
+/* Five counters, four histograms with the clock read at both ends but for one that is shared, one thread's sum. */
+static void statistics_again(void *argument)
+{
+    struct statistics *statistics = argument;
+    for (unsigned dose = 0; dose < statistics->dose; dose++) {
+        for (unsigned n = 0; n < 5; n++)
+            atomic_fetch_add_explicit(&statistics->counter[n], n & 1, memory_order_relaxed);
+        for (unsigned n = 0; n < 3; n++) {
+            uint64_t began = now_ns();
+            record(statistics, n, now_ns() - began);
+        }
+        uint64_t waited = now_ns() & 0xffff;
+        record(statistics, 3, waited);
+        pthread_mutex_lock(&statistics->lock);
+        unsigned at = (unsigned)(mix(mix(dose + 1)) % 64); /* as much hashing as a SipHash of one word */
+        statistics->threads[at].faults++;
+        statistics->threads[at].total += waited;
+        if (statistics->threads[at].max < waited)
+            statistics->threads[at].max = waited;
+        pthread_mutex_unlock(&statistics->lock);
+    }
+}
+
+struct asker {
+    struct kuf *kuf;
+    uint64_t interval_ns, asked;
+    atomic_bool stop;
+    pthread_t thread;
+};
+
+static void *asker_body(void *argument)
+{
+    struct asker *asker = argument;
+    struct kuf_stats stats = {.size = sizeof(stats)};
+    uint64_t next = now_ns();
+    while (!atomic_load(&asker->stop)) {
+        if (kuf_stats(asker->kuf, &stats) < 0)
+            fail("kuf_stats: %s", kuf_error());
+        asker->asked++;
+        sleep_until(next += asker->interval_ns);
+    }
+    return NULL;
+}
+
+/* ---- The sides --------------------------------------------------------------------------------------------------- */
+
+int main(int argc, char **argv)
+{
+    const char *side = begin(argc, argv);
+    bool with_kuf = strcmp(side, "kuf") == 0;
+    if (!with_kuf && strcmp(side, "poll") != 0 && strcmp(side, "drain") != 0)
+        fail("%s: poll, drain or kuf", side);
+    struct image image = map_image();
+    uint64_t size = argument("size", image.size), window = argument("window", size);
+    uint64_t count = argument("pages", window / PAGE), seed = argument("seed", 1);
+    bool sequential = strcmp(text_argument("order", "random"), "sequential") == 0, thorough = verify_argument();
+    uint64_t stats_hz = with_kuf ? argument("stats_hz", 0) : 0;
+    static struct statistics statistics = {.lock = PTHREAD_MUTEX_INITIALIZER};
+    statistics.dose = with_kuf ? (unsigned)argument("dose", 0) : 0;
+    static struct touchers touchers;
+    touchers.threads = (unsigned)argument("touchers", 1);
+    touchers.pin = pin_argument();
+
+    uint8_t *memory = guest_memory(size, false);
+    uint64_t first = (size - window) / 2 / RUN * RUN / PAGE;
+    touchers.image = &image;
+    touchers.memory = memory;
+    touchers.count = count;
+    touchers.order = make_order(first, window / PAGE, count, sequential, seed);
+    start_touchers(&touchers);
+    double memory_before = own_memory(memory, size);
+
+    place_service(touchers.pin);
+    struct server server = {.image = &image, .memory = memory, .drain = strcmp(side, "drain") == 0};
+    struct guest guest = {.image = &image};
+    struct asker asker = {0};
+    uint64_t opening = now_ns();
+    if (with_kuf) {
+        if (statistics.dose != 0) {
+            guest.before_fill = statistics_again;
+            guest.before_fill_argument = &statistics;
+        }
+        open_kuf(&guest, (struct kuf_options){.size = 0});
+        add_guest(&guest, 0, memory, size, 0, 0);
+    } else {
+        server.uffd = open_userfaultfd(0);
+        register_memory(server.uffd, memory, size, UFFDIO_REGISTER_MODE_MISSING);
+        start_server(&server);
+    }
+    opening = now_ns() - opening;
+    no_more_arguments();
+    if (stats_hz != 0) {
+        asker.kuf = guest.kuf;
+        asker.interval_ns = 1000000000 / stats_hz;
+        if (pthread_create(&asker.thread, NULL, asker_body, &asker) != 0)
+            fail("no thread that asks");
+    }
+
+    struct service_use before = service_use();
+    release_touchers(&touchers);
+    uint64_t took = join_touchers(&touchers);
+    struct service_use after = service_use();
+    if (stats_hz != 0) {
+        atomic_store(&asker.stop, true);
+        pthread_join(asker.thread, NULL);
+    }
+
+    verify_touched(&touchers, thorough);
+    put_text("side", side);
+    put_number("seconds", seconds(took));
+    put_latencies(&touchers);
+    put_number("pages_per_second", (double)count / seconds(took));
+    put_number("bytes_per_second", (double)count * PAGE / seconds(took));
+    put_number("us_per_page", seconds(took) * 1e6 / (double)count);
+    put_service_use(before, after, count);
+    put_number("open_ms", seconds(opening) * 1e3);
+    put_number("bookkeeping_bytes", own_memory(memory, size) - memory_before);
+    put_count("slot_pages", size / PAGE);
+    if (with_kuf) {
+        put_kuf_stats(guest.kuf);
+        if (stats_hz != 0)
+            put_count("stats_asked", asker.asked);
+        close_kuf(&guest);
+    } else {
+        stop_server(&server);
+        put_count("faults", server.faults);
+        put_count("calls", server.faults + server.reads + server.polls);
+    }
+    end_result();
+}

@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * limits.c - what the kernel and the machine can do at most: runs of 2 MiB with no fault at all
+ *
+ *     limits copy|zeropage|continue|place|memcpy|eager image=FILE [size=BYTES run=BYTES verify=quick|full pin=...]
+ *
+ *     copy       UFFDIO_COPY from the image into anonymous memory
+ *     zeropage   UFFDIO_ZEROPAGE over anonymous memory
+ *     continue   UFFDIO_CONTINUE over a shared file that holds the bytes already
+ *     place      the image copied into a shared file through a second mapping, and UFFDIO_CONTINUE
+ *     memcpy     the image copied into memory that is there already
+ *     eager      read(2) of the whole image into fresh memory: a restore that is not lazy
+ */
+#include "baseline.h"
+
+static void zero_pages(int uffd, uint8_t *at, uint64_t length)
+{
+    for (uint64_t done = 0; done < length;) {
+        struct uffdio_zeropage zero = {.range = {(uintptr_t)at + done, length - done}};
+        if (ioctl(uffd, UFFDIO_ZEROPAGE, &zero) == 0)
+            return;
+        if (zero.zeropage > 0)
+            done += (uint64_t)zero.zeropage;
+        else if (errno != EAGAIN)
+            fail("UFFDIO_ZEROPAGE: %s", strerror(errno));
+    }
+}
+
+static void continue_pages(int uffd, uint8_t *at, uint64_t length)
+{
+    for (uint64_t done = 0; done < length;) {
+        struct uffdio_continue show = {.range = {(uintptr_t)at + done, length - done}};
+        if (ioctl(uffd, UFFDIO_CONTINUE, &show) == 0)
+            return;
+        if (show.mapped > 0)
+            done += (uint64_t)show.mapped;
+        else if (errno != EAGAIN)
+            fail("UFFDIO_CONTINUE: %s", strerror(errno));
+    }
+}
+
+int main(int argc, char **argv)
+{
+    const char *side = begin(argc, argv);
+    enum { COPY, ZEROPAGE, CONTINUE, PLACE, MEMCPY, EAGER, SIDES } what;
+    static const char *const names[] = {"copy", "zeropage", "continue", "place", "memcpy", "eager"};
+    for (what = COPY; what < SIDES && strcmp(side, names[what]) != 0; what++)
+        ;
+    if (what == SIDES)
+        fail("%s: copy, zeropage, continue, place, memcpy or eager", side);
+    struct image image = map_image();
+    uint64_t size = argument("size", image.size), run = argument("run", RUN);
+    bool thorough = verify_argument();
+    enum pin pin = pin_argument();
+    const char *path = text_argument("image", "");
+    no_more_arguments();
+    if (size % run != 0 || image.size % run != 0)
+        fail("size is not of whole runs");
+    place_service(pin);
+
+    uint8_t *memory, *second = NULL;
+    int uffd = -1, fd = -1;
+    if (what == CONTINUE || what == PLACE) {
+        uffd = open_userfaultfd(UFFD_FEATURE_MINOR_SHMEM);
+        fd = memfd_create("guest", MFD_CLOEXEC);
+        must(fd >= 0 && ftruncate(fd, (off_t)size) == 0, "memfd");
+        memory = must_map(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, "the memfd");
+        second = must_map(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, "the memfd again");
+        if (what == CONTINUE)
+            for (uint64_t at = 0; at < size; at += run)
+                memcpy(second + at, image_at(&image, at), run);
+        register_memory(uffd, memory, size, UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR);
+    } else {
+        memory = guest_memory(size, false);
+        if (what == COPY || what == ZEROPAGE) {
+            uffd = open_userfaultfd(0);
+            register_memory(uffd, memory, size, UFFDIO_REGISTER_MODE_MISSING);
+        } else if (what == MEMCPY) {
+            memset(memory, 1, size);
+        }
+    }
+    int file = what == EAGER ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+
+    uint64_t began = now_ns();
+    for (uint64_t at = 0; at < size; at += run) {
+        switch (what) {
+        case COPY:
+            copy_pages(uffd, memory + at, image_at(&image, at), run);
+            break;
+        case ZEROPAGE:
+            zero_pages(uffd, memory + at, run);
+            break;
+        case CONTINUE:
+            continue_pages(uffd, memory + at, run);
+            break;
+        case PLACE:
+            /* Half of what a fault for each page costs; where the kernel has it not, memcpy makes the pages. */
+            (void)madvise(second + at, run, MADV_POPULATE_WRITE);
+            memcpy(second + at, image_at(&image, at), run);
+            continue_pages(uffd, memory + at, run);
+            break;
+        case MEMCPY:
+            memcpy(memory + at, image_at(&image, at), run);
+            break;
+        default:
+            for (uint64_t done = 0; done < run;) {
+                ssize_t got = pread(file, memory + at + done, run - done, (off_t)((at + done) % image.size));
+                must(got > 0, path);
+                done += (uint64_t)got;
+            }
+        }
+    }
+    uint64_t took = now_ns() - began;
+
+    if (what == ZEROPAGE)
+        image.zero = 100;
+    verify_all(&image, memory, size, thorough);
+    put_text("side", side);
+    put_count("pages", size / PAGE);
+    put_number("seconds", seconds(took));
+    put_number("bytes_per_second", (double)size / seconds(took));
+    put_number("us_per_page", seconds(took) * 1e6 / ((double)size / PAGE));
+    put_count("faults", 0);
+    end_result();
+}

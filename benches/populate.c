@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * populate.c - anonymous memory filled ahead of the guest: how fast, on what pages, and what demand faults notice of it
+ *
+ *     populate copy|kuf|demand image=FILE [KEY=VALUE]...
+ *
+ *     copy     UFFDIO_COPY in 2 MiB runs: no faults, nobody else
+ *     kuf      kuf_populate
+ *     demand   a toucher of another slot at a steady pace, while kuf_populate works (background=1) or does not
+ *
+ *     size=BYTES  zero=PERCENT cluster=PAGES (those of the image)  reads=N (random, afterwards)  verify=quick|full
+ *     want_huge=1    the mapping asks for huge pages (MADV_HUGEPAGE)
+ *     detect=1       kuf: finds pages of zeroes itself      huge=1    kuf: makes huge pages
+ *     touches=N interval_us=N window=BYTES    demand only
+ *     fill=... fill_threads=N populate_run=BYTES    kuf and demand
+ */
+#include "baseline.h"
+
+/* Random reads that wait for one another: what a miss of the TLB costs shows in each. */
+static double random_reads(const uint8_t *memory, uint64_t size, uint64_t reads)
+{
+    uint64_t sum = 0, state = 1, began = now_ns();
+    for (uint64_t n = 0; n < reads; n++) {
+        /* The value read is part of the next address: as if by chance, for the compiler cannot know that it is not. */
+        state = mix(state + 1 + (sum & 1));
+        sum = *(const volatile uint64_t *)(const volatile void *)(memory + state % size / 64 * 64);
+    }
+    return (double)(now_ns() - began) / (double)reads;
+}
+
+static _Noreturn void demand(const struct image *image, uint64_t size, bool thorough)
+{
+    uint64_t window = argument("window", 64 * MIB), touches = argument("touches", 1000);
+    bool background = argument("background", 1) != 0;
+    static struct touchers touchers;
+    uint8_t *memory = guest_memory(size + window, false), *touched = memory + size;
+    touchers.image = image;
+    touchers.memory = touched;
+    touchers.count = touches;
+    touchers.threads = 1;
+    touchers.interval_ns = argument("interval_us", 200) * 1000;
+    touchers.order = make_order(0, window / PAGE, touches, false, argument("seed", 1));
+    struct guest guest = {.image = image};
+    open_kuf(&guest, (struct kuf_options){.size = 0});
+    no_more_arguments();
+    add_guest(&guest, 0, memory, size, 0, 0);
+    add_guest(&guest, size, touched, window, 0, 0);
+
+    start_touchers(&touchers);
+    release_touchers(&touchers);
+    uint64_t began = now_ns();
+    if (background) {
+        populate_guest(&guest, 0, size);
+        uint64_t took = wait_populated(&guest) - began;
+        /* What comes after populate has ended is not what is asked here. */
+        atomic_store(&touchers.stop, true);
+        join_touchers(&touchers);
+        verify_all(image, memory, size, thorough);
+        put_number("populate_seconds", seconds(took));
+        put_number("populate_bytes_per_second", (double)size / seconds(took));
+    } else {
+        join_touchers(&touchers);
+    }
+    verify_touched(&touchers, thorough);
+    put_text("side", "demand");
+    put_latencies(&touchers);
+    put_kuf_stats(guest.kuf);
+    close_kuf(&guest);
+    end_result();
+}
+
+int main(int argc, char **argv)
+{
+    const char *side = begin(argc, argv);
+    struct image image = map_image();
+    uint64_t size = argument("size", image.size), reads = argument("reads", 0);
+    bool thorough = verify_argument(), want_huge = argument("want_huge", 0) != 0;
+    bool with_kuf = strcmp(side, "kuf") == 0;
+    if (strcmp(side, "demand") == 0)
+        demand(&image, size, thorough);
+    if (!with_kuf && strcmp(side, "copy") != 0)
+        fail("%s: copy, kuf or demand", side);
+    bool detect = with_kuf && argument("detect", 0) != 0, huge = with_kuf && argument("huge", 0) != 0;
+    uint8_t *memory = guest_memory(size, want_huge);
+    struct guest guest = {.image = &image};
+    struct kuf_options options = {.size = 0};
+    uint32_t slot_flags = 0;
+    if (detect) {
+#ifdef KUF_OPEN_DETECT_ZERO
+        options.flags |= KUF_OPEN_DETECT_ZERO;
+#else
+        skip("this kuf.h has no KUF_OPEN_DETECT_ZERO");
+#endif
+    }
+    if (huge) {
+#ifdef KUF_MEMORY_HUGE
+        slot_flags |= KUF_MEMORY_HUGE;
+#else
+        skip("this kuf.h has no KUF_MEMORY_HUGE");
+#endif
+    }
+
+    struct service_use before = {0}, after = {0};
+    uint64_t took;
+    if (with_kuf) {
+        open_kuf(&guest, options);
+        no_more_arguments();
+        add_guest(&guest, 0, memory, size, slot_flags, 0);
+        before = service_use();
+        uint64_t began = now_ns();
+        populate_guest(&guest, 0, size);
+        took = wait_populated(&guest) - began;
+        after = service_use();
+        put_kuf_stats(guest.kuf);
+        /* The guest's later reads are without the service on both sides. */
+        if (kuf_remove_memory(guest.kuf, 0, 0) < 0)
+            fail("kuf_remove_memory: %s", kuf_error());
+    } else {
+        no_more_arguments();
+        int uffd = open_userfaultfd(0);
+        register_memory(uffd, memory, size, UFFDIO_REGISTER_MODE_MISSING);
+        uint64_t began = now_ns();
+        for (uint64_t at = 0; at < size; at += RUN)
+            copy_pages(uffd, memory + at, image_at(&image, at), RUN);
+        took = now_ns() - began;
+        unregister_memory(uffd, memory, size);
+    }
+
+    struct memory_use use = memory_use(memory, size);
+    if (reads != 0)
+        put_number("read_ns", random_reads(memory, size, reads));
+    verify_all(&image, memory, size, thorough);
+    put_text("side", side);
+    put_count("pages", size / PAGE);
+    put_number("seconds", seconds(took));
+    put_number("bytes_per_second", (double)size / seconds(took));
+    put_number("us_per_page", seconds(took) * 1e6 / ((double)size / PAGE));
+    uint64_t zero = 0;
+    for (uint64_t page = 0; image.zero != 0 && page < size / PAGE; page++)
+        zero += image_page_is_zero(page % (image.size / PAGE), image.zero, image.cluster);
+    put_number("zero_part", (double)zero / ((double)size / PAGE));
+    put_number("resident_part", (double)use.resident / (double)size);
+    put_number("huge_part", (double)use.huge / (double)size);
+    if (with_kuf) {
+        put_service_use(before, after, size / PAGE);
+        close_kuf(&guest);
+    }
+    end_result();
+}

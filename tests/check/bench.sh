@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: MIT OR Apache-2.0
+#
+# That the bench works: each row once, tiny, with every byte verified; its results, plots and table well-formed; and that
+# a wrong byte does not get past it. No time decides anything here.
+
+. "$(dirname "$0")/common.sh"
+
+needs cc=gcc pkg-config=pkg-config python3=python3
+try "build" "$MAKE" -s bench-programs || finish
+code=0
+timeout -k 10 300 python3 -B benches/run.py --check --out "$work/bench" >"$work/rows" 2>"$work/errors" </dev/null || code=$?
+while read -r verdict text; do
+    case $verdict in
+    ok) passed "$text" ;;
+    SKIP) skipped "${text%%: *}" "${text#*: }" ;;
+    *) failed "$text" ;;
+    esac
+done <"$work/rows"
+if [ "$code" -ne 0 ] && [ "$n_failed" -eq 0 ]; then
+    failed "run.py --check ended with $code"
+    sed 's/^/    /' "$work/errors"
+fi
+finish
