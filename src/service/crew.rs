@@ -81,8 +81,8 @@ impl Crew {
         }
     }
 
-    fn now(&self) -> u64 {
-        self.started.elapsed().as_nanos() as u64 + 1
+    fn at(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.started).as_nanos() as u64 + 1
     }
 
     /// Whether some thread has the lead, and another stands by.
@@ -95,7 +95,7 @@ impl Crew {
         let has = self.lead.load(Ordering::SeqCst);
         if has != NOBODY {
             let inside = self.inside_since.load(Ordering::SeqCst);
-            if inside == 0 || self.now().saturating_sub(inside) < TOO_LONG.as_nanos() as u64 {
+            if inside == 0 || self.at(Instant::now()).saturating_sub(inside) < TOO_LONG.as_nanos() as u64 {
                 return None;
             }
         }
@@ -117,10 +117,10 @@ impl Crew {
         let _ = self.lead.compare_exchange(lead.0, NOBODY, Ordering::SeqCst, Ordering::SeqCst);
     }
 
-    /// The thread that has the lead goes into host code with it.
-    pub fn enter(&self, lead: Lead) {
+    /// The thread that has the lead goes into host code with it, for a fault that was read at `since`.
+    pub fn enter(&self, lead: Lead, since: Instant) {
         if self.leads(lead) {
-            self.inside_since.store(self.now(), Ordering::SeqCst);
+            self.inside_since.store(self.at(since), Ordering::SeqCst);
         }
         self.entries.fetch_add(1, Ordering::SeqCst);
         if self.at_ease.load(Ordering::SeqCst) {
@@ -227,7 +227,7 @@ mod tests {
     fn who_stays_inside_host_code_loses_the_lead() {
         let crew = Crew::new();
         let first = crew.take_lead().unwrap();
-        crew.enter(first);
+        crew.enter(first, Instant::now());
         assert!(crew.take_lead().is_none());
         std::thread::sleep(2 * TOO_LONG);
         let second = crew.take_lead().unwrap();

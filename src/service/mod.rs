@@ -117,6 +117,8 @@ pub struct Service {
     buffers: Pool,
     life: AtomicU8,
     opened: Instant,
+    /// Something is to be looked after now and then: another process, a queue whose signals may be lost.
+    has_to_look: AtomicBool,
     /// When processes were last looked after, in milliseconds since then.
     looked: AtomicU64,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -151,6 +153,7 @@ impl Service {
             buffers: Pool::default(),
             life: AtomicU8::new(OPEN),
             opened: Instant::now(),
+            has_to_look: AtomicBool::new(false),
             looked: AtomicU64::new(0),
             threads: Mutex::new(Vec::new()),
             forks: config.follow_fork.then(fork::Watch::new).transpose()?,
