@@ -201,6 +201,10 @@ impl Service {
                 break shut;
             }
             drop(claims);
+            if self.check_open().is_err() {
+                // It may be waiting for its REMOVE event to be read, and the threads that read may have ended.
+                self.serve_at_the_end();
+            }
             std::thread::yield_now();
         };
         drop(waiters);
