@@ -228,7 +228,9 @@ impl Service {
                     // Discarded meanwhile: who waits looks again.
                     return slot.mechanism.wake(slot, &pages);
                 };
-                let marked = slot.mechanism.install(slot, &pages, Content::Poison);
+                // A service that ends may have left its callback to write there.
+                let content = if self.check_open().is_ok() { Content::Poison } else { Content::PoisonAtEnd };
+                let marked = slot.mechanism.install(slot, &pages, content);
                 let mut claims = slot.claims();
                 claims.poison(pages.clone(), id);
                 slot.wake_sleepers(&claims);

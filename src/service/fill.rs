@@ -230,13 +230,25 @@ impl Service {
 
     /// Closes what the claim `id` owns of `pages` for good, and says so.
     pub(super) fn poison(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: i32, why: &str) -> u64 {
+        self.poison_with(slot, id, pages, Content::Poison, errno, why)
+    }
+
+    pub(super) fn poison_with(
+        &self,
+        slot: &Arc<Slot>,
+        id: Id,
+        pages: Range<u64>,
+        content: Content,
+        errno: i32,
+        why: &str,
+    ) -> u64 {
         if slot.in_place() {
             // What a failed fill has left there is nobody's.
             slot.claims().held(pages.clone(), id).iter().for_each(|run| slot.scrub(run));
         }
         let (gpa, len) = slot.gpa_of(&pages);
         let reason = std::io::Error::from_raw_os_error(errno);
-        let (poisoned, result) = self.install(slot, id, pages.clone(), pages.start, Content::Poison);
+        let (poisoned, result) = self.install(slot, id, pages.clone(), pages.start, content);
         let text = format!("guest memory {gpa:#x}..{:#x} {why} ({reason})", gpa + len);
         let Err(failed) = result else {
             if poisoned > 0 {

@@ -161,7 +161,7 @@ impl Service {
     }
 
     fn opened(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, content: Content) {
-        if !matches!(content, Content::Poison) {
+        if !content.is_poison() {
             return self.settled(slot, id, pages, State::Present);
         }
         let waiters = {
@@ -247,7 +247,7 @@ impl Service {
             Content::Zero | Content::ZeroInPlace => self.stats.bytes_zeroed.add(bytes),
             Content::Shown => {}
             Content::InPlace => self.stats.bytes_in_place.add(bytes),
-            Content::Poison => self.stats.bytes_poisoned.add(bytes),
+            Content::Poison | Content::PoisonAtEnd => self.stats.bytes_poisoned.add(bytes),
         }
     }
 
