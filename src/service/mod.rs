@@ -6,7 +6,6 @@
 mod caller;
 mod close;
 pub mod config;
-mod crew;
 mod demand;
 mod discard;
 mod fill;
@@ -33,6 +32,7 @@ use std::time::Instant;
 use crossbeam_channel::{unbounded, Receiver, Sender};
 
 use crate::capi::types::*;
+use crate::crew::Crew;
 use crate::error::{Error, Result};
 use crate::mechanism::kvm_async::KvmAsync;
 use crate::mechanism::kvm_bitmap::KvmBitmap;
@@ -102,7 +102,7 @@ pub struct Service {
     /// Service threads that may be inside host code, of `config.fill_threads`: one more thread than that always
     /// watches.
     fillers: AtomicUsize,
-    crew: crew::Crew,
+    crew: Crew,
     /// The thread that watches the kernel is asleep there.
     lead_asleep: AtomicBool,
     /// Demand that is queued or being served.
@@ -142,7 +142,7 @@ impl Service {
             inlets: RwLock::default(),
             work: unbounded(),
             fillers: AtomicUsize::new(if config.host.fill.is_some() { config.fill_threads } else { 1 }),
-            crew: crew::Crew::new(),
+            crew: Crew::default(),
             lead_asleep: AtomicBool::new(false),
             demanded: AtomicUsize::new(0),
             sweep_queued: AtomicBool::new(false),
