@@ -347,6 +347,9 @@
 /* Once per kernel event other than a page fault. */
 #define KUF_LOG_DEBUG 4
 
+/* Largest kuf_options.spin_us. */
+#define KUF_SPIN_MAX 10000
+
 /*
  * Latency histograms have one bucket per power of two nanoseconds: bucket i counts values in [2^i, 2^(i+1)), bucket 0
  * also those below 1 ns, the last one everything longer.
@@ -520,6 +523,15 @@ struct kuf_options {
     kuf_release_fn release;
     /* First argument of the four callbacks. */
     void *opaque;
+    /*
+     * Microseconds, at most KUF_SPIN_MAX, that the thread that watches for faults may go on looking for the next one
+     * before it sleeps, and only while faults come that fast: 0 for not at all. It saves the time to wake up, which
+     * can be most of what a fault costs, and takes up to one CPU while faults come. Without effect when the process may
+     * use one CPU only.
+     */
+    uint32_t spin_us;
+    /* Zero. */
+    uint32_t reserved;
 };
 
 /* A memory slot: a guest physical range and the host mapping behind it. */

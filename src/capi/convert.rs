@@ -2,6 +2,7 @@
 
 use std::ffi::c_void;
 use std::mem::{size_of, MaybeUninit};
+use std::time::Duration;
 
 use super::types::*;
 use crate::error::{Error, Result};
@@ -34,7 +35,7 @@ macro_rules! sized {
 
 // The sizes of KUF_0.1: once released they never change.
 sized! {
-    kuf_options: 96,
+    kuf_options: 104,
     kuf_memory: 80,
     kuf_populate: 32,
     kuf_probe: 2088,
@@ -174,6 +175,7 @@ pub fn options(o: &kuf_options) -> Result<Config> {
         demand_run: run("options->demand_run", o.demand_run, 64 << 10)?,
         populate_run: run("options->populate_run", o.populate_run, 256 << 10)?,
         populate_inflight: in_range("options->populate_inflight", o.populate_inflight, 16 << 20, u64::MAX)?,
+        spin: Duration::from_micros(in_range("options->spin_us", o.spin_us.into(), 0, KUF_SPIN_MAX.into())?),
         queue_max: in_range("options->queue_max", u64::from(o.queue_max), 4096, u64::MAX)? as usize,
         user_mode_only: has(KUF_OPEN_USER_MODE_ONLY),
         follow_fork: has(KUF_OPEN_FOLLOW_FORK),

@@ -215,6 +215,9 @@ pub const KUF_LOG_INFO: u32 = 3;
 /// Once per kernel event other than a page fault.
 pub const KUF_LOG_DEBUG: u32 = 4;
 
+/// Largest kuf_options.spin_us.
+pub const KUF_SPIN_MAX: u32 = 10000;
+
 /// Latency histograms have one bucket per power of two nanoseconds: bucket i counts values in [2^i, 2^(i+1)), bucket 0
 /// also those below 1 ns, the last one everything longer.
 pub const KUF_HISTOGRAM_BUCKETS: usize = 40;
@@ -395,6 +398,13 @@ pub struct kuf_options {
     pub release: kuf_release_fn,
     /// First argument of the four callbacks.
     pub opaque: *mut c_void,
+    /// Microseconds, at most KUF_SPIN_MAX, that the thread that watches for faults may go on looking for the next one
+    /// before it sleeps, and only while faults come that fast: 0 for not at all. It saves the time to wake up, which
+    /// can be most of what a fault costs, and takes up to one CPU while faults come. Without effect when the process may
+    /// use one CPU only.
+    pub spin_us: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// A memory slot: a guest physical range and the host mapping behind it.

@@ -1,6 +1,7 @@
 //! What a handle was opened with, checked.
 
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 pub use super::host::Host;
 use crate::mechanism::kvm_bitmap::Memslot;
@@ -34,6 +35,8 @@ pub struct Config {
     /// Bytes.
     pub populate_inflight: u64,
     pub queue_max: usize,
+    /// How long a service thread may look for the next fault before it sleeps.
+    pub spin: Duration,
 }
 
 /// A slot to be added, with what can be checked without the kernel checked.

@@ -32,6 +32,7 @@ use std::time::Instant;
 use crossbeam_channel::{unbounded, Receiver, Sender};
 
 use crate::capi::types::*;
+use crate::crew::Crew;
 use crate::error::{Error, Result};
 use crate::mechanism::kvm_async::KvmAsync;
 use crate::mechanism::kvm_bitmap::KvmBitmap;
@@ -101,8 +102,9 @@ pub struct Service {
     /// Service threads that may be inside host code, of `config.fill_threads`: one more thread than that always
     /// watches.
     fillers: AtomicUsize,
-    /// Service threads asleep.
-    idle: AtomicUsize,
+    crew: Crew,
+    /// The thread that watches the kernel is asleep there.
+    lead_asleep: AtomicBool,
     /// Demand that is queued or being served.
     demanded: AtomicUsize,
     /// A [`Work::Sweep`] is queued and has not begun.
@@ -115,6 +117,8 @@ pub struct Service {
     buffers: Pool,
     life: AtomicU8,
     opened: Instant,
+    /// Something is to be looked after now and then: another process, a queue whose signals may be lost.
+    has_to_look: AtomicBool,
     /// When processes were last looked after, in milliseconds since then.
     looked: AtomicU64,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -138,7 +142,8 @@ impl Service {
             inlets: RwLock::default(),
             work: unbounded(),
             fillers: AtomicUsize::new(if config.host.fill.is_some() { config.fill_threads } else { 1 }),
-            idle: AtomicUsize::new(0),
+            crew: Crew::default(),
+            lead_asleep: AtomicBool::new(false),
             demanded: AtomicUsize::new(0),
             sweep_queued: AtomicBool::new(false),
             warned: AtomicBool::new(false),
@@ -148,6 +153,7 @@ impl Service {
             buffers: Pool::default(),
             life: AtomicU8::new(OPEN),
             opened: Instant::now(),
+            has_to_look: AtomicBool::new(false),
             looked: AtomicU64::new(0),
             threads: Mutex::new(Vec::new()),
             forks: config.follow_fork.then(fork::Watch::new).transpose()?,
@@ -199,7 +205,8 @@ impl Service {
         }
         self.ready.end();
         self.populate.wake();
-        self.waking.wake(self.config.fill_threads + 1);
+        self.crew.call_all();
+        self.waking.wake(1);
     }
 
     /// Gives service threads something to do.
@@ -213,7 +220,7 @@ impl Service {
         self.send(work);
         if self.config.direct {
             self.ready.signal();
-        } else if self.idle.load(Ordering::SeqCst) > 0 {
+        } else if !self.crew.call() && self.lead_asleep.load(Ordering::SeqCst) {
             self.waking.wake(1);
         }
     }

@@ -162,6 +162,7 @@ fn rig(no_poison: bool) -> Option<Rig> {
         populate_run: PAGE as u64,
         populate_inflight: 1 << 20,
         queue_max: 64,
+        spin: Duration::ZERO,
     };
     let service = Service::open_with(config, Some(faulty.clone())).unwrap();
     let (len, prot) = (PAGE * PAGES, rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE);

@@ -309,6 +309,7 @@ fn rig_of(drain: bool, direct: bool) -> Rig {
         populate_run: 4 * PAGE,
         populate_inflight: 1 << 20,
         queue_max: if direct { 1 } else { 4096 },
+        spin: Duration::ZERO,
     };
     let mechanism = Arc::new(KvmAsync::over(Box::new(Handle(fake.clone())), drain));
     let service = Service::open_with(config, Some(mechanism)).unwrap();

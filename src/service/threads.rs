@@ -1,19 +1,20 @@
 //! The service threads.
 //!
-//! There is one more thread than may be inside host code, so one always watches the kernel's queues. Which one it is
-//! changes: the thread that reads a fault fills it itself when a filler's place is free, so that a fault costs one
-//! thread wake-up and not two. All of them wait on one epoll instance; the kernel wakes one per edge.
+//! There is one more thread than may be inside host code, so one can always watch the kernel's queues. Which one it is
+//! changes (`crew`): the thread that reads a fault fills it itself when a filler's place is free, so that a fault costs
+//! one thread wake-up and not two.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
 use rustix::io::Errno;
 
 use super::config::Which;
 use super::{eventfd, lock_threads, Service, Work, OPEN};
+use crate::crew::Lead;
 use crate::error::{Error, Result};
 use crate::panics::quietly;
 use crate::sync::lock;
@@ -24,6 +25,61 @@ const WORK: u64 = 0;
 /// How often the processes behind remote slots are looked at, whose end nothing reports, and queues whose signal may be
 /// lost.
 const LOOK_MS: i64 = 500;
+
+/// What epoll has said.
+struct Events {
+    room: [epoll::Event; 8],
+    len: usize,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        let none = epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
+        Self { room: [none; 8], len: 0 }
+    }
+}
+
+impl std::ops::Deref for Events {
+    type Target = [epoll::Event];
+
+    fn deref(&self) -> &Self::Target {
+        &self.room[..self.len]
+    }
+}
+
+/// Looking for the next fault for a while instead of going to sleep: waking up costs more than the fault.
+struct Spin {
+    /// At most this long; zero: not at all.
+    most: Duration,
+    /// Whether faults come fast enough at present.
+    worth: bool,
+}
+
+impl Spin {
+    fn new(most: Duration) -> Self {
+        let one_cpu = std::thread::available_parallelism().is_ok_and(|n| n.get() == 1);
+        Self { most: if one_cpu { Duration::ZERO } else { most }, worth: false }
+    }
+
+    fn is_on(&self) -> bool {
+        !self.most.is_zero()
+    }
+
+    fn until(&self) -> Option<Instant> {
+        self.worth.then(|| Instant::now() + self.most)
+    }
+
+    fn in_vain(&mut self) {
+        self.worth = false;
+    }
+
+    /// The thread slept since `asleep`, instead: would it have had to look for long?
+    fn slept(&mut self, asleep: Instant) {
+        // What it takes to wake up is part of what is measured here.
+        const WAKE: Duration = Duration::from_micros(100);
+        self.worth = asleep.elapsed() < self.most + WAKE;
+    }
+}
 
 /// How threads sleep and are woken.
 pub struct Waking {
@@ -76,16 +132,17 @@ impl Waking {
         let _ = rustix::io::write(&self.work, &(threads as u64).to_ne_bytes());
     }
 
-    fn wait(&self, timeout_ms: i64) -> Vec<u64> {
-        let mut events = Vec::with_capacity(8);
+    fn wait(&self, timeout_ms: i64) -> Events {
+        let mut events = Events::default();
         let timeout = (timeout_ms >= 0)
             .then(|| rustix::event::Timespec { tv_sec: timeout_ms / 1000, tv_nsec: timeout_ms % 1000 * 1_000_000 });
-        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
+        match epoll::wait(&self.epoll, &mut events.room, timeout.as_ref()) {
+            Ok(n) => events.len = n,
+            Err(Errno::INTR) => {}
             // Not to be expected; looking again a little later is all that can be done.
             Err(_) => std::thread::sleep(Duration::from_millis(1)),
         }
-        events.iter().map(|event| event.data.u64()).collect()
+        events
     }
 
     fn take_one(&self) {
@@ -147,43 +204,106 @@ impl Service {
 
     fn serve_loop(self: &Arc<Self>) {
         while self.running() {
-            self.work_off();
-            self.idle.fetch_add(1, Ordering::SeqCst);
-            // Between work_off and the count above something may have been pushed by somebody who saw nobody idle.
-            let events = (!self.can_work()).then(|| self.waking.wait(self.patience()));
-            self.idle.fetch_sub(1, Ordering::SeqCst);
-            if !self.running() {
-                return;
-            }
-            self.look_now_and_then();
-            for event in events.into_iter().flatten() {
-                match u32::try_from(event) {
-                    Ok(0) | Err(_) => self.waking.take_one(),
-                    Ok(mechanism) => self.pump(mechanism),
-                }
+            self.work_off(None);
+            match self.crew.take_lead() {
+                Some(lead) => self.watch(lead),
+                None => self.crew.rest(|| self.running() && !self.can_work()),
             }
         }
     }
 
-    /// Works while there is work and a filler's place.
-    fn work_off(&self) {
+    /// Waits for the kernel, and serves what it brings, for as long as this thread has the lead.
+    fn watch(&self, lead: Lead) {
+        let mut spin = Spin::new(self.config.spin);
+        while self.running() && self.crew.leads(lead) {
+            let events = self.next_events(&mut spin);
+            if !self.running() {
+                break;
+            }
+            self.look_now_and_then();
+            for event in events.iter() {
+                match u32::try_from(event.data.u64()) {
+                    Ok(0) | Err(_) => self.waking.take_one(),
+                    Ok(mechanism) => self.pump(mechanism),
+                }
+            }
+            self.work_off(Some(lead));
+        }
+        self.crew.let_go(lead);
+    }
+
+    fn next_events(&self, spin: &mut Spin) -> Events {
+        if let Some(until) = spin.until() {
+            loop {
+                let events = self.waking.wait(0);
+                if !events.is_empty() || self.can_work() || !self.running() {
+                    return events;
+                }
+                if Instant::now() >= until {
+                    break;
+                }
+                // Whoever is to touch the next page may want this very core.
+                std::thread::yield_now();
+            }
+            spin.in_vain();
+        }
+        self.lead_asleep.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        // Something may have been pushed by somebody who saw nobody asleep.
+        let patience = if self.can_work() || !self.running() { 0 } else { self.patience() };
+        let asleep = spin.is_on().then(Instant::now);
+        let events = self.waking.wait(patience);
+        self.lead_asleep.store(false, Ordering::SeqCst);
+        if let Some(asleep) = asleep {
+            spin.slept(asleep);
+        }
+        events
+    }
+
+    /// Works while there is work and a filler's place. `lead`: this thread's, to be kept over quick work and let go of
+    /// before slow work.
+    fn work_off(&self, lead: Option<Lead>) {
         while self.running() && self.can_work() {
             if self.fillers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |free| free.checked_sub(1)).is_err() {
                 return;
             }
             let _place = Place(self);
             while let Ok(work) = self.work.1.try_recv() {
-                // Others can take the rest while this one is in host code.
-                if !self.work.1.is_empty() && self.idle.load(Ordering::SeqCst) > 0 {
-                    self.waking.wake(1);
-                }
                 self.pump_starved();
-                self.work_on(work);
+                self.work_as(lead.filter(|lead| self.crew.leads(*lead)), work);
                 if !self.running() {
                     return;
                 }
             }
             self.pump_starved();
+        }
+    }
+
+    fn work_as(&self, lead: Option<Lead>, work: Work) {
+        let queued = self.work.1.len();
+        let quick = match &work {
+            Work::Fault(fault) if !self.serviced() || self.crew.quick() => Some(fault.read_at),
+            _ => None,
+        };
+        match (lead, quick) {
+            (Some(lead), Some(since)) => {
+                if queued > 0 && self.crew.worth_help(queued) {
+                    self.crew.call();
+                }
+                self.crew.enter(lead, since);
+                self.work_on(work);
+                self.crew.leave(lead);
+            }
+            (lead, _) => {
+                if let Some(lead) = lead {
+                    self.crew.let_go(lead);
+                }
+                // Somebody has to watch, or stand by for who does, and others can take the rest.
+                if queued > 0 || !self.crew.is_watched() {
+                    self.crew.call();
+                }
+                self.work_on(work);
+            }
         }
     }
 
@@ -206,6 +326,9 @@ impl Service {
 
     /// Whatever else there is to do: steady faults of one process must not hide the end of another.
     fn look_now_and_then(&self) {
+        if !self.has_to_look.load(Ordering::Relaxed) {
+            return;
+        }
         let now = self.opened.elapsed().as_millis() as u64;
         let last = self.looked.load(Ordering::Relaxed);
         let due = now.saturating_sub(last) >= LOOK_MS as u64;
@@ -218,7 +341,7 @@ impl Service {
     }
 
     fn patience(&self) -> i64 {
-        if self.inlets().iter().any(|inlet| inlet.remote || inlet.mechanism.ticks()) {
+        if self.has_to_look.load(Ordering::Relaxed) {
             LOOK_MS
         } else {
             -1
