@@ -10,7 +10,8 @@
 //! | `pages` | page states: absent, filling, present, removed; two bits each |
 //! | `claims` | who owns each page that is being filled |
 //! | `memory` | memory slots, address translation, shared files and their second mapping |
-//! | `mechanism` | what differs between kernels, behind one trait: `userfaultfd` |
+//! | `crew` | who of the service threads watches the kernel, who rests |
+//! | `mechanism` | what differs between kernels, behind one trait: `userfaultfd`, `kvm_bitmap`, `kvm_async` |
 //! | `uapi` | the kernel's constants and structs; no logic |
 //! | `probe`, `stats`, `error`, `panics`, `sync` | this host; counters; failures in words; panics kept inside; std or loom |
 //!
