@@ -54,7 +54,7 @@ static void start(int i, uint64_t gpa)
 }
 
 /* Who waits came one after the other, and the first one's fill takes its time. */
-static void in_order(int round, uint32_t queue_max)
+static void in_order(int round, int count, uint32_t queue_max)
 {
 	bool order = true, good = true, once = true;
 	uint64_t gpa[MANY];
@@ -72,7 +72,7 @@ static void in_order(int round, uint32_t queue_max)
 	add_slot(kuf, TEST_GPA, vm[0].mem, vm[0].size);
 	source.hold = true;
 	started = now_s();
-	for (int i = 0; i < nr; i++) {
+	for (int i = 0; i < count; i++) {
 		/* 2 to the n pages, and an odd factor: each once, in no order. */
 		gpa[i] = TEST_GPA + (uint64_t)(i * 37 + round) % MANY * PAGE + i % 64 * 16;
 		start(i, gpa[i]);
@@ -80,11 +80,11 @@ static void in_order(int round, uint32_t queue_max)
 		if (!COMES_TRUE(stats_of(kuf).faults + sum_of(&events) == (uint64_t)i + 1))
 			DIE("vCPU %d: no signal", i);
 	}
-	dprintf(1, "# %d wait after %.1f s\n", nr, now_s() - started);
+	dprintf(1, "# %d wait after %.1f s\n", count, now_s() - started);
 	CHECK_EQ("one is being filled", source.calls, 1);
 	started = now_s();
 	source.hold = false;
-	for (int i = 0; i < nr; i++) {
+	for (int i = 0; i < count; i++) {
 		good = worker_join(&w[i]) == KVM_EXIT_HLT && w[i].out_len == 16 &&
 		       has_content(w[i].out, gpa[i], 16, round) && good;
 		once = fills_of(&source, gpa[i]) == 1 && once;
@@ -92,15 +92,15 @@ static void in_order(int round, uint32_t queue_max)
 	dprintf(1, "# all have gone on after %.1f s\n", now_s() - started);
 	CHECK("all go on with their bytes", good);
 	CHECK("each page was filled once", once);
-	CHECK_EQ("as many fills as waited", source.calls, nr);
-	for (int i = 0; i < nr && order; i++) {
+	CHECK_EQ("as many fills as waited", source.calls, count);
+	for (int i = 0; i < count && order; i++) {
 		order = source.order[i] == (gpa[i] & -PAGE);
 		if (!order)
 			dprintf(1, "# out of order at %d: page %" PRIu64 ", not %" PRIu64 "\n", i,
 				(source.order[i] - TEST_GPA) / PAGE, (gpa[i] - TEST_GPA) / PAGE);
 	}
 	CHECK("served in the order in which they came", order);
-	CHECK_EQ("all of them were read", stats_of(kuf).faults, nr);
+	CHECK_EQ("all of them were read", stats_of(kuf).faults, count);
 	if (queue_max)
 		CHECK("the library's own queue was full", stats_of(kuf).queue_full > 0);
 	close_kuf(kuf, KUF_CLOSE_POPULATE);
@@ -150,8 +150,9 @@ int main(void)
 	add_vcpus();
 	dprintf(1, "# %d vCPUs\n", nr);
 	CHECK("there are many", nr >= 1000);
-	in_order(0, 0);
-	in_order(1, 16);
+	in_order(0, nr, 0);
+	/* Fewer: a vCPU that has changed its thread takes a while to get going. */
+	in_order(1, nr / 4, 16);
 	same_pages();
 	return finish();
 }
