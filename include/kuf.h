@@ -908,7 +908,8 @@ ssize_t kuf_read(struct kuf *kuf, struct kuf_fault *faults, size_t n);
  * flags: 0 or one KUF_RESOLVE_*.
  *
  * Never waits for host code: a page whose fill callback is running at this moment in place takes the bytes when the
- * callback returns KUF_DEFERRED or fails.
+ * callback returns KUF_DEFERRED or fails. Until then they are kept, and the page is not present: such bytes do not
+ * count in what is returned, which may be 0 as for a page that is there already (kuf_progress tells the two apart).
  *
  * Returns the bytes that this call made present (or poisoned); bytes that were present, given back, or are being made
  * present by another thread do not count. Any thread, also from callbacks.

@@ -4,7 +4,7 @@
 //! recognised, on any thread, for ever. It is kept in a list, so that leak checkers see it owned.
 
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -26,6 +26,8 @@ pub struct Door {
     /// Calls inside, and whoever waits for the last to leave.
     calls: Mutex<usize>,
     left: Condvar,
+    /// Somebody waits, or will. Waking nobody would be a system call in every call.
+    closing: AtomicBool,
 }
 
 /// A call in progress.
@@ -45,6 +47,7 @@ impl Door {
             process: this_process(),
             service: RwLock::new(Some(service)),
             calls: Mutex::new(0),
+            closing: AtomicBool::new(false),
             left: Condvar::new(),
         }));
         DOORS.lock().unwrap_or_else(PoisonError::into_inner).push(door);
@@ -86,6 +89,7 @@ impl Door {
         service.begin_end();
         service.settle_rest(flags);
         if flags & KUF_CLOSE_NOWAIT == 0 {
+            door.closing.store(true, Ordering::Relaxed);
             let mut calls = door.calls.lock().unwrap_or_else(PoisonError::into_inner);
             while *calls > 0 {
                 let wait = door.left.wait_timeout(calls, Duration::from_millis(1));
@@ -136,7 +140,7 @@ impl Drop for Visit {
         self.service = None;
         let mut calls = self.door.calls.lock().unwrap_or_else(PoisonError::into_inner);
         *calls -= 1;
-        if *calls == 0 {
+        if *calls == 0 && self.door.closing.load(Ordering::Relaxed) {
             self.door.left.notify_all();
         }
     }

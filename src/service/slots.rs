@@ -162,7 +162,10 @@ fn granule(new: &NewMemory, huge: Option<u64>, mappings: &[Mapping]) -> Result<u
     let page = rustix::param::page_size() as u64;
     let found = match huge {
         Some(huge) => Some(huge),
-        None if mappings.iter().any(|mapping| mapping.anonymous_huge) => Some(anonymous_huge_page_size(new.hva)?),
+        // Shared memory that came without its descriptor may be hugetlbfs too.
+        None if mappings.iter().any(|m| m.anonymous_huge || m.shared && new.file.is_none()) => {
+            Some(mapped_page_size(new.hva)?)
+        }
         None if new.remote && new.file.is_none() => None,
         None => Some(page),
     };
@@ -180,8 +183,8 @@ fn granule(new: &NewMemory, huge: Option<u64>, mappings: &[Mapping]) -> Result<u
     Ok(granule)
 }
 
-/// The page size of a MAP_HUGETLB mapping without a file.
-fn anonymous_huge_page_size(hva: u64) -> Result<u64> {
+/// The page size of a mapping of which no file says it.
+fn mapped_page_size(hva: u64) -> Result<u64> {
     let text = std::fs::read_to_string("/proc/self/smaps")
         .map_err(|e| Error::system("reading /proc/self/smaps", e.raw_os_error().unwrap_or(libc::EIO)))?;
     let mut here = false;
