@@ -11,6 +11,7 @@
 //! | `claims` | who owns each page that is being filled |
 //! | `memory` | memory slots, address translation, shared files and their second mapping |
 //! | `mechanism` | what differs between kernels, behind one trait: `userfaultfd` |
+//! | `record` | the file of a recorded working set |
 //! | `uapi` | the kernel's constants and structs; no logic |
 //! | `probe`, `stats`, `error`, `panics`, `sync` | this host; counters; failures in words; panics kept inside; std or loom |
 //!
@@ -35,6 +36,8 @@ pub mod pages;
 mod panics;
 #[cfg(not(loom))]
 mod probe;
+#[cfg(not(loom))]
+mod record;
 #[cfg(not(loom))]
 mod service;
 #[cfg(not(loom))]
