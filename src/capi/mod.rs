@@ -385,10 +385,10 @@ pub unsafe extern "C" fn kuf_populate(kuf: *mut kuf, request: *const kuf_populat
     })
 }
 
-/// Starts recording which pages are demanded, in which order, for kuf_replay at the next start from the same memory: the
-/// working set. Demanded is what a fault, kuf_vcpu_fault or kuf_ensure asks for, with the pages that are filled along
-/// with it; on a caller-driven handle what kuf_read is given. Each page is recorded once. What is present when it is
-/// first touched leaves no trace, so start before the guest runs, and let nothing fill ahead of it meanwhile
+/// Starts recording which pages are demanded, in which order, for kuf_replay at the next start from the same memory:
+/// the working set. Demanded is what a fault, kuf_vcpu_fault or kuf_ensure asks for, with the pages that are filled
+/// along with it; on a caller-driven handle what kuf_read is given. Each page is recorded once. What is present when it
+/// is first touched leaves no trace, so start before the guest runs, and let nothing fill ahead of it meanwhile
 /// (kuf_populate, kuf_replay, kuf_resolve of pages nobody asked for): only what somebody comes to wait for is recorded
 /// of that. Forked children's own copies are not recorded.
 ///
@@ -414,11 +414,11 @@ pub unsafe extern "C" fn kuf_record_start(kuf: *mut kuf, flags: u32) -> c_int {
 }
 
 /// Ends the recording and writes it: guest physical addresses and lengths, nothing of this host. The format is that of
-/// docs/record-format.md (KUF_RECORD_VERSION), about three bytes for each run of pages. kuf_close drops a recording that
-/// was not written.
+/// docs/record-format.md (KUF_RECORD_VERSION), about three bytes for each run of pages. kuf_close drops a recording
+/// that was not written.
 ///
-/// fd: a file, pipe or socket to write it to, from where it stands; it is neither synced nor closed. -1: drop the
-/// recording.
+/// fd: a file, pipe or stream socket to write it to, from where it stands; it is neither synced nor closed. -1: drop
+/// the recording.
 ///
 /// Waits for fd as long as it takes, also when it is non-blocking, and kuf_close waits for it. SIGPIPE is as with
 /// write(2).
@@ -442,10 +442,10 @@ pub unsafe extern "C" fn kuf_record_stop(kuf: *mut kuf, fd: c_int) -> c_int {
 }
 
 /// Fills the pages of a recording in the background, in the order in which they were demanded, behind all demand and
-/// ahead of every kuf_populate, also of one that is running. Memory may be laid out otherwise than it was then, in other
-/// slots and with another granule (whole granules are filled); what lies in no slot, is present or was given back is
-/// skipped. The slots are those there are when the replay begins. KUF_EVENT_REPLAYED ends it; a fill that fails ends it
-/// early and poisons nothing. Replays queue up; KUF_POPULATE_STOP ends them.
+/// ahead of every kuf_populate, also of one that is running. Memory may be laid out otherwise than it was then, in
+/// other slots and with another granule (whole granules are filled); what lies in no slot, is present or was given back
+/// is skipped. The slots are those there are when the replay begins. KUF_EVENT_REPLAYED ends it; a fill that fails ends
+/// it early and poisons nothing. Replays queue up; KUF_POPULATE_STOP ends them.
 ///
 /// fd: where kuf_record_stop has written, read from where it stands up to the end of the recording and not further;
 /// waited for as long as it takes. It may be closed afterwards. flags: 0.

@@ -206,8 +206,8 @@ pub const KUF_EVENT_PARKED: u32 = 9;
 /// KVM queued a fault and its signal did not come: somebody else reads the library's eventfd, or KVM dropped the
 /// signal. Found only with KUF_OPEN_KVM_DRAIN. Raised once.
 pub const KUF_EVENT_UNSIGNALLED: u32 = 10;
-/// A kuf_replay has ended; error is 0, or the -errno of the fill that stopped it, or -ECANCELED (KUF_POPULATE_STOP). gpa
-/// and len are 0. Not raised for replays that kuf_close cuts off.
+/// A kuf_replay has ended; error is 0, or the -errno of the fill that stopped it, or -ECANCELED (KUF_POPULATE_STOP).
+/// gpa and len are 0. Not raised for replays that kuf_close cuts off.
 pub const KUF_EVENT_REPLAYED: u32 = 11;
 
 /// Log levels, most urgent first. A record is passed on when its level is at most kuf_options.log_level.

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::{poll, PollFd, PollFlags};
@@ -143,8 +143,10 @@ impl Service {
                 return Err(Error::new(libc::EINVAL, "this handle is not recording: kuf_record_start first"));
             }
             if let Some(fd) = fd {
-                // Nothing: whether it could be written to, while the recording goes on.
-                write_all(fd, &[])?;
+                // Nothing is written: refused while the recording goes on.
+                if rustix::io::write(fd, &[]) == Err(Errno::BADF) {
+                    return Err(Error::new(libc::EBADF, format!("fd {} is not open for writing", fd.as_raw_fd())));
+                }
             }
             self.recorder.on.store(false, Ordering::Relaxed);
             state.phase = Phase::Kept;
@@ -210,7 +212,7 @@ pub(super) fn wait_for(fd: BorrowedFd<'_>, what: PollFlags) {
     let _ = poll(&mut [PollFd::new(&fd, what)], None);
 }
 
-/// Writes every byte; with none, finds out whether that could be done.
+/// Writes every byte.
 fn write_all(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<()> {
     let mut left = bytes;
     loop {
