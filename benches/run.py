@@ -262,7 +262,7 @@ def rows(scale, images, scratch):
         "sparse-scattered", 10, "1 TiB sparse slot, touched all over", side("faults", "kuf", *small),
         side("faults", "kuf", *sparse),
         [Measure(p50, "p50_us", us), Measure("service CPU a page", "service_cpu_us_per_page", us),
-         Measure("bookkeeping / 2 bits a page", "bookkeeping_bytes", mebibytes, ("<=", 1),
+         Measure("bookkeeping / 2 bits a page", "bookkeeping_bytes", mebibytes, ("<=", 1), form=percent,
                  value=lambda a, b: (b["bookkeeping_bytes"] - a["bookkeeping_bytes"]) / (b["slot_pages"] / 4))],
         labels=("small slot", "1 TiB slot")))
     result.append(Row(
@@ -295,15 +295,13 @@ def rows(scale, images, scratch):
 
 
 def chosen(every, names):
-    if not names:
-        return every
-    found = [row for row in every
-             if any(name == row.name or name == str(row.goal) or row.name.startswith(name + "-") for name in names)]
-    exact = [row for row in every if row.name in names]
+    def named(row, name):
+        return row.name == name or row.name.startswith(name + "-") or str(row.goal) == name
+
     for name in names:
-        if not any(name == str(row.goal) or row.name == name or row.name.startswith(name + "-") for row in every):
-            sys.exit(f"run.py: no row {name}; there are: " + " ".join(row.name for row in every))
-    return [row for row in every if row in found or row in exact]
+        if not any(named(row, name) for row in every):
+            raise Failed(f"no row {name}; there are: " + " ".join(row.name for row in every))
+    return [row for row in every if not names or any(named(row, name) for name in names)]
 
 
 # ---- Running --------------------------------------------------------------------------------------------------------

@@ -1113,7 +1113,7 @@ int kuf_kvm_owned(struct kuf *kuf, uint64_t gpa, uint64_t len);
  *
  * timeout_ms: milliseconds at most, -1 for ever, 0 does not wait.
  *
- * Fills that are running are waited for: hold no lock that the fill callback takes.
+ * Fills that somebody inside the kernel waits for are waited for: hold no lock that the fill callback takes.
  *
  * Returns 0. Any thread but not from a callback (-EDEADLK), and on a caller-driven handle not the thread that reads.
  * -EINVAL: kuf is NULL, timeout_ms below -1. -ETIMEDOUT: pages are still waited for. -EHWPOISON: KVM waits for a page

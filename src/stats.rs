@@ -101,9 +101,9 @@ struct Blocked {
 }
 
 impl Stats {
-    /// A fault that was read at `read_at` for `thread` (0: unknown) has ended.
-    pub fn ended(&self, thread: u32, read_at: Instant) {
-        let waited = read_at.elapsed();
+    /// A fault that was read at `read_at` for `thread` (0: unknown) has ended now.
+    pub fn ended(&self, thread: u32, read_at: Instant, now: Instant) {
+        let waited = now.saturating_duration_since(read_at);
         self.blocked.record(waited);
         if thread != 0 {
             let mut threads = lock(&self.threads);

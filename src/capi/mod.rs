@@ -561,7 +561,7 @@ pub unsafe extern "C" fn kuf_kvm_owned(kuf: *mut kuf, gpa: u64, len: u64) -> c_i
 ///
 /// timeout_ms: milliseconds at most, -1 for ever, 0 does not wait.
 ///
-/// Fills that are running are waited for: hold no lock that the fill callback takes.
+/// Fills that somebody inside the kernel waits for are waited for: hold no lock that the fill callback takes.
 ///
 /// Returns 0. Any thread but not from a callback (-EDEADLK), and on a caller-driven handle not the thread that reads.
 /// -EINVAL: kuf is NULL, timeout_ms below -1. -ETIMEDOUT: pages are still waited for. -EHWPOISON: KVM waits for a page

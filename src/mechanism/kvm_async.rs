@@ -298,6 +298,8 @@ impl Mechanism for KvmAsync {
                 let _ = slot.poison(pages);
                 None
             }
+            // The callback's buffer is the page itself: poisoned by `detach`.
+            Content::PoisonAtEnd => None,
             // Everything is written in place here.
             Content::Data(_) | Content::Zero => Some(Stop::Unsupported),
         };

@@ -222,7 +222,7 @@ impl Mechanism for KvmBitmap {
     }
 
     fn install(&self, slot: &Slot, pages: &Range<u64>, content: Content) -> Installed {
-        if let Some(bitmap) = slot.kvm.bitmap.as_ref().filter(|_| !matches!(content, Content::Poison)) {
+        if let Some(bitmap) = slot.kvm.bitmap.as_ref().filter(|_| !content.is_poison()) {
             // The userfaultfd still holds the pages until they are whole. A vCPU that comes now waits there for a
             // moment.
             bitmap.clear(pages);

@@ -77,6 +77,15 @@ pub enum Content {
     Shown,
     /// There are none: touching the pages is to be a memory error.
     Poison,
+    /// The same at the end of a service, which does not wait for host code that may still be writing in place.
+    PoisonAtEnd,
+}
+
+impl Content {
+    /// Whether there are no bytes.
+    pub fn is_poison(self) -> bool {
+        matches!(self, Self::Poison | Self::PoisonAtEnd)
+    }
 }
 
 /// Why an install ended before the end of its run.

@@ -9,6 +9,7 @@ use super::{Service, Work, DEAD};
 use crate::capi::types::*;
 use crate::claims::Claims;
 use crate::error::{Error, Result};
+use crate::mechanism::Content;
 use crate::memory::{Slot, Waiter};
 use crate::pages::State;
 
@@ -201,12 +202,17 @@ impl Service {
                 break shut;
             }
             drop(claims);
+            if self.check_open().is_err() {
+                // It may be waiting for its REMOVE event to be read, and the threads that read may have ended.
+                self.serve_at_the_end();
+            }
             std::thread::yield_now();
         };
         drop(waiters);
         if slot.gone().is_none() {
             for run in runs {
-                self.poison(slot, id, run, libc::ECANCELED, "was not filled before the end of its service");
+                let why = "was not filled before the end of its service";
+                self.poison_with(slot, id, run, Content::PoisonAtEnd, libc::ECANCELED, why);
             }
         }
         true

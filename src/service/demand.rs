@@ -35,7 +35,8 @@ enum Task {
 impl Service {
     /// Serves one fault that was read from the kernel.
     pub(super) fn serve(&self, fault: Fault) {
-        self.stats.queueing.record(fault.read_at.elapsed());
+        let since = Instant::now();
+        self.stats.queueing.record(since.saturating_duration_since(fault.read_at));
         let (slot, page, flags) = (fault.slot.clone(), fault.page, fault.flags);
         if slot.gone().is_some() {
             return;
@@ -44,7 +45,7 @@ impl Service {
             Task::Nothing => {}
             Task::Fill(id, pages) => {
                 // A failure has poisoned the page and told the host.
-                let _ = self.fill(&Run { slot, id, pages, wanted: Some(page) });
+                let _ = self.fill(&Run { slot, id, pages, wanted: Some(page), since });
             }
             Task::Zero(id) => self.zero(&slot, id, page..page + 1),
             Task::Map(id) => self.map(&slot, id, page),
@@ -100,7 +101,7 @@ impl Service {
                     self.stats.faults_late.add(1);
                     if slot.mechanism.reveal(&slot).is_none() {
                         drop(claims);
-                        self.stats.ended(thread, read_at);
+                        self.stats.ended(thread, read_at, Instant::now());
                         return Task::Nothing;
                     }
                 }
@@ -229,7 +230,9 @@ impl Service {
                     // Discarded meanwhile: who waits looks again.
                     return slot.mechanism.wake(slot, &pages);
                 };
-                let marked = slot.mechanism.install(slot, &pages, Content::Poison);
+                // A service that ends may have left its callback to write there.
+                let content = if self.check_open().is_ok() { Content::Poison } else { Content::PoisonAtEnd };
+                let marked = slot.mechanism.install(slot, &pages, content);
                 let mut claims = slot.claims();
                 claims.poison(pages.clone(), id);
                 slot.wake_sleepers(&claims);
@@ -372,7 +375,7 @@ impl Service {
                     if let Some((id, pages)) = claimed {
                         self.record(slot, &pages);
                         self.strode(slot, &pages);
-                        let run = Run { slot: slot.clone(), id, pages, wanted: Some(page) };
+                        let run = Run { slot: slot.clone(), id, pages, wanted: Some(page), since: Instant::now() };
                         one_by_one = self.fill(&run).is_err();
                     }
                 }

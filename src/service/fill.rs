@@ -22,6 +22,8 @@ pub struct Run {
     pub pages: Range<u64>,
     /// The page somebody waits for; None when nobody does.
     pub wanted: Option<u64>,
+    /// When this began.
+    pub since: Instant,
 }
 
 /// Where the callback writes.
@@ -34,8 +36,8 @@ impl Service {
     /// Fills a run: the only way from a claim to the host's callback. Err is the errno with which the source failed,
     /// for pages that were not poisoned for it.
     pub(super) fn fill(&self, run: &Run) -> Result<(), i32> {
-        let Run { slot, id, pages, wanted } = run;
-        match self.fill_once(slot, *id, pages, wanted.is_some()) {
+        let Run { slot, id, pages, .. } = run;
+        match self.fill_once(run) {
             Ok(()) => Ok(()),
             // The claim may be torn to pieces by now; nobody can touch this memory any more.
             Err(errno) if slot.gone().is_some() => {
@@ -46,7 +48,9 @@ impl Service {
         }
     }
 
-    fn fill_once(&self, slot: &Arc<Slot>, id: Id, pages: &Range<u64>, demand: bool) -> Result<(), i32> {
+    fn fill_once(&self, run: &Run) -> Result<(), i32> {
+        let Run { slot, id, pages, wanted, since } = run;
+        let (id, demand) = (*id, wanted.is_some());
         let place = self.place(slot, pages)?;
         let (buf, in_place) = match &place {
             Place::InPlace(at) => (*at, true),
@@ -54,13 +58,15 @@ impl Service {
         };
         let flags = if in_place { KUF_FILL_IN_PLACE } else { 0 } | if demand { KUF_FILL_DEMAND } else { 0 };
         self.stats.fills.add(1);
-        let started = Instant::now();
+        // Memory that is written in place was made to exist meanwhile.
+        let started = if in_place { Instant::now() } else { *since };
         let answer = self.config.host.fill(slot, id, pages, buf, flags);
+        let took = started.elapsed();
         if demand {
-            self.crew.took(started.elapsed());
+            self.crew.took(took);
         }
         if !matches!(answer, Answer::Deferred) {
-            self.stats.filling.record(started.elapsed());
+            self.stats.filling.record(took);
         }
         let content = if in_place { Content::InPlace } else { Content::Data(buf.as_ptr()) };
         let result = match answer {
@@ -190,7 +196,7 @@ impl Service {
     /// The source failed for a run. Where somebody waits it is asked again page by page: a neighbour may be what is
     /// bad.
     fn fill_failed(&self, run: &Run, errno: i32) -> Result<(), i32> {
-        let Run { slot, id, pages, wanted } = run;
+        let Run { slot, id, pages, wanted, .. } = run;
         if pages.end - pages.start == 1 && wanted.is_some() {
             self.poison(slot, *id, pages.clone(), errno, "the source failed");
             return Ok(());
@@ -216,7 +222,7 @@ impl Service {
             };
             if let Some((id, pages)) = claimed {
                 // One page: it is filled or poisoned.
-                let _ = self.fill(&Run { slot: slot.clone(), id, pages, wanted: Some(page) });
+                let _ = self.fill(&Run { slot: slot.clone(), id, pages, wanted: Some(page), since: Instant::now() });
             }
         }
         Err(errno)
@@ -224,13 +230,25 @@ impl Service {
 
     /// Closes what the claim `id` owns of `pages` for good, and says so.
     pub(super) fn poison(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: i32, why: &str) -> u64 {
+        self.poison_with(slot, id, pages, Content::Poison, errno, why)
+    }
+
+    pub(super) fn poison_with(
+        &self,
+        slot: &Arc<Slot>,
+        id: Id,
+        pages: Range<u64>,
+        content: Content,
+        errno: i32,
+        why: &str,
+    ) -> u64 {
         if slot.in_place() {
             // What a failed fill has left there is nobody's.
             slot.claims().held(pages.clone(), id).iter().for_each(|run| slot.scrub(run));
         }
         let (gpa, len) = slot.gpa_of(&pages);
         let reason = std::io::Error::from_raw_os_error(errno);
-        let (poisoned, result) = self.install(slot, id, pages.clone(), pages.start, Content::Poison);
+        let (poisoned, result) = self.install(slot, id, pages.clone(), pages.start, content);
         let text = format!("guest memory {gpa:#x}..{:#x} {why} ({reason})", gpa + len);
         let Err(failed) = result else {
             if poisoned > 0 {

@@ -55,6 +55,9 @@ impl Service {
     pub(super) fn add(&self, inlet: Arc<Inlet>) -> Result<()> {
         let mechanism = inlet.mechanism.clone();
         let remote = inlet.remote;
+        if remote || mechanism.ticks() {
+            self.has_to_look.store(true, Ordering::Relaxed);
+        }
         self.change_inlets(|inlets| inlets.push(inlet));
         if let Some(fd) = mechanism.inlet() {
             if let Err(error) = self.waking.watch(fd, mechanism.id()) {

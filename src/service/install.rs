@@ -161,7 +161,7 @@ impl Service {
     }
 
     fn opened(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, content: Content) {
-        if !matches!(content, Content::Poison) {
+        if !content.is_poison() {
             return self.settled(slot, id, pages, State::Present);
         }
         let waiters = {
@@ -189,10 +189,14 @@ impl Service {
 
     /// Who waited goes on; a child's view of the page still has to be mapped.
     fn ended(&self, slot: &Arc<Slot>, waiters: Vec<Waiter>) {
-        let (views, ours): (Vec<_>, Vec<_>) = waiters.into_iter().partition(|waiter| waiter.fork.is_some());
-        for waiter in ours {
-            self.stats.ended(waiter.thread, waiter.read_at);
+        if waiters.is_empty() {
+            return;
         }
+        let now = Instant::now();
+        for waiter in waiters.iter().filter(|waiter| waiter.fork.is_none()) {
+            self.stats.ended(waiter.thread, waiter.read_at, now);
+        }
+        let views = waiters.into_iter().filter(|waiter| waiter.fork.is_some()).collect();
         self.push_again(slot, views);
     }
 
@@ -243,7 +247,7 @@ impl Service {
             Content::Zero | Content::ZeroInPlace => self.stats.bytes_zeroed.add(bytes),
             Content::Shown => {}
             Content::InPlace => self.stats.bytes_in_place.add(bytes),
-            Content::Poison => self.stats.bytes_poisoned.add(bytes),
+            Content::Poison | Content::PoisonAtEnd => self.stats.bytes_poisoned.add(bytes),
         }
     }
 

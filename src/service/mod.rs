@@ -7,7 +7,6 @@
 mod caller;
 mod close;
 pub mod config;
-mod crew;
 mod demand;
 mod discard;
 mod fill;
@@ -36,6 +35,7 @@ use std::time::Instant;
 use crossbeam_channel::{unbounded, Receiver, Sender};
 
 use crate::capi::types::*;
+use crate::crew::Crew;
 use crate::error::{Error, Result};
 use crate::mechanism::kvm_async::KvmAsync;
 use crate::mechanism::kvm_bitmap::KvmBitmap;
@@ -105,7 +105,7 @@ pub struct Service {
     /// Service threads that may be inside host code, of `config.fill_threads`: one more thread than that always
     /// watches.
     fillers: AtomicUsize,
-    crew: crew::Crew,
+    crew: Crew,
     /// The thread that watches the kernel is asleep there.
     lead_asleep: AtomicBool,
     /// Demand that is queued or being served.
@@ -121,6 +121,8 @@ pub struct Service {
     buffers: Pool,
     life: AtomicU8,
     opened: Instant,
+    /// Something is to be looked after now and then: another process, a queue whose signals may be lost.
+    has_to_look: AtomicBool,
     /// When processes were last looked after, in milliseconds since then.
     looked: AtomicU64,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -144,7 +146,7 @@ impl Service {
             inlets: RwLock::default(),
             work: unbounded(),
             fillers: AtomicUsize::new(if config.host.fill.is_some() { config.fill_threads } else { 1 }),
-            crew: crew::Crew::new(),
+            crew: Crew::default(),
             lead_asleep: AtomicBool::new(false),
             demanded: AtomicUsize::new(0),
             sweep_queued: AtomicBool::new(false),
@@ -156,6 +158,7 @@ impl Service {
             buffers: Pool::default(),
             life: AtomicU8::new(OPEN),
             opened: Instant::now(),
+            has_to_look: AtomicBool::new(false),
             looked: AtomicU64::new(0),
             threads: Mutex::new(Vec::new()),
             forks: config.follow_fork.then(fork::Watch::new).transpose()?,

@@ -55,7 +55,7 @@ impl Mechanism for Faulty {
         if self.no_memory.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
             return Installed { pages: 0, stop: Some(Stop::NoMemory(libc::ENOMEM)) };
         }
-        if self.no_poison && matches!(content, Content::Poison) {
+        if self.no_poison && content.is_poison() {
             return Installed { pages: 0, stop: Some(Stop::Unsupported) };
         }
         self.real.install(slot, pages, content)

@@ -13,8 +13,8 @@ use rustix::event::epoll;
 use rustix::io::Errno;
 
 use super::config::Which;
-use super::crew::Lead;
 use super::{eventfd, lock_threads, Service, Work, OPEN};
+use crate::crew::Lead;
 use crate::error::{Error, Result};
 use crate::panics::quietly;
 use crate::sync::lock;
@@ -61,8 +61,12 @@ impl Spin {
         Self { most: if one_cpu { Duration::ZERO } else { most }, worth: false }
     }
 
+    fn is_on(&self) -> bool {
+        !self.most.is_zero()
+    }
+
     fn until(&self) -> Option<Instant> {
-        (self.worth && !self.most.is_zero()).then(|| Instant::now() + self.most)
+        self.worth.then(|| Instant::now() + self.most)
     }
 
     fn in_vain(&mut self) {
@@ -73,7 +77,7 @@ impl Spin {
     fn slept(&mut self, asleep: Instant) {
         // What it takes to wake up is part of what is measured here.
         const WAKE: Duration = Duration::from_micros(100);
-        self.worth = !self.most.is_zero() && asleep.elapsed() < self.most + WAKE;
+        self.worth = asleep.elapsed() < self.most + WAKE;
     }
 }
 
@@ -247,10 +251,12 @@ impl Service {
         fence(Ordering::SeqCst);
         // Something may have been pushed by somebody who saw nobody asleep.
         let patience = if self.can_work() || !self.running() { 0 } else { self.patience() };
-        let asleep = Instant::now();
+        let asleep = spin.is_on().then(Instant::now);
         let events = self.waking.wait(patience);
         self.lead_asleep.store(false, Ordering::SeqCst);
-        spin.slept(asleep);
+        if let Some(asleep) = asleep {
+            spin.slept(asleep);
+        }
         events
     }
 
@@ -275,17 +281,20 @@ impl Service {
 
     fn work_as(&self, lead: Option<Lead>, work: Work) {
         let queued = self.work.1.len();
-        let quick = matches!(work, Work::Fault(_)) && (!self.serviced() || self.crew.quick());
-        match lead {
-            Some(lead) if quick => {
+        let quick = match &work {
+            Work::Fault(fault) if !self.serviced() || self.crew.quick() => Some(fault.read_at),
+            _ => None,
+        };
+        match (lead, quick) {
+            (Some(lead), Some(since)) => {
                 if queued > 0 && self.crew.worth_help(queued) {
                     self.crew.call();
                 }
-                self.crew.enter(lead);
+                self.crew.enter(lead, since);
                 self.work_on(work);
                 self.crew.leave(lead);
             }
-            lead => {
+            (lead, _) => {
                 if let Some(lead) = lead {
                     self.crew.let_go(lead);
                 }
@@ -317,6 +326,9 @@ impl Service {
 
     /// Whatever else there is to do: steady faults of one process must not hide the end of another.
     fn look_now_and_then(&self) {
+        if !self.has_to_look.load(Ordering::Relaxed) {
+            return;
+        }
         let now = self.opened.elapsed().as_millis() as u64;
         let last = self.looked.load(Ordering::Relaxed);
         let due = now.saturating_sub(last) >= LOOK_MS as u64;
@@ -329,7 +341,7 @@ impl Service {
     }
 
     fn patience(&self) -> i64 {
-        if self.inlets().iter().any(|inlet| inlet.remote || inlet.mechanism.ticks()) {
+        if self.has_to_look.load(Ordering::Relaxed) {
             LOOK_MS
         } else {
             -1

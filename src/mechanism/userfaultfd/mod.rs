@@ -82,7 +82,7 @@ impl Userfaultfd {
         match content {
             Content::Data(from) => ioctl::copy(self.fd(), hva, from as u64, len),
             Content::InPlace | Content::ZeroInPlace | Content::Shown => ioctl::cont(self.fd(), hva, len),
-            Content::Poison => ioctl::poison(self.fd(), hva, len),
+            Content::Poison | Content::PoisonAtEnd => ioctl::poison(self.fd(), hva, len),
             Content::Zero if slot.granule == rustix::param::page_size() as u64 => ioctl::zeropage(self.fd(), hva, len),
             // hugetlbfs has no UFFDIO_ZEROPAGE. A buffer that was never written is the kernel's zero page.
             Content::Zero => match Buffer::new(slot.granule as usize) {
@@ -236,7 +236,7 @@ impl Mechanism for Userfaultfd {
             }
             let mut stop = errno.map(stop);
             // A poison mark needs no page: what is there for that one is there.
-            let needs_page = !matches!(content, Content::Poison);
+            let needs_page = !content.is_poison();
             if stop == Some(Stop::Exists) && bytes == 0 && needs_page && self.is_missing(slot, hva) {
                 stop = Some(Stop::NoMemory(libc::ENOMEM));
             }

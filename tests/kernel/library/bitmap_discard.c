@@ -176,43 +176,66 @@ static void under_touches(enum owner owner)
 	end(fd, owner);
 }
 
+/* Memory that is locked is dropped as any other. */
+static void locked(void)
+{
+	unsigned int exits;
+	int fd;
+
+	start("locked", false, LIBRARY, &fd);
+	/* On fault: else locking would touch them. */
+	if (mlock2(host(&r.vm, page(0)), 8 * PAGE, MLOCK_ONFAULT))
+		DIE("mlock2: %s", strerror(errno));
+	r.source.generation = 1;
+	CHECK_KUF("locked: discard", kuf_discard(r.kuf, page(0), 8 * PAGE, 0), 0);
+	CHECK("locked: filled anew", reads(&r, 0, page(0), 1, &exits) && exits == 1);
+	CHECK_KUF("locked: give back", kuf_discard(r.kuf, page(0), 4 * PAGE, KUF_DISCARD_REMOVED), 0);
+	CHECK("locked: zero", reads_zero(&r, 0, page(0), &exits) && reads_zero(&r, 0, page(1), &exits));
+	end(fd, LIBRARY);
+}
+
 /*
- * A discard that the kernel refuses (locked memory cannot be dropped) leaves pages as they were, and their vCPUs
- * going.
+ * A discard that the kernel refuses (no holes can be punched into a file that is sealed) leaves pages as they were,
+ * and the vCPUs that touch them going: what was present is present, whatever has become of its bit.
  */
 static void refused(enum owner owner)
 {
+	uint64_t *bitmap;
 	unsigned int exits;
-	int fd, result;
+	bool good = true;
+	int fd;
 
-	start("refused", false, owner, &fd);
-	/* On fault: else locking would touch them. */
-	if (mlock2(host(&r.vm, page(0)), 8 * PAGE, MLOCK_ONFAULT)) {
-		skip("refused discard", "no mlock2");
-		end(fd, owner);
-		return;
-	}
-	result = kuf_discard(r.kuf, page(0), 8 * PAGE, 0);
-	dprintf(1, "# kuf_discard of locked memory: %d\n", result);
-	if (result == 0) {
-		r.source.generation = 1;
-		CHECK("refused: it worked", reads(&r, 0, page(0), 1, &exits));
+	doing("refused", 60);
+	uint8_t *mem = shared_memory(SIZE, MFD_ALLOW_SEALING, &fd);
+	rig_start(&r, mem, SIZE, 2, owner, KUF_MEMORY_FD, fd);
+	for (uint64_t n = 0; n < 32; n += 2)
+		good = good && reads(&r, 0, page(n), 0, NULL);
+	CHECK("refused: begins", good);
+	MUST(fcntl(fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE));
+	CHECK_KUF("refused: discard", kuf_discard(r.kuf, page(0), 8 * PAGE, 0), -EPERM);
+	CHECK("refused: present pages are", page_is(&r, page(2), 0));
+	/* KVM drops what it has mapped at many an occasion; then only the bit counts. */
+	if (owner == HOST) {
+		rig_memslot(&r, 0);
+		rig_memslot(&r, UF_MEM_USERFAULT);
 	} else {
-		CHECK("refused: present pages are", page_is(&r, page(2), 0));
-		/* KVM drops what it has mapped at many an occasion; then only the bit counts. */
-		if (owner == HOST) {
-			rig_memslot(&r, 0);
-			rig_memslot(&r, UF_MEM_USERFAULT);
-		} else {
-			MUST(mprotect(host(&r.vm, page(0)), 8 * PAGE, PROT_READ));
-			MUST(mprotect(host(&r.vm, page(0)), 8 * PAGE, PROT_READ | PROT_WRITE));
-		}
-		CHECK("refused: a vCPU gets on with what was present", reads(&r, 0, page(0), 0, &exits));
-		CHECK("refused: at one exit at most", exits <= 1);
-		CHECK("refused: what was absent exits", reads(&r, 0, page(1), 0, &exits) && exits == 1);
-		CHECK("refused: KVM, too", kvm_reads(&r, 0, page(3), 8, 0));
+		MUST(mprotect(host(&r.vm, page(0)), 8 * PAGE, PROT_READ));
+		MUST(mprotect(host(&r.vm, page(0)), 8 * PAGE, PROT_READ | PROT_WRITE));
 	}
-	end(fd, owner);
+	CHECK("refused: a vCPU gets on with what was present", reads(&r, 0, page(0), 0, &exits));
+	CHECK("refused: at one exit at most", exits <= 1);
+	CHECK("refused: what was absent exits", reads(&r, 0, page(1), 0, &exits) && exits == 1);
+	CHECK("refused: KVM, too", kvm_reads(&r, 0, page(3), 8, 0));
+
+	/* Nor does a bit that somebody else has set keep a vCPU from a page that is there. */
+	bitmap = (uint64_t *)(uintptr_t)r.bitmap;
+	__atomic_fetch_or(bitmap, 1UL << 4, __ATOMIC_SEQ_CST);
+	MUST(mprotect(host(&r.vm, page(4)), PAGE, PROT_READ));
+	MUST(mprotect(host(&r.vm, page(4)), PAGE, PROT_READ | PROT_WRITE));
+	CHECK("set by another: a vCPU gets on", reads(&r, 0, page(4), 0, &exits));
+	CHECK_EQ("set by another: at one exit", exits, 1);
+	end(0, owner);
+	close(fd);
 }
 
 int main(void)
@@ -226,6 +249,7 @@ int main(void)
 	balloon("shared", true, LIBRARY);
 	under_touches(HOST);
 	under_touches(LIBRARY);
+	locked();
 	refused(HOST);
 	refused(LIBRARY);
 	return finish();

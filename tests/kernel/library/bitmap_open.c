@@ -7,10 +7,10 @@
 
 static struct rig r;
 
-static int try_open(uint32_t mechanism, uint64_t flags, int vm_fd, kuf_fill_fn fill)
+static int try_open(uint32_t mechanism, uint64_t flags, int vm_fd, kuf_fill_fn callback)
 {
 	struct kuf_options o = {
-		.size = sizeof(o), .mechanism = mechanism, .flags = flags, .vm_fd = vm_fd, .fill = fill,
+		.size = sizeof(o), .mechanism = mechanism, .flags = flags, .vm_fd = vm_fd, .fill = callback,
 		.opaque = &r.source,
 	};
 	struct kuf *kuf = NULL;

@@ -136,7 +136,11 @@ static void together(void)
 	stop = false;
 	good = true;
 	memset((void *)asked, 0, sizeof(asked));
-	rig_start(&r, anon(SIZE), SIZE, 3, LIBRARY, 0, 0);
+	rig_vm(&r, anon(SIZE), SIZE, 3);
+	struct kuf_options o = rig_options(&r);
+	o.demand_run = PAGE; /* nothing ahead of it */
+	rig_open(&r, o);
+	rig_add(&r, rig_slot(&r, KUF_MEMORY_MEMSLOT));
 	r.source.asked = asked;
 	pthread_barrier_init(&line, NULL, 5);
 	for (intptr_t i = 0; i < 3; i++)
@@ -146,12 +150,15 @@ static void together(void)
 		struct kuf_populate p = { .size = sizeof(p), .gpa = TEST_GPA + i * PAGE, .len = PAGE };
 
 		at = p.gpa;
+		/* In every order: now and then it is the first one, or the last. */
+		if (i % 4 == 0)
+			MUST_KUF(kuf_populate(r.kuf, &p));
 		pthread_barrier_wait(&line);
-		/* In every order: now and then it is the first one. */
-		if (i % 3)
+		if (i % 4) {
 			for (unsigned int n = i % 7; n; n--)
 				sched_yield();
-		MUST_KUF(kuf_populate(r.kuf, &p));
+			MUST_KUF(kuf_populate(r.kuf, &p));
+		}
 		pthread_barrier_wait(&line);
 		once = once && asked[i] == 1;
 	}
