@@ -237,7 +237,10 @@
  */
 #define KUF_DISCARD_REMOVED (1 << 0)
 
-/* kuf_populate: stop every populate request that is still running; gpa and len are ignored. */
+/*
+ * kuf_populate: stop every populate request and every replay (kuf_replay) that is still running; gpa and len are
+ * ignored.
+ */
 #define KUF_POPULATE_STOP (1 << 0)
 
 /*
@@ -335,6 +338,12 @@
  */
 #define KUF_EVENT_UNSIGNALLED 10
 
+/*
+ * A kuf_replay has ended; error is 0, or the -errno of the fill that stopped it, or -ECANCELED (KUF_POPULATE_STOP).
+ * gpa and len are 0. Not raised for replays that kuf_close cuts off.
+ */
+#define KUF_EVENT_REPLAYED 11
+
 /* Log levels, most urgent first. A record is passed on when its level is at most kuf_options.log_level. */
 #define KUF_LOG_ERROR 1
 
@@ -349,6 +358,9 @@
 
 /* Largest kuf_options.spin_us. */
 #define KUF_SPIN_MAX 10000
+
+/* Version of the file that kuf_record_stop writes (docs/record-format.md), and the newest that kuf_replay reads. */
+#define KUF_RECORD_VERSION 1
 
 /*
  * Latency histograms have one bucket per power of two nanoseconds: bucket i counts values in [2^i, 2^(i+1)), bucket 0
@@ -435,10 +447,10 @@ struct kuf_fill {
  * kuf_vcpu_fault, or kuf_close or kuf_remove_memory with KUF_CLOSE_POPULATE; by several threads at once for different
  * runs. No lock is held. It may block and take its time: other pages are served while a fill thread is free. It may
  * call kuf_resolve (also for its own run, then return KUF_DEFERRED), kuf_discard, kuf_pending, kuf_populate,
- * kuf_progress, kuf_stats and kuf_block_times. Calls that could wait for it return -EDEADLK, on any handle: kuf_close,
- * kuf_add_memory, kuf_remove_memory, kuf_poll, kuf_read, kuf_ensure, kuf_vcpu_fault. It must not touch unresolved
- * guest memory (it would wait for itself). A Rust panic is caught and counts as -ENOTRECOVERABLE; a C++ exception or
- * longjmp must not leave it.
+ * kuf_record_start, kuf_record_stop, kuf_replay, kuf_progress, kuf_stats and kuf_block_times. Calls that could wait
+ * for it return -EDEADLK, on any handle: kuf_close, kuf_add_memory, kuf_remove_memory, kuf_poll, kuf_read, kuf_ensure,
+ * kuf_vcpu_fault. It must not touch unresolved guest memory (it would wait for itself). A Rust panic is caught and
+ * counts as -ENOTRECOVERABLE; a C++ exception or longjmp must not leave it.
  */
 typedef int (*kuf_fill_fn)(void *opaque, struct kuf_fill *fill);
 
@@ -980,6 +992,68 @@ int kuf_ensure(struct kuf *kuf, uint64_t gpa, uint64_t len, int timeout_ms);
  * -ENOENT: no slot in the range. -ENOTSUP: the handle has no fill callback. -EIO: the service is dead.
  */
 int kuf_populate(struct kuf *kuf, const struct kuf_populate *request);
+
+/*
+ * Starts recording which pages are demanded, in which order, for kuf_replay at the next start from the same memory:
+ * the working set. Demanded is what a fault, kuf_vcpu_fault or kuf_ensure asks for, with the pages that are filled
+ * along with it; on a caller-driven handle what kuf_read is given. Each page is recorded once. What is present when it
+ * is first touched leaves no trace, so start before the guest runs, and let nothing fill ahead of it meanwhile
+ * (kuf_populate, kuf_replay, kuf_resolve of pages nobody asked for): only what somebody comes to wait for is recorded
+ * of that. Forked children's own copies are not recorded.
+ *
+ * flags: 0.
+ *
+ * Recording takes 16 bytes of memory for each run of neighbouring pages (up to twice that while the table grows) and
+ * 512 bytes for each 16 MiB of guest memory that has demanded pages. Beyond 67108864 runs, or without memory for it,
+ * pages are left out; a KUF_LOG_WARN record at kuf_record_stop says so.
+ *
+ * Returns 0. Any thread, also from callbacks.
+ * -EINVAL: kuf is NULL, an unknown flag. -EALREADY: the handle is recording, or has a recording that could not be
+ *   written. -ECANCELED: kuf_close has begun. -EIO: the service is dead.
+ */
+int kuf_record_start(struct kuf *kuf, uint32_t flags);
+
+/*
+ * Ends the recording and writes it: guest physical addresses and lengths, nothing of this host. The format is that of
+ * docs/record-format.md (KUF_RECORD_VERSION), about three bytes for each run of pages. kuf_close drops a recording
+ * that was not written.
+ *
+ * fd: a file, pipe or stream socket to write it to, from where it stands; it is neither synced nor closed. -1: drop
+ * the recording.
+ *
+ * Waits for fd as long as it takes, also when it is non-blocking, and kuf_close waits for it. SIGPIPE is as with
+ * write(2).
+ *
+ * Returns 0. Any thread, also from callbacks.
+ * -EINVAL: kuf is NULL, the handle is not recording. -EBADF: fd is below -1, not open or not open for writing; the
+ *   recording goes on.
+ * -ENOSPC, -EFBIG, -EDQUOT, -EIO, -EPIPE: as write(2); -ENOMEM: no memory to put the file together. The recording is
+ *   over and kept: call again, with an fd that works (which gets all of it) or with -1.
+ * -ECANCELED: kuf_close has begun. -EIO: also when the service is dead.
+ */
+int kuf_record_stop(struct kuf *kuf, int fd);
+
+/*
+ * Fills the pages of a recording in the background, in the order in which they were demanded, behind all demand and
+ * ahead of every kuf_populate, also of one that is running. Memory may be laid out otherwise than it was then, in
+ * other slots and with another granule (whole granules are filled); what lies in no slot, is present or was given back
+ * is skipped. The slots are those there are when the replay begins. KUF_EVENT_REPLAYED ends it; a fill that fails ends
+ * it early and poisons nothing. Replays queue up; KUF_POPULATE_STOP ends them.
+ *
+ * fd: where kuf_record_stop has written, read from where it stands up to the end of the recording and not further;
+ * waited for as long as it takes. It may be closed afterwards. flags: 0.
+ *
+ * The file need not be trusted: it says which pages are filled first and nothing else, and takes no more memory than
+ * it is long.
+ *
+ * Returns 0: queued. Any thread, also from callbacks.
+ * -EINVAL: kuf is NULL, an unknown flag, fd holds no recording. -EBADF: fd is not open for reading. -EBADMSG: the
+ *   recording is damaged or ends early. -EPROTONOSUPPORT: it is of a newer version. -EFBIG: it has more than 67108864
+ *   runs. -ENOENT: no part of it is in a memory slot (one that is empty is replayed at once).
+ * -ENOTSUP: the handle has no fill callback. -ENOMEM: no memory for it. -EIO and others: as read(2). -ECANCELED:
+ *   kuf_close has begun. -EIO: also when the service is dead.
+ */
+int kuf_replay(struct kuf *kuf, int fd, uint32_t flags);
 
 /*
  * Drops the pages of gpa..gpa+len and arms them again: the next touch refills them from the source or, with

@@ -371,6 +371,12 @@ impl<W: Waits> Claims<W> {
         }
     }
 
+    /// Whether `page` is on its way from the source.
+    pub fn awaited(&mut self, page: u64) -> bool {
+        let coming = |owner| matches!(owner, Owner::Fill | Owner::Install | Owner::Host);
+        self.at(page).is_some_and(|(_, claim)| claim.origin == State::Absent && coming(claim.owner))
+    }
+
     /// Marks the claim on `page` as one that somebody waits for.
     pub fn want(&mut self, page: u64) -> Option<Owner> {
         let (_, claim) = self.at(page)?;

@@ -11,6 +11,7 @@
 //! | `claims` | who owns each page that is being filled |
 //! | `memory` | memory slots, address translation, shared files and their second mapping |
 //! | `crew` | who of the service threads watches the kernel, who rests |
+//! | `record` | the file of a recorded working set |
 //! | `mechanism` | what differs between kernels, behind one trait: `userfaultfd`, `kvm_bitmap`, `kvm_async` |
 //! | `uapi` | the kernel's constants and structs; no logic |
 //! | `probe`, `stats`, `error`, `panics`, `sync` | this host; counters; failures in words; panics kept inside; std or loom |
@@ -38,6 +39,8 @@ pub mod pages;
 mod panics;
 #[cfg(not(loom))]
 mod probe;
+#[cfg(not(loom))]
+mod record;
 #[cfg(not(loom))]
 mod service;
 #[cfg(not(loom))]

@@ -460,11 +460,16 @@ unsafe fn write_pages(at: *mut u64, gpa: u64, len: u64) {
 }
 
 static POPULATED: AtomicU64 = AtomicU64::new(0);
+static REPLAYED: AtomicU64 = AtomicU64::new(0);
 
 unsafe extern "C-unwind" fn event(_opaque: *mut c_void, event: *const kuf_event) {
     // SAFETY: valid during the call.
     if unsafe { (*event).kind } == KUF_EVENT_POPULATED {
         POPULATED.fetch_add(1, SeqCst);
+    }
+    // SAFETY: as above.
+    if unsafe { (*event).kind } == KUF_EVENT_REPLAYED {
+        REPLAYED.fetch_add(1, SeqCst);
     }
 }
 
@@ -559,6 +564,8 @@ struct Setup {
     later: [Ram; 2],
     /// The host's own userfaultfd.
     uffd: c_int,
+    /// Holds a recording for a moment.
+    pipe: [c_int; 2],
     bytes: &'static [u64],
     touch: &'static Helper,
     call: &'static Helper,
@@ -588,6 +595,7 @@ fn child(part: usize) -> ! {
         direct_ram: Ram::new(PRIVATE, private, false),
         later: [Ram::new(LATER, private, false), Ram::new(LATER + LEN, shared, true)],
         uffd: if part == CHANGES { userfaultfd() } else { -1 },
+        pipe: pipe(),
         bytes: vec![0_u64; (LEN / 8) as usize].leak(),
         touch: Helper::start(),
         call: Helper::start(),
@@ -620,6 +628,7 @@ fn child(part: usize) -> ! {
     resolved(&setup);
     discarded(&setup);
     populated(&setup);
+    replayed(&setup);
     poisoned(&setup);
     driven(&setup, setup.driven, setup.driven_ram[0]);
     driven(&setup, setup.driven, setup.driven_ram[1]);
@@ -741,6 +750,35 @@ fn populated(setup: &Setup) {
     // SAFETY: a handle and a struct.
     check(unsafe { kuf_stats(setup.serviced.0, &mut stats) } == 0, "kuf_stats");
     check(stats.install_exists > 0, "pages were found present and their waiters woken");
+}
+
+/// Neither end blocks: who uses it has to wait.
+fn pipe() -> [c_int; 2] {
+    let mut pipe = [-1; 2];
+    // SAFETY: room for two descriptors.
+    check(unsafe { libc::pipe2(pipe.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) } == 0, "a pipe");
+    pipe
+}
+
+fn replayed(setup: &Setup) {
+    let (serviced, gpa) = (setup.serviced, setup.rams[0].gpa(PAGES - 1));
+    let [from, to] = setup.pipe;
+    setup.call.give(move || {
+        let Handle(handle) = { serviced };
+        // SAFETY: a handle.
+        let got = unsafe { kuf_replay(handle, from, 0) };
+        check(got == 0, "kuf_replay, once there is something to read");
+    });
+    let Handle(handle) = serviced;
+    // SAFETY: a handle.
+    unsafe {
+        check(kuf_record_start(handle, 0) == 0, "kuf_record_start");
+        check(kuf_ensure(handle, gpa, PAGE, -1) == 0, "kuf_ensure of a page to be recorded");
+        check(kuf_discard(handle, gpa, PAGE, 0) == 0, "kuf_discard of it");
+        check(kuf_record_stop(handle, to) == 0, "kuf_record_stop");
+    }
+    setup.call.wait();
+    wait_until(|| REPLAYED.load(SeqCst) == 1);
 }
 
 fn poisoned(setup: &Setup) {

@@ -386,6 +386,92 @@ pub unsafe extern "C" fn kuf_populate(kuf: *mut kuf, request: *const kuf_populat
     })
 }
 
+/// Starts recording which pages are demanded, in which order, for kuf_replay at the next start from the same memory:
+/// the working set. Demanded is what a fault, kuf_vcpu_fault or kuf_ensure asks for, with the pages that are filled
+/// along with it; on a caller-driven handle what kuf_read is given. Each page is recorded once. What is present when it
+/// is first touched leaves no trace, so start before the guest runs, and let nothing fill ahead of it meanwhile
+/// (kuf_populate, kuf_replay, kuf_resolve of pages nobody asked for): only what somebody comes to wait for is recorded
+/// of that. Forked children's own copies are not recorded.
+///
+/// flags: 0.
+///
+/// Recording takes 16 bytes of memory for each run of neighbouring pages (up to twice that while the table grows) and
+/// 512 bytes for each 16 MiB of guest memory that has demanded pages. Beyond 67108864 runs, or without memory for it,
+/// pages are left out; a KUF_LOG_WARN record at kuf_record_stop says so.
+///
+/// Returns 0. Any thread, also from callbacks.
+/// -EINVAL: kuf is NULL, an unknown flag. -EALREADY: the handle is recording, or has a recording that could not be
+///   written. -ECANCELED: kuf_close has begun. -EIO: the service is dead.
+///
+/// # Safety
+/// `kuf` came from kuf_open.
+#[no_mangle]
+pub unsafe extern "C" fn kuf_record_start(kuf: *mut kuf, flags: u32) -> c_int {
+    guard(|| {
+        // SAFETY: the caller promises that it came from kuf_open.
+        unsafe { Door::enter(kuf) }?.service().record_start(flags)?;
+        Ok(0)
+    })
+}
+
+/// Ends the recording and writes it: guest physical addresses and lengths, nothing of this host. The format is that of
+/// docs/record-format.md (KUF_RECORD_VERSION), about three bytes for each run of pages. kuf_close drops a recording
+/// that was not written.
+///
+/// fd: a file, pipe or stream socket to write it to, from where it stands; it is neither synced nor closed. -1: drop
+/// the recording.
+///
+/// Waits for fd as long as it takes, also when it is non-blocking, and kuf_close waits for it. SIGPIPE is as with
+/// write(2).
+///
+/// Returns 0. Any thread, also from callbacks.
+/// -EINVAL: kuf is NULL, the handle is not recording. -EBADF: fd is below -1, not open or not open for writing; the
+///   recording goes on.
+/// -ENOSPC, -EFBIG, -EDQUOT, -EIO, -EPIPE: as write(2); -ENOMEM: no memory to put the file together. The recording is
+///   over and kept: call again, with an fd that works (which gets all of it) or with -1.
+/// -ECANCELED: kuf_close has begun. -EIO: also when the service is dead.
+///
+/// # Safety
+/// `kuf` came from kuf_open.
+#[no_mangle]
+pub unsafe extern "C" fn kuf_record_stop(kuf: *mut kuf, fd: c_int) -> c_int {
+    guard(|| {
+        // SAFETY: the caller promises that it came from kuf_open.
+        unsafe { Door::enter(kuf) }?.service().record_stop(fd)?;
+        Ok(0)
+    })
+}
+
+/// Fills the pages of a recording in the background, in the order in which they were demanded, behind all demand and
+/// ahead of every kuf_populate, also of one that is running. Memory may be laid out otherwise than it was then, in
+/// other slots and with another granule (whole granules are filled); what lies in no slot, is present or was given back
+/// is skipped. The slots are those there are when the replay begins. KUF_EVENT_REPLAYED ends it; a fill that fails ends
+/// it early and poisons nothing. Replays queue up; KUF_POPULATE_STOP ends them.
+///
+/// fd: where kuf_record_stop has written, read from where it stands up to the end of the recording and not further;
+/// waited for as long as it takes. It may be closed afterwards. flags: 0.
+///
+/// The file need not be trusted: it says which pages are filled first and nothing else, and takes no more memory than
+/// it is long.
+///
+/// Returns 0: queued. Any thread, also from callbacks.
+/// -EINVAL: kuf is NULL, an unknown flag, fd holds no recording. -EBADF: fd is not open for reading. -EBADMSG: the
+///   recording is damaged or ends early. -EPROTONOSUPPORT: it is of a newer version. -EFBIG: it has more than 67108864
+///   runs. -ENOENT: no part of it is in a memory slot (one that is empty is replayed at once).
+/// -ENOTSUP: the handle has no fill callback. -ENOMEM: no memory for it. -EIO and others: as read(2). -ECANCELED:
+///   kuf_close has begun. -EIO: also when the service is dead.
+///
+/// # Safety
+/// `kuf` came from kuf_open.
+#[no_mangle]
+pub unsafe extern "C" fn kuf_replay(kuf: *mut kuf, fd: c_int, flags: u32) -> c_int {
+    guard(|| {
+        // SAFETY: the caller promises that it came from kuf_open.
+        unsafe { Door::enter(kuf) }?.service().replay(fd, flags)?;
+        Ok(0)
+    })
+}
+
 /// Drops the pages of gpa..gpa+len and arms them again: the next touch refills them from the source or, with
 /// KUF_DISCARD_REMOVED, with zeroes. Poisoned pages become ordinary ones again (not in another process, where their
 /// mark stays). A fill of such a page that is running is not used: it is asked for again. The host sees to it that the

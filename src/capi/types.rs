@@ -147,7 +147,8 @@ pub const KUF_RESOLVE_POISON: u32 = 1 << 2;
 /// it, the range refills from the source.
 pub const KUF_DISCARD_REMOVED: u32 = 1 << 0;
 
-/// kuf_populate: stop every populate request that is still running; gpa and len are ignored.
+/// kuf_populate: stop every populate request and every replay (kuf_replay) that is still running; gpa and len are
+/// ignored.
 pub const KUF_POPULATE_STOP: u32 = 1 << 0;
 /// kuf_close, kuf_remove_memory: poison what is still unresolved, so that touching it raises SIGBUS. What a shared file
 /// holds there is dropped, in all its mappings; the poison itself is on the slot's own mapping. End the vCPUs: one that
@@ -205,6 +206,9 @@ pub const KUF_EVENT_PARKED: u32 = 9;
 /// KVM queued a fault and its signal did not come: somebody else reads the library's eventfd, or KVM dropped the
 /// signal. Found only with KUF_OPEN_KVM_DRAIN. Raised once.
 pub const KUF_EVENT_UNSIGNALLED: u32 = 10;
+/// A kuf_replay has ended; error is 0, or the -errno of the fill that stopped it, or -ECANCELED (KUF_POPULATE_STOP).
+/// gpa and len are 0. Not raised for replays that kuf_close cuts off.
+pub const KUF_EVENT_REPLAYED: u32 = 11;
 
 /// Log levels, most urgent first. A record is passed on when its level is at most kuf_options.log_level.
 pub const KUF_LOG_ERROR: u32 = 1;
@@ -217,6 +221,9 @@ pub const KUF_LOG_DEBUG: u32 = 4;
 
 /// Largest kuf_options.spin_us.
 pub const KUF_SPIN_MAX: u32 = 10000;
+
+/// Version of the file that kuf_record_stop writes (docs/record-format.md), and the newest that kuf_replay reads.
+pub const KUF_RECORD_VERSION: u32 = 1;
 
 /// Latency histograms have one bucket per power of two nanoseconds: bucket i counts values in [2^i, 2^(i+1)), bucket 0
 /// also those below 1 ns, the last one everything longer.
@@ -341,10 +348,10 @@ pub struct kuf_event {
 /// kuf_vcpu_fault, or kuf_close or kuf_remove_memory with KUF_CLOSE_POPULATE; by several threads at once for different
 /// runs. No lock is held. It may block and take its time: other pages are served while a fill thread is free. It may
 /// call kuf_resolve (also for its own run, then return KUF_DEFERRED), kuf_discard, kuf_pending, kuf_populate,
-/// kuf_progress, kuf_stats and kuf_block_times. Calls that could wait for it return -EDEADLK, on any handle: kuf_close,
-/// kuf_add_memory, kuf_remove_memory, kuf_poll, kuf_read, kuf_ensure, kuf_vcpu_fault. It must not touch unresolved
-/// guest memory (it would wait for itself). A Rust panic is caught and counts as -ENOTRECOVERABLE; a C++ exception or
-/// longjmp must not leave it.
+/// kuf_record_start, kuf_record_stop, kuf_replay, kuf_progress, kuf_stats and kuf_block_times. Calls that could wait
+/// for it return -EDEADLK, on any handle: kuf_close, kuf_add_memory, kuf_remove_memory, kuf_poll, kuf_read, kuf_ensure,
+/// kuf_vcpu_fault. It must not touch unresolved guest memory (it would wait for itself). A Rust panic is caught and
+/// counts as -ENOTRECOVERABLE; a C++ exception or longjmp must not leave it.
 pub type kuf_fill_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void, fill: *mut kuf_fill) -> c_int>;
 
 /// Told about what happened. Called on whichever thread found out, with no lock held, after the state has changed.

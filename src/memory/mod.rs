@@ -106,6 +106,15 @@ impl Map {
         Ok((slot, gpa - slot.gpa..end - slot.gpa))
     }
 
+    /// The parts of a guest physical range that are in slots, as offsets in each, in order.
+    pub fn within_gpa(&self, gpa: Range<u64>) -> impl Iterator<Item = (&Arc<Slot>, Range<u64>)> {
+        let first = self.slots.partition_point(|slot| slot.gpa + slot.len <= gpa.start);
+        self.slots[first..].iter().take_while(move |slot| slot.gpa < gpa.end).map(move |slot| {
+            let from = gpa.start.saturating_sub(slot.gpa);
+            (slot, from..(gpa.end - slot.gpa).min(slot.len))
+        })
+    }
+
     /// The slot of `mechanism` that has this address, and the page there.
     pub fn at(&self, mechanism: u32, address: Address) -> Option<(&Arc<Slot>, u64)> {
         match address {

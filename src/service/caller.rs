@@ -70,6 +70,7 @@ impl Service {
             let mut claims = slot.claims();
             let terms = Terms { owner: Owner::Host, in_place, demand: true };
             let claimed = claims.claim(&slot.pages, page, 1, State::Absent, terms);
+            self.record_joined(slot, page, &mut claims);
             let stray = claims.join(waiter).err();
             if claimed.is_none() {
                 drop(claims);

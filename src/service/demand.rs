@@ -74,6 +74,7 @@ impl Service {
         match slot.pages.get(page) {
             State::Filling => {
                 self.stats.faults_joined.add(1);
+                self.record_joined(&slot, page, &mut claims);
                 match claims.join(waiter) {
                     Ok(Owner::Poison) => Task::Poison,
                     _ => Task::Nothing,
@@ -88,6 +89,7 @@ impl Service {
                 let max = self.stride(&slot, page);
                 match self.claim_from(&mut claims, &slot, page, max, waiter) {
                     Some((id, pages)) => {
+                        self.record(&slot, &pages);
                         self.strode(&slot, &pages);
                         Task::Fill(id, pages)
                     }
@@ -344,6 +346,7 @@ impl Service {
                         let text = format!("gpa {:#x} could not be filled", slot.gpa + page * slot.granule);
                         return Err(Error::new(libc::EHWPOISON, text));
                     }
+                    self.record_joined(slot, page, &mut claims);
                     // Looked at with the lock held: who ends it locks and wakes afterwards.
                     if slot.gone().is_some() || self.check_open().is_err() {
                         continue;
@@ -370,6 +373,7 @@ impl Service {
                     let claimed = claims.claim(&slot.pages, page, max, State::Absent, terms);
                     drop(claims);
                     if let Some((id, pages)) = claimed {
+                        self.record(slot, &pages);
                         self.strode(slot, &pages);
                         let run = Run { slot: slot.clone(), id, pages, wanted: Some(page), since: Instant::now() };
                         one_by_one = self.fill(&run).is_err();

@@ -1,7 +1,8 @@
 //! The fault service of one handle.
 //!
 //! A fault's way, left to right: `inlet` (read from the kernel) → `demand` (whose page is it?) → `fill` (ask the host)
-//! → `install` (open the page). What the host brings unasked enters at `resolve`; what nobody waits for, at `populate`.
+//! → `install` (open the page). What the host brings unasked enters at `resolve`; what nobody waits for, at `populate` (and
+//! `replay`). What was demanded is written down in `record`.
 
 mod caller;
 mod close;
@@ -15,6 +16,8 @@ mod inlet;
 mod install;
 mod kvm;
 mod populate;
+mod record;
+mod replay;
 mod resolve;
 mod slots;
 #[cfg(test)]
@@ -114,6 +117,7 @@ pub struct Service {
     waking: threads::Waking,
     ready: Ready,
     populate: populate::Queue,
+    recorder: record::Recorder,
     buffers: Pool,
     life: AtomicU8,
     opened: Instant,
@@ -154,6 +158,7 @@ impl Service {
             waking: threads::Waking::new(!config.direct)?,
             ready: Ready::new()?,
             populate: populate::Queue::default(),
+            recorder: record::Recorder::default(),
             buffers: Pool::default(),
             life: AtomicU8::new(OPEN),
             opened: Instant::now(),

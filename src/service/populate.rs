@@ -1,4 +1,4 @@
-//! Filling ahead of demand, in the background and behind all of it.
+//! Filling ahead of demand, in the background and behind all of it: ranges, and recordings before them.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use super::config::NewPopulate;
 use super::fill::Run;
 use super::host::refuse_inside_quiet;
-use super::{Service, Work};
+use super::{replay, Service, Work};
 use crate::capi::types::*;
 use crate::claims::{Owner, Terms};
 use crate::error::{Error, Result};
-use crate::memory::Slot;
+use crate::memory::{Map, Slot};
 use crate::pages::State;
+use crate::record::Recording;
 use crate::sync::{lock, Condvar, Mutex};
 
 /// How often populate looks again for what it waits for: demand to be served, deferred runs to come back.
@@ -21,6 +22,12 @@ const LOOK: Duration = Duration::from_micros(200);
 
 /// How often a range is gone through for pages that became absent behind the scan.
 const ROUNDS: u32 = 8;
+
+/// Err is an errno.
+pub type Step = std::result::Result<(), i32>;
+
+/// What is done with each part of what is to be filled.
+pub type Act<'a> = dyn FnMut(&Arc<Slot>, &Range<u64>) -> Step + 'a;
 
 /// Requests that wait.
 #[derive(Default)]
@@ -32,13 +39,31 @@ pub struct Queue {
 #[derive(Default)]
 struct Requests {
     requests: VecDeque<NewPopulate>,
+    /// Before those.
+    replays: VecDeque<Recording>,
     /// Slots that are complete, so that what it costs to catch touches may be saved.
     complete: Vec<Arc<Slot>>,
     /// Counts KUF_POPULATE_STOP: a request that began under another number ends.
     era: u64,
 }
 
+impl Requests {
+    /// A recording to be filled now. Not before a sweep, whose pages somebody may be waiting for.
+    fn next_replay(&mut self) -> Option<(Recording, u64)> {
+        if self.replays.is_empty() || self.requests.iter().any(|request| request.sweep) {
+            return None;
+        }
+        self.replays.pop_front().map(|recording| (recording, self.era))
+    }
+}
+
 impl Queue {
+    /// Has a recording filled.
+    pub fn replay(&self, recording: Recording) {
+        lock(&self.state).replays.push_back(recording);
+        self.changed.notify_all();
+    }
+
     /// Has the thread that works on it tell the mechanism of a complete slot: that may take time.
     pub fn save_costs_of(&self, slot: &Arc<Slot>) {
         lock(&self.state).complete.push(slot.clone());
@@ -54,6 +79,7 @@ impl Queue {
 
 enum Job {
     Populate(NewPopulate, u64),
+    Replay(Recording, u64),
     SaveCosts(Arc<Slot>),
 }
 
@@ -66,6 +92,21 @@ enum OnFailure {
     Leave,
     /// Poison it, for somebody may be waiting, and go on.
     Poison,
+}
+
+/// What is to be filled.
+enum Target<'a> {
+    Runs(Vec<(Arc<Slot>, Range<u64>)>),
+    Recording(&'a Recording, Arc<Map>),
+}
+
+/// How a target is filled.
+struct Ahead<'a> {
+    pace: Pace,
+    stop: &'a dyn Fn(&Service) -> bool,
+    on_failure: OnFailure,
+    /// Recordings that come meanwhile go first.
+    gives_way: bool,
 }
 
 /// What a request may do without asking again.
@@ -99,6 +140,9 @@ impl Service {
             for request in stopped {
                 self.push(populated(request.range, libc::ECANCELED));
             }
+            for _ in std::mem::take(&mut state.replays) {
+                self.push(replayed(libc::ECANCELED));
+            }
         } else if !(request.sweep && state.requests.iter().any(|other| other.sweep)) {
             if self.runs(request.range).is_empty() {
                 return Err(Error::new(libc::ENOENT, "no memory slot in this range"));
@@ -113,20 +157,32 @@ impl Service {
         while let Some(job) = self.next_job() {
             match job {
                 Job::Populate(request, era) => self.work_on_request(&request, era),
+                Job::Replay(recording, era) => self.work_on_replay(&recording, era),
                 Job::SaveCosts(slot) => slot.mechanism.completed(&slot),
             }
         }
     }
 
     fn work_on_request(&self, request: &NewPopulate, era: u64) {
-        let mut pace = Pace { started: Instant::now(), rate: request.rate, bytes: 0 };
+        let pace = Pace { started: Instant::now(), rate: request.rate, bytes: 0 };
         let sweep = request.sweep;
         let stop =
             |service: &Service| service.check_open().is_err() || !sweep && lock(&service.populate.state).era != era;
         let on_failure = if sweep { OnFailure::Poison } else { OnFailure::End };
-        let result = self.populate_range(request.range, &mut pace, &stop, on_failure);
+        let mut ahead = Ahead { pace, stop: &stop, on_failure, gives_way: !sweep };
+        let result = self.fill_target(&Target::Runs(self.runs(request.range)), &mut ahead);
         if self.check_open().is_ok() && !sweep {
             self.push(populated(request.range, result.err().unwrap_or(0)));
+        }
+    }
+
+    fn work_on_replay(&self, recording: &Recording, era: u64) {
+        let pace = Pace { started: Instant::now(), rate: 0, bytes: 0 };
+        let stop = |service: &Service| service.check_open().is_err() || lock(&service.populate.state).era != era;
+        let mut ahead = Ahead { pace, stop: &stop, on_failure: OnFailure::End, gives_way: false };
+        let result = self.fill_target(&Target::Recording(recording, self.memory.map()), &mut ahead);
+        if self.check_open().is_ok() {
+            self.push(replayed(result.err().unwrap_or(0)));
         }
     }
 
@@ -137,6 +193,9 @@ impl Service {
             if let Some(slot) = state.complete.pop() {
                 return Some(Job::SaveCosts(slot));
             }
+            if let Some((recording, era)) = state.next_replay() {
+                return Some(Job::Replay(recording, era));
+            }
             if let Some(request) = state.requests.pop_front() {
                 return Some(Job::Populate(request, state.era));
             }
@@ -145,62 +204,56 @@ impl Service {
     }
 
     /// Fills everything there is, on this thread, for `kuf_close` and `kuf_remove_memory`.
-    pub(super) fn populate_now(&self, range: Option<(u64, u64)>) -> std::result::Result<(), i32> {
-        let mut pace = Pace { started: Instant::now(), rate: 0, bytes: 0 };
-        self.populate_range(range, &mut pace, &|service| service.check_open().is_err(), OnFailure::Leave)
+    pub(super) fn populate_now(&self, range: Option<(u64, u64)>) -> Step {
+        let pace = Pace { started: Instant::now(), rate: 0, bytes: 0 };
+        let stop = |service: &Service| service.check_open().is_err();
+        let mut ahead = Ahead { pace, stop: &stop, on_failure: OnFailure::Leave, gives_way: false };
+        self.fill_target(&Target::Runs(self.runs(range)), &mut ahead)
     }
 
-    fn populate_range(
-        &self,
-        range: Option<(u64, u64)>,
-        pace: &mut Pace,
-        stop: &dyn Fn(&Service) -> bool,
-        on_failure: OnFailure,
-    ) -> std::result::Result<(), i32> {
-        let runs = self.runs(range);
+    fn fill_target(&self, target: &Target<'_>, ahead: &mut Ahead<'_>) -> Step {
+        let stop = ahead.stop;
+        let go_on = || if stop(self) { Err(libc::ECANCELED) } else { Ok(()) };
         // A fill that a discard has overtaken leaves its page absent behind this. A host that discards all the while
         // does not keep a request from ending.
         for _ in 0..ROUNDS {
             let mut failed = Ok(());
-            for (slot, pages) in &runs {
-                match self.fill_ahead(slot, pages, pace, stop, on_failure) {
-                    Err(errno) if on_failure != OnFailure::End && errno != libc::ECANCELED => failed = Err(errno),
-                    other => other?,
+            target.each(&go_on, &mut |slot, pages| match self.fill_ahead(slot, pages, ahead) {
+                Err(errno) if ahead.on_failure != OnFailure::End && errno != libc::ECANCELED => {
+                    failed = Err(errno);
+                    Ok(())
                 }
-            }
+                other => other,
+            })?;
             // Deferred runs and those that demand is filling are part of the request.
-            for (slot, pages) in &runs {
+            target.each(&go_on, &mut |slot, pages| {
                 while self.on_their_way(slot, pages) {
-                    if stop(self) {
-                        return Err(libc::ECANCELED);
-                    }
+                    go_on()?;
+                    self.give_way(ahead);
                     let claims = slot.claims();
                     drop(slot.sleep(claims, Some(Instant::now() + Duration::from_millis(20))));
                 }
-            }
+                Ok(())
+            })?;
             failed?;
-            let absent =
-                |slot: &Slot, pages: &Range<u64>| slot.pages.first_run(pages.clone(), State::Absent, 1).is_some();
-            if !runs.iter().any(|(slot, pages)| absent(slot, pages)) {
+            let mut left = false;
+            target.each(&go_on, &mut |slot, pages| {
+                left |= has_absent(slot, pages);
+                Ok(())
+            })?;
+            if !left {
                 break;
             }
         }
         Ok(())
     }
 
-    fn fill_ahead(
-        &self,
-        slot: &Arc<Slot>,
-        pages: &Range<u64>,
-        pace: &mut Pace,
-        stop: &dyn Fn(&Service) -> bool,
-        on_failure: OnFailure,
-    ) -> std::result::Result<(), i32> {
+    fn fill_ahead(&self, slot: &Arc<Slot>, pages: &Range<u64>, ahead: &mut Ahead<'_>) -> Step {
         let mut failed = Ok(());
         let mut from = pages.start;
-        loop {
-            self.let_demand_pass(slot, pace, stop);
-            if stop(self) {
+        while has_absent(slot, &(from..pages.end)) {
+            self.let_demand_pass(slot, ahead);
+            if (ahead.stop)(self) {
                 return Err(libc::ECANCELED);
             }
             if let Some(errno) = slot.gone() {
@@ -208,33 +261,49 @@ impl Service {
             }
             let max = if failed.is_ok() { (self.config.populate_run / slot.granule).max(1) } else { 1 };
             let Some(mut run) = self.claim_ahead(slot, from..pages.end, max) else { return failed };
-            if on_failure == OnFailure::Poison && max == 1 {
+            if ahead.on_failure == OnFailure::Poison && max == 1 {
                 run.wanted = Some(run.pages.start);
             }
             from = run.pages.start;
             if let Err(errno) = self.fill(&run) {
                 failed = Err(errno);
-                if on_failure == OnFailure::End {
+                if ahead.on_failure == OnFailure::End {
                     return failed;
                 }
                 // A run is tried again page by page; a page that fails is left.
                 from += u64::from(run.pages.end - run.pages.start == 1);
             }
-            pace.bytes += (run.pages.end - run.pages.start) * slot.granule;
+            ahead.pace.bytes += (run.pages.end - run.pages.start) * slot.granule;
+        }
+        failed
+    }
+
+    /// Recordings that have come since are for what is wanted first.
+    fn give_way(&self, ahead: &Ahead<'_>) {
+        if !ahead.gives_way {
+            return;
+        }
+        let next = || lock(&self.populate.state).next_replay();
+        while let Some((recording, era)) = next() {
+            self.work_on_replay(&recording, era);
         }
     }
 
     fn on_their_way(&self, slot: &Arc<Slot>, pages: &Range<u64>) -> bool {
-        let claims = slot.claims();
-        slot.gone().is_none() && claims.open(pages)
+        slot.pages.first_open(pages.clone()).is_some() && {
+            let claims = slot.claims();
+            slot.gone().is_none() && claims.open(pages)
+        }
     }
 
     /// Demand first, and no more ahead of the source than was agreed.
-    fn let_demand_pass(&self, slot: &Arc<Slot>, pace: &Pace, stop: &dyn Fn(&Service) -> bool) {
+    fn let_demand_pass(&self, slot: &Arc<Slot>, ahead: &Ahead<'_>) {
         loop {
+            self.give_way(ahead);
             let deferred = slot.claims().tally().deferred * slot.granule;
-            let due = pace.due();
-            if stop(self) || self.work.1.is_empty() && deferred < self.config.populate_inflight && due.is_zero() {
+            let due = ahead.pace.due();
+            if (ahead.stop)(self) || self.work.1.is_empty() && deferred < self.config.populate_inflight && due.is_zero()
+            {
                 return;
             }
             let state = lock(&self.populate.state);
@@ -255,17 +324,24 @@ impl Service {
     fn runs(&self, range: Option<(u64, u64)>) -> Vec<(Arc<Slot>, Range<u64>)> {
         let map = self.memory.map();
         let (gpa, len) = range.unwrap_or((0, u64::MAX));
-        let end = gpa.saturating_add(len);
-        map.slots()
-            .iter()
-            .filter(|slot| slot.gpa < end && gpa < slot.gpa + slot.len)
-            .map(|slot| {
-                let from = gpa.max(slot.gpa) - slot.gpa;
-                let to = end.min(slot.gpa + slot.len) - slot.gpa;
-                (slot.clone(), slot.pages_of(&(from..to)))
-            })
+        map.within_gpa(gpa..gpa.saturating_add(len))
+            .map(|(slot, offsets)| (slot.clone(), slot.pages_of(&offsets)))
             .collect()
     }
+}
+
+impl Target<'_> {
+    /// Calls `act` with each part, for as long as it says Ok, and `go_on` now and then where that takes long.
+    fn each(&self, go_on: &dyn Fn() -> Step, act: &mut Act<'_>) -> Step {
+        match self {
+            Self::Runs(runs) => runs.iter().try_for_each(|(slot, pages)| act(slot, pages)),
+            Self::Recording(recording, map) => replay::each_part(recording, map, go_on, act),
+        }
+    }
+}
+
+fn has_absent(slot: &Slot, pages: &Range<u64>) -> bool {
+    slot.pages.first_run(pages.clone(), State::Absent, 1).is_some()
 }
 
 fn populated(range: Option<(u64, u64)>, error: i32) -> Work {
@@ -275,4 +351,12 @@ fn populated(range: Option<(u64, u64)>, error: i32) -> Work {
         errno => format!("a populate request ended early: {}", std::io::Error::from_raw_os_error(errno)),
     };
     Work::Notice { kind: KUF_EVENT_POPULATED, gpa, len, error, text }
+}
+
+fn replayed(error: i32) -> Work {
+    let text = match error {
+        0 => "a replay is done".to_owned(),
+        errno => format!("a replay ended early: {}", std::io::Error::from_raw_os_error(errno)),
+    };
+    Work::Notice { kind: KUF_EVENT_REPLAYED, gpa: 0, len: 0, error, text }
 }

@@ -27,6 +27,8 @@ static struct fixture {
     int null_fd, dead_fd, memfd, other_memfd, uffd, orphan_uffd;
     struct kuf_fault faults[4];
     struct kuf_block_time times[4];
+    unsigned char recording[64]; /* of a page of SPARE */
+    size_t recording_length;
 } f;
 
 static struct source source = SOURCE_INIT;
@@ -140,6 +142,37 @@ static int stats_sized(struct kuf *kuf, size_t size)
     int got = kuf_stats(kuf, &out.known);
     if (got == 0)
         ok(out.tail[0] == 0 && out.tail[TAIL - 1] == 0, "kuf_stats: fields the library does not know are zeroed");
+    return got;
+}
+
+static int start_twice(void)
+{
+    int got = kuf_record_start(f.served, 0);
+    if (got == 0)
+        got = kuf_record_start(f.served, 0);
+    must(kuf_record_stop(f.served, -1) == 0, "the first recording ends");
+    return got;
+}
+
+/* While a recording is running, which goes on if this is refused. */
+static int stop_to(int fd)
+{
+    must(kuf_record_start(f.served, 0) == 0, "a recording runs");
+    int got = kuf_record_stop(f.served, fd);
+    must(kuf_record_stop(f.served, -1) == 0, "a recording that was not stopped goes on");
+    return got;
+}
+
+/* The fixture's recording with so many bytes of it, and one byte changed. */
+static int replay_changed(struct kuf *kuf, size_t length, size_t at, unsigned char change)
+{
+    unsigned char copy[sizeof(f.recording)];
+    memcpy(copy, f.recording, sizeof(copy));
+    copy[at] ^= change;
+    int fd = memfd_create("recording", MFD_CLOEXEC);
+    must(fd >= 0 && pwrite(fd, copy, length, 0) == (ssize_t)length, "a file holds a recording");
+    int got = kuf_replay(kuf, fd, 0);
+    close(fd);
     return got;
 }
 
@@ -411,6 +444,16 @@ static void make_fixture(void)
     add(f.served, GPA_D, f.d, 64 * PAGE);
     close(memfd);
     is(kuf_ensure(f.served, GPA_A, 4 * PAGE, -1), 0, "some pages are present");
+
+    add(f.served, GPA_SPARE, f.spare, 4 * PAGE);
+    int fd = memfd_create("recording", MFD_CLOEXEC);
+    must(kuf_record_start(f.served, 0) == 0 && kuf_ensure(f.served, GPA_SPARE, PAGE, -1) == 0 &&
+             kuf_record_stop(f.served, fd) == 0 && kuf_remove_memory(f.served, GPA_SPARE, KUF_CLOSE_POISON) == 0,
+         "a recording: %s", kuf_error());
+    f.recording_length = (size_t)pread(fd, f.recording, sizeof(f.recording), 0);
+    close(fd);
+    munmap(f.spare, 4 * PAGE);
+    f.spare = map_anonymous(4 * PAGE);
 
     f.driven_ram = map_anonymous(16 * PAGE);
     add(f.driven, GPA_A, f.driven_ram, 16 * PAGE);

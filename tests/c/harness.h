@@ -408,6 +408,9 @@ static inline bool join_toucher(struct toucher *toucher)
 
 /* ---- A handle for tests -------------------------------------------------------------------------------------------- */
 
+/* Kinds of events from 0 that are counted. */
+enum { HARNESS_EVENTS = 12 };
+
 /* A source of pages that keeps count. The opaque of a handle, with source_fill and source_event as its callbacks. */
 struct source {
     _Atomic uint64_t generation;
@@ -423,8 +426,8 @@ struct source {
     atomic_int inside;
     atomic_int released;
     /* By KUF_EVENT_*: how many, and the last of each. */
-    atomic_int events[8];
-    struct kuf_event last[8];
+    atomic_int events[HARNESS_EVENTS];
+    struct kuf_event last[HARNESS_EVENTS];
     pthread_mutex_t lock;
 };
 
@@ -454,7 +457,7 @@ static inline int source_fill(void *opaque, struct kuf_fill *fill)
 static inline void source_event(void *opaque, const struct kuf_event *event)
 {
     struct source *source = opaque;
-    if (event->kind >= 8)
+    if (event->kind >= HARNESS_EVENTS)
         return;
     pthread_mutex_lock(&source->lock);
     source->last[event->kind] = *event;
