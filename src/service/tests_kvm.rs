@@ -273,6 +273,14 @@ struct Rig {
     service: Arc<Service>,
     fake: Arc<Fake>,
     seen: Arc<Seen>,
+    stopped: AtomicBool,
+}
+
+/// What the callbacks use is gone with the rig: so has the service to be.
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.stop();
+    }
 }
 
 fn rig(drain: bool) -> Rig {
@@ -327,7 +335,7 @@ fn rig_of(drain: bool, direct: bool) -> Rig {
         opaque: Opaque(std::ptr::null_mut()),
     };
     service.add_memory(slot).unwrap();
-    Rig { service, fake, seen }
+    Rig { service, fake, seen, stopped: AtomicBool::new(false) }
 }
 
 impl Rig {
@@ -348,14 +356,19 @@ impl Rig {
 
     /// Ends the service; the kernel has nothing to complain about.
     fn end(self) {
-        let flags = KUF_CLOSE_POISON;
-        self.service.prepare_close(flags).unwrap();
-        self.service.begin_end();
-        self.service.settle_rest(flags);
-        self.service.end(flags);
+        self.service.prepare_close(KUF_CLOSE_POISON).unwrap();
+        self.stop();
         let state = self.fake.state.lock().unwrap();
         assert!(state.complaints.is_empty(), "{:?}", state.complaints);
         assert!(state.may_look || state.over_reads == 0, "the queue was read more often than it was signalled");
+    }
+
+    fn stop(&self) {
+        if !self.stopped.swap(true, Ordering::SeqCst) {
+            self.service.begin_end();
+            self.service.settle_rest(KUF_CLOSE_POISON);
+            self.service.end(KUF_CLOSE_POISON);
+        }
     }
 
     /// As [`Rig::end`], with every page filled, so that all of them can be looked at.
@@ -634,8 +647,6 @@ fn a_slot_is_not_taken_away_from_under_a_fill() {
             assert_eq!(error.errno(), libc::EBUSY, "{error}");
         }
         assert_eq!(rig.seen.inside.load(Ordering::SeqCst), 0, "removed with a callback inside its memory");
-        rig.service.begin_end();
-        rig.service.end(0);
     }
 }
 
