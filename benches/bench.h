@@ -747,6 +747,10 @@ static inline void guest_event(void *opaque, const struct kuf_event *event)
     if (event->kind == KUF_EVENT_POPULATED) {
         atomic_store(&guest->populate_error, event->error);
         atomic_store(&guest->populated_ns, now_ns());
+#ifdef KUF_RECORD_VERSION
+    } else if (event->kind == KUF_EVENT_REPLAYED && event->error == 0) {
+        return;
+#endif
     } else if (event->kind != KUF_EVENT_COMPLETE && !atomic_load(&guest->closing)) {
         fail("event %u: %s", event->kind, event->text);
     }
