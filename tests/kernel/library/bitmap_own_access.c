@@ -168,6 +168,8 @@ static void together(void)
 		pthread_join(t[i], NULL);
 	CHECK("at once: everybody has the right content", good);
 	CHECK("at once: every page was asked for once", once);
+	/* Who waited for a page may be here before who filled it has counted it. */
+	AWAIT(r.source.events[KUF_EVENT_COMPLETE] == 1);
 	struct kuf_stats s = stats(&r);
 	dprintf(1, "# at once: %llu exits, %llu faults (%llu joined, %llu late), %llu bytes by populate\n",
 		(unsigned long long)s.vcpu_faults, (unsigned long long)s.faults, (unsigned long long)s.faults_joined,
