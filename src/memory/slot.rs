@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::mm::Advice;
 
 use super::shared::{exist, SharedFile};
-use crate::claims::{Claims, Waits};
+use crate::claims::{Claims, Owner, Terms, Waits};
 use crate::mechanism::kvm_bitmap::Bitmap;
 use crate::mechanism::userfaultfd::Marker;
 use crate::mechanism::Mechanism;
@@ -209,6 +209,11 @@ impl Slot {
     /// Whether fills write to the pages themselves.
     pub fn in_place(&self) -> bool {
         self.shared.is_some() || self.mechanism.marks()
+    }
+
+    /// The terms on which a thread of the library claims pages here. `demand`: somebody waits.
+    pub fn fill_terms(&self, demand: bool) -> Terms {
+        Terms { owner: Owner::Fill, in_place: self.in_place(), demand }
     }
 
     /// Drops what a fill that is not used may have left in the place of `pages`, where fills write in place.

@@ -10,7 +10,7 @@ use crossbeam_channel::{unbounded, Receiver, Sender};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 
 use super::host::refuse_inside_callbacks;
-use super::{eventfd, Service};
+use super::{deadline, eventfd, Service};
 use crate::capi::types::*;
 use crate::claims::{Owner, Terms};
 use crate::error::{Error, Result};
@@ -29,7 +29,7 @@ pub struct Ready {
 
 impl Ready {
     pub fn new() -> Result<Self> {
-        Ok(Self { queue: unbounded(), signal: eventfd(false)?, ended: AtomicBool::new(false) })
+        Ok(Self { queue: unbounded(), signal: eventfd()?, ended: AtomicBool::new(false) })
     }
 
     /// Readable when there may be something.
@@ -106,11 +106,8 @@ impl Service {
     /// `kuf_poll`.
     pub fn caller_poll(&self, timeout_ms: i32) -> Result<bool> {
         refuse_inside_callbacks("kuf_poll")?;
-        if timeout_ms < -1 {
-            return Err(Error::new(libc::EINVAL, format!("timeout_ms is {timeout_ms}: -1 waits for ever")));
-        }
+        let deadline = deadline(timeout_ms)?;
         self.check_caller_driven()?;
-        let deadline = u64::try_from(timeout_ms).ok().map(|ms| Instant::now() + Duration::from_millis(ms));
         loop {
             self.check_open()?;
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));

@@ -3,13 +3,13 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::fill::Run;
 use super::host::refuse_inside_callbacks;
-use super::{Fault, Service};
+use super::{deadline, Fault, Service};
 use crate::capi::types::*;
-use crate::claims::{Id, Owner, Terms};
+use crate::claims::{Id, Owner};
 use crate::error::{Error, Result};
 use crate::mechanism::{Content, Stop};
 use crate::memory::{Slot, Waiter};
@@ -105,7 +105,7 @@ impl Service {
                         return Task::Nothing;
                     }
                 }
-                let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
+                let terms = slot.fill_terms(true);
                 let Some((id, _)) = claims.claim(&slot.pages, page, 1, state, terms) else { return Task::Nothing };
                 let _ = claims.join(waiter);
                 if state == State::Removed {
@@ -125,7 +125,7 @@ impl Service {
         max: u64,
         waiter: Waiter,
     ) -> Option<(Id, Range<u64>)> {
-        let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
+        let terms = slot.fill_terms(true);
         let from = slot.pages.get(page);
         let claimed = match from {
             State::Filling => None,
@@ -184,7 +184,7 @@ impl Service {
     /// was dropped.
     fn map(&self, slot: &Arc<Slot>, id: Id, page: u64) {
         let pages = page..page + 1;
-        let Some(content) = slot.mechanism.reveal(slot) else { return self.abandon(slot, id, pages) };
+        let content = slot.mechanism.reveal(slot).unwrap_or(Content::Shown);
         match self.install(slot, id, pages.clone(), page, content) {
             (_, Ok(())) => {}
             (_, Err(failed)) if failed.errno == libc::EFAULT && slot.shared.is_some() => {
@@ -199,7 +199,7 @@ impl Service {
         let mut from = pages.start;
         let max = if slot.mechanism.marks() { u64::MAX } else { 1 };
         while let Some(run) = slot.pages.first_run(from..pages.end, State::Removed, max) {
-            let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
+            let terms = slot.fill_terms(true);
             let claimed = slot.claims().claim(&slot.pages, run.start, run.end - run.start, State::Removed, terms);
             from = claimed.as_ref().map_or(run.start + 1, |(_, pages)| pages.end);
             if let Some((id, pages)) = claimed {
@@ -296,17 +296,10 @@ impl Service {
     /// once more, so that no vCPU can leave for ever.
     fn reopen(&self, slot: &Arc<Slot>, pages: &Range<u64>) {
         for page in pages.clone() {
-            let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
+            let terms = slot.fill_terms(true);
             let claimed = slot.claims().claim(&slot.pages, page, 1, State::Present, terms);
-            match claimed {
-                Some((id, pages)) if slot.mechanism.marks() => {
-                    let (_, result) = self.install(slot, id, pages.clone(), page, Content::Shown);
-                    if let Err(failed) = result {
-                        self.could_not(slot, id, pages, failed.errno);
-                    }
-                }
-                Some((id, _)) => self.map(slot, id, page),
-                None => {}
+            if let Some((id, _)) = claimed {
+                self.map(slot, id, page);
             }
         }
     }
@@ -314,13 +307,10 @@ impl Service {
     /// `kuf_ensure`.
     pub fn ensure(&self, gpa: u64, len: u64, timeout_ms: i32) -> Result<()> {
         refuse_inside_callbacks("kuf_ensure")?;
-        if timeout_ms < -1 {
-            return Err(Error::new(libc::EINVAL, format!("timeout_ms is {timeout_ms}: -1 waits for ever")));
-        }
+        let deadline = deadline(timeout_ms)?;
         self.check_open()?;
         let map = self.memory.map();
         let (slot, offsets) = map.range(gpa, len)?;
-        let deadline = u64::try_from(timeout_ms).ok().map(|ms| Instant::now() + Duration::from_millis(ms));
         self.ensure_pages(slot, slot.pages_of(&offsets), deadline, false)
     }
 
@@ -369,7 +359,7 @@ impl Service {
                         (false, true) => self.stride(slot, page),
                         (false, false) => (self.config.demand_run / slot.granule).clamp(1, pages.end - page),
                     };
-                    let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
+                    let terms = slot.fill_terms(true);
                     let claimed = claims.claim(&slot.pages, page, max, State::Absent, terms);
                     drop(claims);
                     if let Some((id, pages)) = claimed {

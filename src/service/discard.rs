@@ -69,14 +69,7 @@ impl Service {
             let bytes = (run.end - run.start) * slot.granule;
             self.stats.bytes_discarded.add(bytes);
             self.stats.bytes_removed.add(if state == State::Removed { bytes } else { 0 });
-            let waiters = {
-                let mut claims = slot.claims();
-                let waiters = claims.settle(&slot.pages, run.clone(), id, Some(state));
-                slot.wake_sleepers(&claims);
-                waiters
-            };
-            self.serve_parked(slot, run);
-            self.push_again(slot, waiters);
+            self.dropped(slot, id, run, state);
         }
         if !removed {
             // It may have been taken for complete between the two; without exits all are caught still.
@@ -88,18 +81,24 @@ impl Service {
         Ok(())
     }
 
+    /// The pages of `run` are what they were dropped for; who waits for one is served anew.
+    fn dropped(&self, slot: &Arc<Slot>, id: Id, run: &Range<u64>, state: State) {
+        let waiters = {
+            let mut claims = slot.claims();
+            let waiters = claims.settle(&slot.pages, run.clone(), id, Some(state));
+            slot.wake_sleepers(&claims);
+            waiters
+        };
+        self.serve_parked(slot, run);
+        self.push_again(slot, waiters);
+    }
+
     /// The first of `runs` could not be dropped as a whole. What a shared file holds is there still. Of other memory some
     /// may be gone, and none of it may be taken for present: what is not gone keeps its bytes when it is filled anew.
     fn drop_failed(&self, slot: &Arc<Slot>, id: Id, runs: &[Range<u64>], state: State) {
         let mut rest = runs;
         if let Some((first, others)) = runs.split_first().filter(|_| slot.shared.is_none()) {
-            let waiters = {
-                let mut claims = slot.claims();
-                let waiters = claims.settle(&slot.pages, first.clone(), id, Some(state));
-                slot.wake_sleepers(&claims);
-                waiters
-            };
-            self.push_again(slot, waiters);
+            self.dropped(slot, id, first, state);
             rest = others;
         }
         rest.iter().for_each(|run| self.abandon(slot, id, run.clone()));

@@ -9,7 +9,7 @@ use super::host::Answer;
 use super::install::Failed;
 use super::Service;
 use crate::capi::types::*;
-use crate::claims::{Early, Id, Owner, Terms};
+use crate::claims::{Early, Id};
 use crate::mechanism::Content;
 use crate::memory::buffer::Buffer;
 use crate::memory::{Slot, Waiter};
@@ -214,7 +214,7 @@ impl Service {
             };
             let claimed = {
                 let mut claims = slot.claims();
-                let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
+                let terms = slot.fill_terms(true);
                 let claimed = claims.claim(&slot.pages, page, 1, State::Absent, terms);
                 let strays: Vec<_> = mine.into_iter().filter_map(|waiter| claims.join(waiter).err()).collect();
                 self.push_again(slot, strays);

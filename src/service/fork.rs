@@ -63,7 +63,7 @@ pub struct Watch {
 impl Watch {
     pub fn new() -> Result<Self> {
         let (step, changed) = (Mutex::new(Step::Idle), Condvar::new());
-        Ok(Self { step, changed, over: eventfd(false)?, thread: Mutex::new(None) })
+        Ok(Self { step, changed, over: eventfd()?, thread: Mutex::new(None) })
     }
 
     fn set(&self, step: Step) {

@@ -67,7 +67,7 @@ impl Service {
         }
         if remote && !self.config.direct {
             // Somebody has to start looking after that process now and then.
-            self.waking.wake(1);
+            self.waking.wake();
         }
         Ok(())
     }

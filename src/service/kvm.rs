@@ -9,9 +9,8 @@ use std::time::{Duration, Instant};
 use super::config::{NewMemory, NewPopulate, Which};
 use super::fill::Run;
 use super::host::{refuse_inside_callbacks, refuse_inside_quiet};
-use super::{Fault, Service, Work};
+use super::{deadline, Fault, Service, Work};
 use crate::capi::types::*;
-use crate::claims::{Owner, Terms};
 use crate::error::{Error, Result};
 use crate::mechanism::kvm_bitmap::Bitmap;
 use crate::memory::{ForKvm, Slot, Waiter};
@@ -74,10 +73,7 @@ impl Service {
     /// `kuf_quiesce`: returns when nobody is known to wait for a page.
     pub fn quiesce(&self, timeout_ms: i32) -> Result<()> {
         refuse_inside_callbacks("kuf_quiesce")?;
-        if timeout_ms < -1 {
-            return Err(Error::new(libc::EINVAL, format!("timeout_ms is {timeout_ms}: -1 waits for ever")));
-        }
-        let deadline = u64::try_from(timeout_ms).ok().map(|ms| Instant::now() + Duration::from_millis(ms));
+        let deadline = deadline(timeout_ms)?;
         loop {
             self.check_open()?;
             // What was queued before this call is known after this.
@@ -156,7 +152,7 @@ impl Service {
                 self.ask(slot, page, Waiter { page, read_at: Instant::now(), thread: 0, flags: 0, fork: None });
                 continue;
             }
-            let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: true };
+            let terms = slot.fill_terms(true);
             let claimed = slot.claims().claim(&slot.pages, page, 1, State::Absent, terms);
             if let Some((id, pages)) = claimed {
                 // A failure has poisoned the page and told the host.

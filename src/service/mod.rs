@@ -26,7 +26,7 @@ mod tests;
 mod tests_kvm;
 mod threads;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -215,7 +215,7 @@ impl Service {
         self.ready.end();
         self.populate.wake();
         self.crew.call_all();
-        self.waking.wake(1);
+        self.waking.wake();
     }
 
     /// Gives service threads something to do.
@@ -230,7 +230,7 @@ impl Service {
         if self.config.direct {
             self.ready.signal();
         } else if !self.crew.call() && self.lead_asleep.load(Ordering::SeqCst) {
-            self.waking.wake(1);
+            self.waking.wake();
         }
     }
 
@@ -289,24 +289,27 @@ fn open_mechanism(config: &Config) -> Result<Option<Arc<dyn Mechanism>>> {
         config.host.log(KUF_LOG_INFO, || format!("userfaultfd {}", way.text()));
         Ok::<_, Error>(uffd)
     };
-    let duplicate = |vm: &OwnedFd| vm.try_clone().map_err(|e| Error::system("duplicating vm_fd", errno_of(&e)));
     Ok(match &config.mechanism {
         Which::Userfaultfd if config.adopt_only => None,
         Which::Userfaultfd => Some(Arc::new(userfaultfd()?)),
         Which::KvmBitmap(vm) => {
             probe::own_vm(vm)?;
             probe::kvm_bitmap()?;
-            Some(Arc::new(KvmBitmap::new(userfaultfd()?, duplicate(vm)?)))
+            Some(Arc::new(KvmBitmap::new(userfaultfd()?, slots::duplicate(vm.as_fd(), "vm_fd")?)))
         }
         Which::KvmAsync { vm, drain } => {
             probe::kvm_async(Some(vm))?;
-            Some(Arc::new(KvmAsync::open(duplicate(vm)?, *drain)?))
+            Some(Arc::new(KvmAsync::open(slots::duplicate(vm.as_fd(), "vm_fd")?, *drain)?))
         }
     })
 }
 
-fn errno_of(error: &std::io::Error) -> i32 {
-    error.raw_os_error().unwrap_or(libc::EIO)
+/// When a call with this timeout has to return; None: it may wait for ever.
+fn deadline(timeout_ms: i32) -> Result<Option<Instant>> {
+    if timeout_ms < -1 {
+        return Err(Error::new(libc::EINVAL, format!("timeout_ms is {timeout_ms}: -1 waits for ever")));
+    }
+    Ok(u64::try_from(timeout_ms).ok().map(|ms| Instant::now() + Duration::from_millis(ms)))
 }
 
 fn no_slot(gpa: u64) -> Error {
@@ -349,10 +352,9 @@ fn progress_of<'a>(slots: impl Iterator<Item = &'a Arc<Slot>>) -> kuf_progress {
 }
 
 /// A new eventfd for the library's own threads.
-fn eventfd(semaphore: bool) -> Result<OwnedFd> {
+fn eventfd() -> Result<OwnedFd> {
     use rustix::event::EventfdFlags;
-    let kind = if semaphore { EventfdFlags::SEMAPHORE } else { EventfdFlags::empty() };
-    rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | kind)
+    rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
         .map_err(|e| Error::system("eventfd", e.raw_os_error()))
 }
 

@@ -10,7 +10,6 @@ use super::fill::Run;
 use super::host::refuse_inside_quiet;
 use super::{replay, Service, Work};
 use crate::capi::types::*;
-use crate::claims::{Owner, Terms};
 use crate::error::{Error, Result};
 use crate::memory::{Map, Slot};
 use crate::pages::State;
@@ -313,7 +312,7 @@ impl Service {
     }
 
     fn claim_ahead(&self, slot: &Arc<Slot>, pages: Range<u64>, max: u64) -> Option<Run> {
-        let terms = Terms { owner: Owner::Fill, in_place: slot.in_place(), demand: false };
+        let terms = slot.fill_terms(false);
         let mut claims = slot.claims();
         let run = slot.pages.first_run(pages, State::Absent, max)?;
         let (id, pages) = claims.claim(&slot.pages, run.start, run.end - run.start, State::Absent, terms)?;

@@ -216,7 +216,7 @@ fn borrow(fd: i32, what: &str) -> Result<BorrowedFd<'static>> {
     Ok(unsafe { BorrowedFd::borrow_raw(fd) })
 }
 
-fn duplicate(fd: BorrowedFd<'_>, what: &str) -> Result<OwnedFd> {
+pub(super) fn duplicate(fd: BorrowedFd<'_>, what: &str) -> Result<OwnedFd> {
     rustix::io::fcntl_dupfd_cloexec(fd, 0).map_err(|e| Error::system(&format!("duplicating {what}"), e.raw_os_error()))
 }
 

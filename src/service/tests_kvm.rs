@@ -69,7 +69,7 @@ struct Fake {
 
 impl Fake {
     fn new(hva: u64) -> Arc<Self> {
-        let event = super::eventfd(false).unwrap();
+        let event = super::eventfd().unwrap();
         Arc::new(Self { state: Mutex::default(), changed: Condvar::new(), event, hva })
     }
 
@@ -304,7 +304,7 @@ fn rig_of(drain: bool, direct: bool) -> Rig {
         log_level: 0,
         opened: AtomicBool::new(false),
     };
-    let vm = super::eventfd(false).unwrap();
+    let vm = super::eventfd().unwrap();
     let config = Config {
         host,
         mechanism: Which::KvmAsync { vm, drain },

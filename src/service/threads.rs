@@ -83,9 +83,9 @@ impl Spin {
 /// How threads sleep and are woken.
 pub struct Waking {
     epoll: OwnedFd,
-    /// A semaphore: each unit wakes one thread.
+    /// Wakes the thread that has the lead.
     work: OwnedFd,
-    /// Kernel queues are watched edge by edge by several threads, or by level when the host watches.
+    /// Kernel queues are watched edge by edge by the service threads, or by level when the host watches.
     edge: bool,
 }
 
@@ -93,7 +93,7 @@ impl Waking {
     pub fn new(edge: bool) -> Result<Self> {
         let epoll =
             epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| Error::system("epoll_create", e.raw_os_error()))?;
-        let waking = Self { epoll, work: eventfd(true)?, edge };
+        let waking = Self { epoll, work: eventfd()?, edge };
         if edge {
             waking.add(waking.work.as_fd(), WORK, false)?;
         }
@@ -126,9 +126,9 @@ impl Waking {
         self.add(fd, WORK, false)
     }
 
-    /// Wakes `threads` threads.
-    pub fn wake(&self, threads: usize) {
-        let _ = rustix::io::write(&self.work, &(threads as u64).to_ne_bytes());
+    /// Wakes the thread that waits here.
+    pub fn wake(&self) {
+        let _ = rustix::io::write(&self.work, &1_u64.to_ne_bytes());
     }
 
     fn wait(&self, timeout_ms: i64) -> Events {
@@ -144,7 +144,8 @@ impl Waking {
         events
     }
 
-    fn take_one(&self) {
+    /// It is awake.
+    fn clear(&self) {
         let _ = rustix::io::read(&self.work, &mut [0_u8; 8]);
     }
 }
@@ -222,7 +223,7 @@ impl Service {
             self.look_now_and_then();
             for event in events.iter() {
                 match u32::try_from(event.data.u64()) {
-                    Ok(0) | Err(_) => self.waking.take_one(),
+                    Ok(0) | Err(_) => self.waking.clear(),
                     Ok(mechanism) => self.pump(mechanism),
                 }
             }
