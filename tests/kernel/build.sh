@@ -32,34 +32,8 @@ say() {
 	echo "build.sh: $*" >&2
 }
 
-installed() {
-	dpkg-query -W -f '${db:Status-Abbrev}' "$1" 2>/dev/null | grep -q '^ii'
-}
-
-# Quiet if there is nothing to do, which must not cost the time that apt takes
-# to find that out, nor need the right to install anything.
-need_packages() {
-	missing=
-	for package; do
-		installed "$package" || missing="$missing $package"
-	done
-	[ -n "$missing" ] || return 0
-
-	say "installing$missing"
-	sudo=
-	[ "$(id -u)" = 0 ] || sudo=sudo
-	log=$(mktemp)
-	# shellcheck disable=SC2086 # words on purpose
-	if ! { $sudo apt-get update &&
-	       DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y \
-			--no-install-recommends $missing; } >"$log" 2>&1; then
-		tail -n 30 "$log" >&2
-		rm -f "$log"
-		say "cannot install$missing"
-		exit 1
-	fi
-	rm -f "$log"
-}
+# shellcheck source=tests/packages.sh
+. "$here/../packages.sh"
 
 need_packages "$source_package"
 

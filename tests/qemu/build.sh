@@ -30,32 +30,8 @@ say() {
 	echo "build.sh: $*" >&2
 }
 
-installed() {
-	dpkg-query -W -f '${db:Status-Abbrev}' "$1" 2>/dev/null | grep -q '^ii'
-}
-
-need_packages() {
-	missing=
-	for package; do
-		installed "$package" || missing="$missing $package"
-	done
-	[ -n "$missing" ] || return 0
-
-	say "installing$missing"
-	sudo=
-	[ "$(id -u)" = 0 ] || sudo=sudo
-	packages_log=$(mktemp)
-	# shellcheck disable=SC2086 # words on purpose
-	if ! { $sudo apt-get update &&
-	       DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y \
-			--no-install-recommends $missing; } >"$packages_log" 2>&1; then
-		tail -n 30 "$packages_log" >&2
-		rm -f "$packages_log"
-		say "cannot install$missing"
-		exit 1
-	fi
-	rm -f "$packages_log"
-}
+# shellcheck source=tests/packages.sh
+. "$here/../packages.sh"
 
 # What the binaries need to run, also if they come from the cache.
 need_packages ipxe-qemu qemu-system-data seabios libglib2.0-0 libpixman-1-0 \
