@@ -447,10 +447,11 @@ struct kuf_fill {
  * kuf_vcpu_fault, or kuf_close or kuf_remove_memory with KUF_CLOSE_POPULATE; by several threads at once for different
  * runs. No lock is held. It may block and take its time: other pages are served while a fill thread is free. It may
  * call kuf_resolve (also for its own run, then return KUF_DEFERRED), kuf_discard, kuf_pending, kuf_populate,
- * kuf_record_start, kuf_record_stop, kuf_replay, kuf_progress, kuf_stats and kuf_block_times. Calls that could wait
- * for it return -EDEADLK, on any handle: kuf_close, kuf_add_memory, kuf_remove_memory, kuf_poll, kuf_read, kuf_ensure,
- * kuf_vcpu_fault. It must not touch unresolved guest memory (it would wait for itself). A Rust panic is caught and
- * counts as -ENOTRECOVERABLE; a C++ exception or longjmp must not leave it.
+ * kuf_record_start, kuf_record_stop, kuf_replay, kuf_kvm_owned, kuf_kvm_bitmap, kuf_progress, kuf_stats and
+ * kuf_block_times. Calls that could wait for it return -EDEADLK, on any handle: kuf_close, kuf_add_memory,
+ * kuf_remove_memory, kuf_poll, kuf_read, kuf_ensure, kuf_vcpu_fault, kuf_quiesce; and, on a slot with
+ * KUF_MEMORY_MEMSLOT, kuf_discard. It must not touch unresolved guest memory (it would wait for itself). A Rust panic
+ * is caught and counts as -ENOTRECOVERABLE; a C++ exception or longjmp must not leave it.
  */
 typedef int (*kuf_fill_fn)(void *opaque, struct kuf_fill *fill);
 
@@ -538,8 +539,8 @@ struct kuf_options {
     /*
      * Microseconds, at most KUF_SPIN_MAX, that the thread that watches for faults may go on looking for the next one
      * before it sleeps, and only while faults come that fast: 0 for not at all. It saves the time to wake up, which
-     * can be most of what a fault costs, and takes up to one CPU while faults come. Without effect when the process may
-     * use one CPU only.
+     * can be most of what a fault costs, and takes up to one CPU while faults come. Without effect when the process
+     * may use one CPU only.
      */
     uint32_t spin_us;
     /* Zero. */
