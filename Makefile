@@ -138,7 +138,7 @@ $(BUILD)/kernel-tests/%: tests/kernel/library/%.c $(wildcard tests/kernel/librar
 	    -Wmissing-prototypes -Wvla -Werror \
 	    -pthread -o $@ $< $$($(STAGE_PC) --cflags --libs kuf)
 
-$(BUILD)/bench/%: benches/%.c $(wildcard benches/*.h) $(BUILD)/stage.stamp
+$(BUILD)/bench/%: benches/%.c $(wildcard benches/*.h) tests/c/open_uffd.h $(BUILD)/stage.stamp
 	@mkdir -p $(@D)
 	@$(CC) $(CFLAGS) $(WARN) -Werror -pthread -o $@ $< $$($(STAGE_PC) --cflags --libs kuf)
 

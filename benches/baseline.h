@@ -10,20 +10,12 @@
 #ifndef KUF_BENCH_BASELINE_H
 #define KUF_BENCH_BASELINE_H
 
+#include "../tests/c/open_uffd.h"
 #include "bench.h"
 
-/* As the library does: the device, the system call, the system call for user mode only. */
 static inline int open_userfaultfd(uint64_t features)
 {
-    int fd = -1, device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
-    if (device >= 0) {
-        fd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
-        close(device);
-    }
-    if (fd < 0)
-        fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0)
-        fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    int fd = open_uffd();
     if (fd < 0)
         skip("userfaultfd is not to be had here");
     struct uffdio_api api = {.api = UFFD_API, .features = features};

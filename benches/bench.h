@@ -708,6 +708,14 @@ struct guest {
     atomic_int populate_error;
 };
 
+/* How much of the rest of a run is in one piece of the image, which is repeated in larger memory, and where. */
+static inline uint64_t image_part(const struct guest *guest, const struct kuf_fill *run, uint64_t done, uint64_t *at)
+{
+    *at = (run->memory_offset + done) % guest->image->size;
+    uint64_t rest = run->len - done, piece = guest->image->size - *at;
+    return rest < piece ? rest : piece;
+}
+
 /*
  * copy: the callback copies into the library's buffer, which is then copied into the guest.
  * resolve: the callback hands the library the image itself: the bytes are copied once, as in a hand-written loop.
@@ -718,8 +726,7 @@ static inline int fill_by_copy(void *opaque, struct kuf_fill *run)
     if (guest->before_fill != NULL)
         guest->before_fill(guest->before_fill_argument);
     for (uint64_t done = 0; done < run->len;) {
-        uint64_t at = (run->memory_offset + done) % guest->image->size;
-        uint64_t part = run->len - done < guest->image->size - at ? run->len - done : guest->image->size - at;
+        uint64_t at, part = image_part(guest, run, done, &at);
         memcpy((uint8_t *)run->buf + done, guest->image->bytes + at, part);
         done += part;
     }
@@ -732,8 +739,7 @@ static inline int fill_by_resolve(void *opaque, struct kuf_fill *run)
     if (guest->before_fill != NULL)
         guest->before_fill(guest->before_fill_argument);
     for (uint64_t done = 0; done < run->len;) {
-        uint64_t at = (run->memory_offset + done) % guest->image->size;
-        uint64_t part = run->len - done < guest->image->size - at ? run->len - done : guest->image->size - at;
+        uint64_t at, part = image_part(guest, run, done, &at);
         if (kuf_resolve(guest->kuf, run->gpa + done, guest->image->bytes + at, part, 0) < 0)
             fail("kuf_resolve: %s", kuf_error());
         done += part;

@@ -47,5 +47,7 @@ mod service;
 mod stats;
 #[doc(hidden)]
 pub mod sync;
+#[cfg(test)]
+mod testing;
 #[cfg(not(loom))]
 mod uapi;

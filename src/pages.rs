@@ -270,13 +270,7 @@ mod tests {
         const LEN: u64 = PER_CHUNK + 1_000;
         let pages = Pages::new(LEN);
         let mut model = vec![State::Absent; LEN as usize];
-        let mut seed = 0x9E37_79B9_7F4A_7C15_u64;
-        let mut random = |n: u64| {
-            seed ^= seed << 13;
-            seed ^= seed >> 7;
-            seed ^= seed << 17;
-            seed % n
-        };
+        let mut random = crate::testing::random();
         for _ in 0..3_000 {
             let start = random(LEN);
             let end = (start + 1 + random(300)).min(LEN);

@@ -290,13 +290,7 @@ mod tests {
 
     #[test]
     fn what_was_written_is_read() {
-        let mut seed = 0x9E37_79B9_7F4A_7C15_u64;
-        let mut random = |n: u64| {
-            seed ^= seed << 13;
-            seed ^= seed >> 7;
-            seed ^= seed << 17;
-            seed % n
-        };
+        let mut random = crate::testing::random();
         for unit in [4096, 65536, 1 << 30] {
             let end = u64::MAX / unit;
             let mut runs = vec![run(0, 1), run(end - 1, 1), run(0, end), run(end - 200, 200)];

@@ -251,13 +251,7 @@ mod tests {
     #[test]
     fn agrees_with_a_plain_array() {
         let (mut demanded, mut model, mut order) = (Demanded::default(), vec![false; 20_000], Vec::new());
-        let mut seed = 0x9E37_79B9_7F4A_7C15_u64;
-        let mut random = |n: u64| {
-            seed ^= seed << 13;
-            seed ^= seed >> 7;
-            seed ^= seed << 17;
-            seed % n
-        };
+        let mut random = crate::testing::random();
         for _ in 0..2_000 {
             let start = random(19_000);
             let most = if random(10) == 0 { 1_000 } else { 3 };

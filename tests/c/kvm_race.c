@@ -10,7 +10,7 @@
  *
  * KUF_STRESS_SEED sets the seed, KUF_STRESS_SECONDS how long it goes on.
  */
-#include "trap.h"
+#include "seeded.h"
 
 #if defined(__x86_64__)
 #include <linux/kvm.h>
@@ -105,26 +105,8 @@ static struct vcpu vcpus[VCPUS];
 static int kvm, vm, memory_fd;
 static size_t run_size;
 static struct kuf *handle;
-static uint64_t seed;
 static atomic_bool stop, over;
-static _Atomic uint64_t threads_seeded, steps, guest_checks, cross_checks, host_checks, guest_writes, discards;
-static _Thread_local uint64_t thread_random;
-
-static uint64_t mix(uint64_t x)
-{
-    x ^= x >> 31;
-    x *= UINT64_C(0x7fb5d329728ea185);
-    x ^= x >> 27;
-    x *= UINT64_C(0x81dadef4bc2dd44d);
-    return x ^ x >> 33;
-}
-
-static uint64_t below(uint64_t n)
-{
-    if (thread_random == 0)
-        thread_random = mix(seed + 1000 + atomic_fetch_add(&threads_seeded, 1)) | 1;
-    return (next_random(&thread_random) >> 16) % n;
-}
+static _Atomic uint64_t steps, guest_checks, cross_checks, host_checks, guest_writes, discards;
 
 static uint64_t gpa_of(unsigned page)
 {
@@ -511,21 +493,10 @@ static void add_vcpu(struct vcpu *vcpu, unsigned index)
     KVM_CALL(vcpu->fd, KVM_SET_REGS, &regs);
 }
 
-static uint64_t setting(const char *name, uint64_t otherwise)
-{
-    const char *text = getenv(name);
-    return text != NULL && *text != 0 ? strtoull(text, NULL, 0) : otherwise;
-}
-
 int main(void)
 {
     begin();
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    seed = setting("KUF_STRESS_SEED", (uint64_t)now.tv_sec * 1000003 + (uint64_t)now.tv_nsec);
-    uint64_t seconds = setting("KUF_STRESS_SECONDS", 6);
-    watchdog((unsigned)seconds + 180);
-    printf("# seed %" PRIu64 " (KUF_STRESS_SEED), %" PRIu64 " s (KUF_STRESS_SECONDS)\n", seed, seconds);
+    uint64_t seconds = begin_seeded(6, 180);
     if (page_size() != PAGE)
         skip("the host's pages are not of %d bytes", PAGE);
     kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);

@@ -11,7 +11,7 @@
  * KUF_STRESS_SEED sets the seed, KUF_STRESS_SECONDS how long it goes on. The seed fixes what each thread tries, in which
  * order; the scheduler still decides who meets whom.
  */
-#include "trap.h"
+#include "seeded.h"
 
 enum { SLOTS = 3, ANONYMOUS = 0, SHARED = 1, COMING = 2 };
 enum { BLOCK = 8, PAGES = 128, COMING_PAGES = 32, BAD_PAGES = 8, ALL_PAGES = 2 * PAGES + COMING_PAGES };
@@ -65,39 +65,15 @@ static struct page pages[ALL_PAGES];
 static struct worker workers[WORKERS_MAX];
 static unsigned worker_count;
 static struct kuf *handle;
-static uint64_t seed;
 static size_t page_bytes, page_words;
 static atomic_bool stop, stop_bringing, closing, over;
 static atomic_int released;
-static _Atomic uint64_t threads_seeded, checked, cross_checked, deferred, failed, poisonings, rounds_of_slot;
+static _Atomic uint64_t checked, cross_checked, deferred, failed, poisonings, rounds_of_slot;
 static char round_text[256];
 
 static pthread_mutex_t tickets_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct ticket tickets[65536];
 static unsigned ticket_count;
-
-static uint64_t mix(uint64_t x)
-{
-    x ^= x >> 31;
-    x *= UINT64_C(0x7fb5d329728ea185);
-    x ^= x >> 27;
-    x *= UINT64_C(0x81dadef4bc2dd44d);
-    return x ^ x >> 33;
-}
-
-static _Thread_local uint64_t thread_random;
-
-static uint64_t chance(void)
-{
-    if (thread_random == 0)
-        thread_random = mix(seed + 1000 + atomic_fetch_add(&threads_seeded, 1)) | 1;
-    return next_random(&thread_random) >> 16;
-}
-
-static uint64_t below(uint64_t n)
-{
-    return chance() % n;
-}
 
 static void dawdle(void)
 {
@@ -892,21 +868,10 @@ static void run_round(unsigned number, uint64_t until)
     ok(true, "%s", round_text);
 }
 
-static uint64_t setting(const char *name, uint64_t otherwise)
-{
-    const char *text = getenv(name);
-    return text != NULL && *text != 0 ? strtoull(text, NULL, 0) : otherwise;
-}
-
 int main(void)
 {
     begin();
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    seed = setting("KUF_STRESS_SEED", (uint64_t)now.tv_sec * 1000003 + (uint64_t)now.tv_nsec);
-    uint64_t seconds = setting("KUF_STRESS_SECONDS", 8);
-    printf("# seed %" PRIu64 " (KUF_STRESS_SEED), %" PRIu64 " s (KUF_STRESS_SECONDS)\n", seed, seconds);
-    watchdog((unsigned)seconds + 240);
+    uint64_t seconds = begin_seeded(8, 240);
     struct sigaction action = {.sa_sigaction = bus, .sa_flags = SA_SIGINFO};
     sigaction(SIGBUS, &action, NULL);
     needs_feature(KUF_FEATURE_POISON, "UFFDIO_POISON");

@@ -6,20 +6,12 @@
 #define KUF_TESTS_UFFD_H
 
 #include "harness.h"
-#include <linux/userfaultfd.h>
+#include "open_uffd.h"
 
 /* A userfaultfd of the test's own, for the library to adopt; skips the test when there is none. */
 static inline int own_userfaultfd(uint64_t features)
 {
-    int fd = -1, device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
-    if (device >= 0) {
-        fd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
-        close(device);
-    }
-    if (fd < 0)
-        fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0)
-        fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    int fd = open_uffd();
     if (fd < 0)
         skip("no userfaultfd: %s", strerror(errno));
     struct uffdio_api api = {.api = UFFD_API, .features = features};
