@@ -10,8 +10,9 @@
 #ifndef KUF_BENCH_BASELINE_H
 #define KUF_BENCH_BASELINE_H
 
+#include "bench.h" /* first: it asks for _GNU_SOURCE */
+
 #include "../tests/c/open_uffd.h"
-#include "bench.h"
 
 static inline int open_userfaultfd(uint64_t features)
 {
