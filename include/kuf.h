@@ -140,7 +140,8 @@
  * shared file, or, with KUF_MECHANISM_KVM_ASYNC, the slot's own mapping, from which a mark keeps the guest.
  * Nothing is copied afterwards. The buffer's content is undefined at the start. When the callback returns
  * KUF_DEFERRED the buffer stays valid until the run is resolved, so data may be received straight into it and
- * published with KUF_RESOLVE_IN_PLACE; such a run must be resolved (or poisoned) in the end.
+ * published with KUF_RESOLVE_IN_PLACE; such a run must be resolved (or poisoned) in the end. KUF_CLOSE_POISON takes the
+ * buffer away: stop writing to it before.
  */
 #define KUF_FILL_IN_PLACE (1 << 1)
 

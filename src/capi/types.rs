@@ -79,7 +79,8 @@ pub const KUF_FILL_DEMAND: u32 = 1 << 0;
 /// shared file, or, with KUF_MECHANISM_KVM_ASYNC, the slot's own mapping, from which a mark keeps the guest.
 /// Nothing is copied afterwards. The buffer's content is undefined at the start. When the callback returns
 /// KUF_DEFERRED the buffer stays valid until the run is resolved, so data may be received straight into it and
-/// published with KUF_RESOLVE_IN_PLACE; such a run must be resolved (or poisoned) in the end.
+/// published with KUF_RESOLVE_IN_PLACE; such a run must be resolved (or poisoned) in the end. KUF_CLOSE_POISON takes the
+/// buffer away: stop writing to it before.
 pub const KUF_FILL_IN_PLACE: u32 = 1 << 1;
 /// The fault is a forked child's (KUF_OPEN_FOLLOW_FORK); gpa is that of the parent's slot.
 pub const KUF_FILL_FORKED: u32 = 1 << 2;

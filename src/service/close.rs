@@ -157,6 +157,9 @@ impl Service {
         map.all().for_each(|slot| slot.mechanism.detach(slot, in_use));
         map.all().for_each(|slot| slot.mechanism.detached(slot));
         self.read_at_the_end();
+        // A thread that is left in a callback finds that its slot has gone. Not with the gate held: a service that died
+        // may never give it back.
+        map.all().for_each(|slot| slot.gone.store(libc::ECANCELED, Ordering::Release));
     }
 
     /// Reads and applies events when the service threads do so no more: whoever waits in madvise, munmap or mremap for

@@ -221,11 +221,15 @@ impl Service {
     }
 
     /// The mark of a poisoned page was lost (its mapping changed, or the kernel has no poison): put it there again.
-    fn touch_poison(&self, slot: &Arc<Slot>, page: u64) {
+    pub(super) fn touch_poison(&self, slot: &Arc<Slot>, page: u64) {
         let pages = page..page + 1;
         loop {
             let stop = {
                 let _gate = slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner);
+                if slot.gone().is_some() {
+                    // A fault that was read before its slot was removed. Its addresses may be another slot's by now.
+                    return;
+                }
                 let Some(id) = slot.claims().begin_mark(page) else {
                     // Discarded meanwhile: who waits looks again.
                     return slot.mechanism.wake(slot, &pages);
@@ -244,8 +248,10 @@ impl Service {
                     std::thread::yield_now();
                 }
                 Some(Stop::Exists) => return slot.mechanism.wake(slot, &pages),
+                // Guest memory no more, so nobody waits; what is mapped there now may be anybody's.
+                Some(Stop::Unmapped | Stop::Dead) => return,
                 None if slot.mechanism.marks() => return self.parked(slot, pages),
-                Some(_) if !slot.mechanism.close_off(slot, &pages) => {
+                Some(_) if !self.close_off(slot, std::slice::from_ref(&pages)) => {
                     let text = || format!("a poisoned page of the memory slot at gpa {:#x} stays closed", slot.gpa);
                     return self.config.host.log(KUF_LOG_WARN, text);
                 }

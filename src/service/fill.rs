@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::host::Answer;
@@ -258,7 +258,7 @@ impl Service {
         };
         let rest = failed.page..pages.end;
         let held = slot.claims().held(rest.clone(), id);
-        let closed = held.iter().all(|run| slot.mechanism.close_off(slot, run));
+        let closed = self.close_off(slot, &held);
         {
             let mut claims = slot.claims();
             claims.poison(rest.clone(), id);
@@ -268,5 +268,12 @@ impl Service {
         let how = if closed { "made inaccessible" } else { "left closed: whoever touches it stays blocked" };
         self.config.host.event(KUF_EVENT_CLOSED_OFF, gpa, len, errno, &format!("{text}: {how}"));
         poisoned + (rest.end - rest.start)
+    }
+
+    /// Makes touching `pages` fail where they could not be poisoned. False: there is no way.
+    pub(super) fn close_off(&self, slot: &Slot, pages: &[Range<u64>]) -> bool {
+        // With the gate held, so that the slot stays: its addresses are somebody else's memory once it has gone.
+        let _gate = slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner);
+        slot.gone().is_none() && pages.iter().all(|pages| slot.mechanism.close_off(slot, pages))
     }
 }

@@ -169,9 +169,14 @@ fn rig(no_poison: bool) -> Option<Rig> {
     // SAFETY: a new mapping where the kernel likes.
     let hva = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, rustix::mm::MapFlags::PRIVATE) };
     let hva = hva.unwrap() as usize;
-    let slot = NewMemory {
+    service.add_memory(memory(hva)).unwrap();
+    Some(Rig { service, faulty, seen, hva })
+}
+
+fn memory(hva: usize) -> NewMemory {
+    NewMemory {
         gpa: 0,
-        len: len as u64,
+        len: (PAGE * PAGES) as u64,
         hva: hva as u64,
         granule: 0,
         file: None,
@@ -181,9 +186,7 @@ fn rig(no_poison: bool) -> Option<Rig> {
         kvm_attributes: 0,
         memslot: None,
         opaque: Opaque(std::ptr::null_mut()),
-    };
-    service.add_memory(slot).unwrap();
-    Some(Rig { service, faulty, seen, hva })
+    }
 }
 
 impl Rig {
@@ -252,6 +255,36 @@ fn without_poison_a_failed_page_is_made_inaccessible() {
     rig.end(KUF_CLOSE_POISON);
     assert!((2..PAGES).all(|page| !rig.readable(page)));
     assert!(rig.readable(1));
+}
+
+#[test]
+fn a_late_fault_of_a_slot_that_has_gone_changes_nothing_at_its_addresses() {
+    for no_poison in [false, true] {
+        let Some(rig) = rig(no_poison) else { return };
+        rig.seen.fail.store(true, Ordering::SeqCst);
+        for page in [0, 1] {
+            assert_eq!(rig.service.ensure(page * PAGE as u64, PAGE as u64, -1).unwrap_err().errno(), libc::EHWPOISON);
+        }
+        let slot = rig.service.memory.map().slots().first().unwrap().clone();
+        rig.service.remove_memory(0, KUF_CLOSE_POISON).unwrap();
+        let (len, prot) = (PAGE * PAGES, rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE);
+        let flags = rustix::mm::MapFlags::PRIVATE | rustix::mm::MapFlags::FIXED;
+        // SAFETY: in place of the rig's own mapping, which nobody uses.
+        unsafe { rustix::mm::mmap_anonymous(rig.hva as *mut c_void, len, prot, flags) }.unwrap();
+        // A service thread got as far as this before the slot was removed.
+        let late = |page| rig.service.touch_poison(&slot, page);
+        late(0);
+        assert!(rig.readable(0), "memory that is the host's own again was closed");
+        rig.seen.fail.store(false, Ordering::SeqCst);
+        rig.service.add_memory(memory(rig.hva)).unwrap();
+        late(1);
+        assert_eq!(rig.touch(1).join().unwrap(), 7, "a page of the slot that is there now was closed");
+        rig.end(KUF_CLOSE_POISON);
+        // SAFETY: as above.
+        unsafe { rustix::mm::mmap_anonymous(rig.hva as *mut c_void, len, prot, flags) }.unwrap();
+        late(0);
+        assert!(rig.readable(0));
+    }
 }
 
 #[test]

@@ -66,8 +66,10 @@ static struct worker workers[WORKERS_MAX];
 static unsigned worker_count;
 static struct kuf *handle;
 static size_t page_bytes, page_words;
-static atomic_bool stop, stop_bringing, closing, over;
+static atomic_bool stop, stop_bringing, ending, closing, over;
 static atomic_int released;
+/* Held to write to where pages of a file are filled in place, which a poisoning end takes away. */
+static pthread_rwlock_t places = PTHREAD_RWLOCK_INITIALIZER;
 static _Atomic uint64_t checked, cross_checked, deferred, failed, poisonings, rounds_of_slot;
 static char round_text[256];
 
@@ -329,7 +331,7 @@ static void bring(unsigned first, unsigned count, unsigned char *place, unsigned
     for (unsigned n = 0; n < times; n++) {
         ssize_t got = kuf_resolve(handle, gpa_of(first), flags ? NULL : bytes, count * page_bytes, flags);
         bool gone = got == -ENOENT && slot_of(first) == &slots[COMING];
-        bool closed = got == -EBADF && atomic_load(&closing);
+        bool closed = got == -EBADF && atomic_load(&ending);
         if (!gone && !closed && (got < 0 || (size_t)got > count * page_bytes || (size_t)got % page_bytes))
             must(false, "kuf_resolve %#" PRIx64 "+%#zx flags %#x: %zd, %s", gpa_of(first), count * page_bytes, flags, got,
                  kuf_error());
@@ -380,7 +382,10 @@ static void *bringing_body(void *argument)
             push_ticket((struct ticket){ticket.first + from + count, ticket.pages - from - count,
                                         ticket.place ? ticket.place + (from + count) * page_bytes : NULL});
         doing(worker, "brings a deferred run", ticket.first + from);
-        bring(ticket.first + from, count, ticket.place ? ticket.place + from * page_bytes : NULL, 1);
+        pthread_rwlock_rdlock(&places);
+        if (ticket.place == NULL || !atomic_load(&closing))
+            bring(ticket.first + from, count, ticket.place ? ticket.place + from * page_bytes : NULL, 1);
+        pthread_rwlock_unlock(&places);
     }
     atomic_store(&worker->doing, "ended");
     return NULL;
@@ -808,6 +813,7 @@ static void run_round(unsigned number, uint64_t until)
              "round %u: %u fill threads, queue of %u, runs of %" PRIu64 " and %" PRIu64 " pages, %s ahead", number,
              options.fill_threads, options.queue_max, options.demand_run / page_bytes, options.populate_run / page_bytes,
              options.populate_inflight ? "little" : "much");
+    atomic_store(&ending, false);
     atomic_store(&closing, false);
     atomic_store(&stop, false);
     atomic_store(&stop_bringing, false);
@@ -850,8 +856,12 @@ static void run_round(unsigned number, uint64_t until)
         flags |= KUF_CLOSE_NOWAIT;
     struct kuf *closed = handle;
     doing(me, poison ? "closes and poisons" : "fills and closes", 0);
-    if (poison)
+    atomic_store(&ending, true);
+    if (poison) {
+        pthread_rwlock_wrlock(&places);
         atomic_store(&closing, true);
+        pthread_rwlock_unlock(&places);
+    }
     int got = kuf_close(&closed, flags);
     must(got == 0, "kuf_close %#x: %d, %s", flags, got, kuf_error());
     atomic_store(&closing, true);
