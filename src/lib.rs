@@ -10,6 +10,7 @@
 //! | `pages` | page states: absent, filling, present, removed; two bits each |
 //! | `claims` | who owns each page that is being filled |
 //! | `memory` | memory slots, address translation, shared files and their second mapping |
+//! | `source` | built-in page sources: files, memory, zero |
 //! | `mechanism` | what differs between kernels, behind one trait: `userfaultfd` |
 //! | `uapi` | the kernel's constants and structs; no logic |
 //! | `probe`, `stats`, `error`, `panics`, `sync` | this host; counters; failures in words; panics kept inside; std or loom |
@@ -37,6 +38,8 @@ mod panics;
 mod probe;
 #[cfg(not(loom))]
 mod service;
+#[cfg(not(loom))]
+mod source;
 #[cfg(not(loom))]
 mod stats;
 #[doc(hidden)]

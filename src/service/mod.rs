@@ -23,6 +23,7 @@ mod tests;
 #[cfg(test)]
 mod tests_kvm;
 mod threads;
+mod zero;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, AtomicUsize, Ordering};
@@ -141,7 +142,11 @@ impl Service {
             own,
             inlets: RwLock::default(),
             work: unbounded(),
-            fillers: AtomicUsize::new(if config.host.fill.is_some() { config.fill_threads } else { 1 }),
+            fillers: AtomicUsize::new(if config.host.fill.is_some() || config.sources {
+                config.fill_threads
+            } else {
+                1
+            }),
             crew: crew::Crew::new(),
             lead_asleep: AtomicBool::new(false),
             demanded: AtomicUsize::new(0),
@@ -172,9 +177,9 @@ impl Service {
         Ok(service)
     }
 
-    /// Whether pages are asked for with a callback, as opposed to kuf_read.
+    /// Whether pages come from a callback or from sources, as opposed to kuf_read.
     fn serviced(&self) -> bool {
-        self.config.host.fill.is_some()
+        self.config.host.fill.is_some() || self.config.sources
     }
 
     /// Refuses work on a service that is ending or has failed.

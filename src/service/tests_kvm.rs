@@ -304,6 +304,8 @@ fn rig_of(drain: bool, direct: bool) -> Rig {
         follow_fork: false,
         direct,
         adopt_only: false,
+        detect_zero: false,
+        sources: false,
         fill_threads: 1,
         demand_run: PAGE,
         populate_run: 4 * PAGE,
@@ -325,6 +327,7 @@ fn rig_of(drain: bool, direct: bool) -> Rig {
         kvm_attributes: PRIVATE,
         memslot: None,
         opaque: Opaque(std::ptr::null_mut()),
+        source: None,
     };
     service.add_memory(slot).unwrap();
     Rig { service, fake, seen }
