@@ -29,7 +29,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{unbounded, Receiver, Sender};
 
@@ -136,7 +136,11 @@ impl Service {
     }
 
     /// Starts a service over `own`.
-    fn open_with(config: Config, own: Option<Arc<dyn Mechanism>>) -> Result<Arc<Self>> {
+    fn open_with(mut config: Config, own: Option<Arc<dyn Mechanism>>) -> Result<Arc<Self>> {
+        // Here and not where it is needed: std reads files of /proc for it.
+        if !config.spin.is_zero() && std::thread::available_parallelism().is_ok_and(|n| n.get() == 1) {
+            config.spin = Duration::ZERO;
+        }
         let service = Arc::new(Self {
             memory: Memory::default(),
             own,

@@ -57,8 +57,7 @@ struct Spin {
 
 impl Spin {
     fn new(most: Duration) -> Self {
-        let one_cpu = std::thread::available_parallelism().is_ok_and(|n| n.get() == 1);
-        Self { most: if one_cpu { Duration::ZERO } else { most }, worth: false }
+        Self { most, worth: false }
     }
 
     fn is_on(&self) -> bool {
