@@ -24,6 +24,8 @@
 pub mod capi;
 #[doc(hidden)]
 pub mod claims;
+#[doc(hidden)]
+pub mod crew;
 #[cfg(not(loom))]
 mod error;
 #[cfg(not(loom))]

@@ -44,6 +44,13 @@ pub struct Config {
     pub spin: Duration,
 }
 
+impl Config {
+    /// Whether pages come from a callback or from sources.
+    pub fn serviced(&self) -> bool {
+        self.host.fill.is_some() || self.sources
+    }
+}
+
 /// A slot to be added, with what can be checked without the kernel checked.
 pub struct NewMemory {
     pub gpa: u64,

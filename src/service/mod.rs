@@ -6,7 +6,6 @@
 mod caller;
 mod close;
 pub mod config;
-mod crew;
 mod demand;
 mod discard;
 mod fill;
@@ -34,6 +33,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{unbounded, Receiver, Sender};
 
 use crate::capi::types::*;
+use crate::crew::Crew;
 use crate::error::{Error, Result};
 use crate::mechanism::kvm_async::KvmAsync;
 use crate::mechanism::kvm_bitmap::KvmBitmap;
@@ -103,7 +103,7 @@ pub struct Service {
     /// Service threads that may be inside host code, of `config.fill_threads`: one more thread than that always
     /// watches.
     fillers: AtomicUsize,
-    crew: crew::Crew,
+    crew: Crew,
     /// The thread that watches the kernel is asleep there.
     lead_asleep: AtomicBool,
     /// Demand that is queued or being served.
@@ -146,12 +146,8 @@ impl Service {
             own,
             inlets: RwLock::default(),
             work: unbounded(),
-            fillers: AtomicUsize::new(if config.host.fill.is_some() || config.sources {
-                config.fill_threads
-            } else {
-                1
-            }),
-            crew: crew::Crew::new(),
+            fillers: AtomicUsize::new(if config.serviced() { config.fill_threads } else { 1 }),
+            crew: Crew::default(),
             lead_asleep: AtomicBool::new(false),
             demanded: AtomicUsize::new(0),
             sweep_queued: AtomicBool::new(false),
@@ -183,7 +179,7 @@ impl Service {
 
     /// Whether pages come from a callback or from sources, as opposed to kuf_read.
     fn serviced(&self) -> bool {
-        self.config.host.fill.is_some() || self.config.sources
+        self.config.serviced()
     }
 
     /// Refuses work on a service that is ending or has failed.

@@ -13,8 +13,8 @@ use rustix::event::epoll;
 use rustix::io::Errno;
 
 use super::config::Which;
-use super::crew::Lead;
 use super::{eventfd, lock_threads, Service, Work, OPEN};
+use crate::crew::Lead;
 use crate::error::{Error, Result};
 use crate::panics::quietly;
 use crate::sync::lock;

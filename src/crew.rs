@@ -8,10 +8,10 @@
 //!
 //! That two threads think for a moment that they lead does no harm: whoever reads the kernel holds the mechanism's gate.
 
-use std::sync::atomic::{fence, AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use crate::sync::atomic::{fence, AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{lock, Condvar, Mutex};
 
 /// How often the thread that stands by looks.
@@ -62,8 +62,8 @@ pub struct Crew {
     pace: AtomicU64,
 }
 
-impl Crew {
-    pub fn new() -> Self {
+impl Default for Crew {
+    fn default() -> Self {
         Self {
             started: Instant::now(),
             lead: AtomicU64::new(NOBODY),
@@ -80,7 +80,9 @@ impl Crew {
             pace: AtomicU64::new(2 * QUICK.as_nanos() as u64),
         }
     }
+}
 
+impl Crew {
     fn at(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.started).as_nanos() as u64 + 1
     }
@@ -123,6 +125,7 @@ impl Crew {
             self.inside_since.store(self.at(since), Ordering::SeqCst);
         }
         self.entries.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
         if self.at_ease.load(Ordering::SeqCst) {
             let _resting = lock(&self.resting);
             self.trouble.notify_one();
@@ -192,6 +195,7 @@ impl Crew {
                 resting.standing_by = true;
                 self.standing_by.store(true, Ordering::SeqCst);
                 self.at_ease.store(true, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
                 let entries = self.entries.load(Ordering::SeqCst);
                 if entries == resting.seen {
                     resting = self.trouble.wait(resting).unwrap_or_else(PoisonError::into_inner);
@@ -199,6 +203,13 @@ impl Crew {
                 } else {
                     self.at_ease.store(false, Ordering::SeqCst);
                     resting.seen = entries;
+                    if cfg!(loom) {
+                        // No time passes in the models: as if it had.
+                        resting.standing_by = false;
+                        self.standing_by.store(false, Ordering::SeqCst);
+                        self.asleep.fetch_sub(1, Ordering::SeqCst);
+                        return;
+                    }
                     resting = self.trouble.wait_timeout(resting, TICK).unwrap_or_else(PoisonError::into_inner).0;
                 }
                 resting.standing_by = false;
@@ -209,13 +220,13 @@ impl Crew {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
     #[test]
     fn one_leads_until_it_lets_go() {
-        let crew = Crew::new();
+        let crew = Crew::default();
         let first = crew.take_lead().unwrap();
         assert!(crew.take_lead().is_none() && crew.leads(first));
         crew.let_go(first);
@@ -225,7 +236,7 @@ mod tests {
 
     #[test]
     fn who_stays_inside_host_code_loses_the_lead() {
-        let crew = Crew::new();
+        let crew = Crew::default();
         let first = crew.take_lead().unwrap();
         crew.enter(first, Instant::now());
         assert!(crew.take_lead().is_none());
@@ -238,7 +249,7 @@ mod tests {
 
     #[test]
     fn the_pace_follows_what_fills_take() {
-        let crew = Crew::new();
+        let crew = Crew::default();
         assert!(!crew.quick());
         (0..32).for_each(|_| crew.took(Duration::from_micros(2)));
         assert!(crew.quick() && !crew.worth_help(2) && crew.worth_help(30));
