@@ -132,6 +132,46 @@
  */
 #define KUF_OPEN_KVM_DRAIN (1 << 5)
 
+/*
+ * Look through what fill callbacks, sources and kuf_resolve bring, page by page, before it is put in place, and open
+ * pages of zeroes as such. In private memory of ordinary pages they then take no memory until they are written, and
+ * cost a small part of a copy. They count in kuf_stats.bytes_zeroed.
+ *
+ * In shared memory a zero page would take memory like any other. Those that nobody waits for are therefore left out:
+ * they stay a hole in the file, count as removed (kuf_progress) and are made when they are touched, as pages are that
+ * the guest has given back; kuf_ensure makes them (and pages that the guest has given back take memory again there).
+ * Huge pages are zero when all of the page is; private ones are not looked at. With KUF_MECHANISM_KVM_ASYNC the memory
+ * that zeroes were written to is given back before the guest sees it.
+ */
+#define KUF_OPEN_DETECT_ZERO (1 << 6)
+
+/*
+ * Serviced without a fill callback: every slot brings its own source (kuf_memory.source). Not with KUF_OPEN_DIRECT.
+ * Of no effect together with a fill callback, which slots without a source then use.
+ */
+#define KUF_OPEN_SOURCES (1 << 7)
+
+/*
+ * kuf_source: a regular file or a block device, kuf_source.fd. What is in the page cache is copied from there without
+ * another copy; what is not is read ahead. Holes are zero and are not read. A file that has become shorter, or whose
+ * disk fails, makes fills fail: pages are poisoned (KUF_EVENT_POISONED) and no signal is raised.
+ *
+ * The file stays mapped for as long as the slot is there, so that its cached pages count in the process's RssFile.
+ */
+#define KUF_SOURCE_FILE 1
+
+/* kuf_source: memory of this process, kuf_source.addr. */
+#define KUF_SOURCE_MEMORY 2
+
+/* kuf_source: zeroes. */
+#define KUF_SOURCE_ZERO 3
+
+/*
+ * kuf_source.flags, with KUF_SOURCE_FILE: read past the page cache (O_DIRECT), so that an image that is used once drives
+ * nothing out of it. Not faster where there is room: the page cache reads ahead. offset is a multiple of 4096 then.
+ */
+#define KUF_SOURCE_DIRECT_IO (1 << 0)
+
 /* Somebody stands still until this run is resolved. */
 #define KUF_FILL_DEMAND (1 << 0)
 
@@ -437,6 +477,14 @@ struct kuf_fill {
     void *memory_opaque;
     /* gpa minus the slot's gpa: the offset in an image of this slot. */
     uint64_t memory_offset;
+    /*
+     * NULL at the start. A callback that has the bytes in memory (a mapped image) may set it to the first of `filled`
+     * readable bytes, of any alignment, and return KUF_FILLED without having written to buf: they are copied from there
+     * straight to the guest. They stay where they are, unchanged, until kuf_remove_memory of the slot or kuf_close has
+     * returned (with KUF_CLOSE_NOWAIT, until kuf_options.release is called). What turns out unreadable (a mapped file that
+     * was truncated) is a fill that failed with -EFAULT, guest memory that is not present itself one with -EDEADLK.
+     */
+    const void *src;
 };
 
 /*
@@ -508,7 +556,8 @@ struct kuf_options {
     int32_t vm_fd;
     /*
      * Threads that may be inside a fill callback at once, besides the one that always watches for faults:
-     * 1 to 256, 0 for 2. With kuf_populate or KUF_MECHANISM_KVM_BITMAP, one more. Ignored without a fill callback.
+     * 1 to 256, 0 for 2. With kuf_populate or KUF_MECHANISM_KVM_BITMAP, one more. Ignored without a fill callback and
+     * KUF_OPEN_SOURCES.
      */
     uint32_t fill_threads;
     /*
@@ -527,7 +576,7 @@ struct kuf_options {
     uint32_t queue_max;
     /* Highest KUF_LOG_* that is passed to log. */
     uint32_t log_level;
-    /* Fills pages; NULL: caller-driven (kuf_poll, kuf_read, kuf_resolve). */
+    /* Fills pages; NULL: caller-driven (kuf_poll, kuf_read, kuf_resolve), or KUF_OPEN_SOURCES. */
     kuf_fill_fn fill;
     /* Told about events; may be NULL. */
     kuf_event_fn event;
@@ -546,6 +595,30 @@ struct kuf_options {
     uint32_t spin_us;
     /* Zero. */
     uint32_t reserved;
+};
+
+/* Where the pages of a slot come from without a callback: kuf_memory.source. The slot's first byte is at `offset`. */
+struct kuf_source {
+    /* sizeof(struct kuf_source), set by the caller. */
+    uint32_t size;
+    /* KUF_SOURCE_*: _FILE, _MEMORY or _ZERO. */
+    uint32_t kind;
+    /* KUF_SOURCE_DIRECT_IO or 0. */
+    uint64_t flags;
+    /* KUF_SOURCE_FILE: open for reading; duplicated. Else 0. */
+    int32_t fd;
+    /* Zero. */
+    uint32_t reserved;
+    /* Where the slot's bytes begin in the file or memory, in bytes, of any alignment. 0 with KUF_SOURCE_ZERO. */
+    uint64_t offset;
+    /*
+     * KUF_SOURCE_MEMORY: the first byte. It stays readable and unchanged until kuf_remove_memory of the slot or kuf_close
+     * has returned (with KUF_CLOSE_NOWAIT, until kuf_options.release is called), and is not guest memory that is filled
+     * itself. Else NULL.
+     */
+    const void *addr;
+    /* KUF_SOURCE_MEMORY: bytes from addr on; offset + the slot's len at least. Else 0. */
+    uint64_t len;
 };
 
 /* A memory slot: a guest physical range and the host mapping behind it. */
@@ -586,6 +659,11 @@ struct kuf_memory {
     uint32_t memslot;
     /* KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY or 0: flags of that memslot besides KVM_MEM_USERFAULT. */
     uint32_t memslot_flags;
+    /*
+     * Where the slot's pages come from, instead of the fill callback, which is not called for this slot; NULL: the fill
+     * callback, or kuf_read. Copied. Needs a handle with a fill callback or KUF_OPEN_SOURCES.
+     */
+    const struct kuf_source *source;
 };
 
 /* A page fault, as given by kuf_read and kuf_pending. Always 64 bytes. */
@@ -794,12 +872,13 @@ int kuf_probe(int vm_fd, struct kuf_probe *out);
  * Opens a fault service: duplicates the VM descriptor if one is given, opens the mechanism and starts the service
  * threads. Memory is added afterwards with kuf_add_memory.
  *
- * With options->fill the handle is *serviced*: service threads read faults, call it and place the pages. Without, it
- * is *caller-driven*: the host reads faults with kuf_read and answers with kuf_resolve. kuf_resolve works on both.
+ * With options->fill or KUF_OPEN_SOURCES the handle is *serviced*: service threads read faults, call it or ask the slot's
+ * source, and place the pages. Without, it is *caller-driven*: the host reads faults with kuf_read and answers with
+ * kuf_resolve. kuf_resolve works on both.
  *
  * Returns 0 and sets *out; on failure *out is NULL. Any thread.
  * -EINVAL: options or out is NULL, size is below that of the first version, an unknown flag or mechanism, a field out
- *   of its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback.
+ *   of its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback or KUF_OPEN_SOURCES.
  * -E2BIG: options has non-zero bytes that this version does not know.
  * -EBADF: vm_fd is not an open descriptor.
  * -ENOTSUP: the mechanism asked for by name does not work here. -EEXIST: KVM's asynchronous userfaults are enabled on
@@ -843,21 +922,25 @@ int kuf_close(struct kuf **kuf, uint32_t flags);
  * -EINVAL: kuf or memory is NULL, size below that of the first version, an unknown flag; gpa, len, hva or fd_offset is
  *   0 where it may not be, is not a multiple of the granule or overflows; the granule is not the mapping's page size;
  *   fd or uffd given without its flag; KUF_MEMORY_REMOTE without KUF_MEMORY_UFFD; a kind of mapping userfaultfd cannot
- *   serve (one of an ordinary file, a private one of any file).
- * -E2BIG: memory has non-zero bytes that this version does not know.
+ *   serve (one of an ordinary file, a private one of any file); a source that is shorter than the slot, of an unknown
+ *   kind, or with fields set that its kind does not have; a source on a caller-driven handle, none on one that has
+ *   nothing else (KUF_OPEN_SOURCES).
+ * -E2BIG: memory or source has non-zero bytes that this version does not know.
  * -EEXIST: gpa..gpa+len overlaps a slot, or hva..hva+len one with the same userfaultfd.
  * -EFAULT: part of hva..hva+len is not mapped.
- * -EBADF: fd or uffd is not an open descriptor. -EBADFD: fd is not a shared memory file, is not the one mapped at hva,
- *   or uffd is not a userfaultfd.
+ * -EBADF: fd or uffd is not an open descriptor; source->fd is none, or not open for reading. -EBADFD: fd is not a shared
+ *   memory file, is not the one mapped at hva, or uffd is not a userfaultfd; source->fd is neither a regular file nor a
+ *   block device.
  * -EBUSY: another userfaultfd has the range; with KUF_MECHANISM_KVM_ASYNC and without KUF_MEMORY_FD, something touched
  *   it before. -ESRCH: the remote process is gone.
  * -ENOTSUP: the kernel cannot serve this kind of memory; a hugetlbfs file that holds data, without
- *   KUF_MEMORY_FILL_ALL. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
+ *   KUF_MEMORY_FILL_ALL; KUF_SOURCE_DIRECT_IO on a file system that has none. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
  * Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file), KVM_SET_MEMORY_ATTRIBUTES,
  * KVM_SET_USER_MEMORY_REGION2. With userfaultfd madvise, munmap and mremap of the range are
  * followed (docs/adopting.md says what they mean); MREMAP_DONTUNMAP is not supported.
  */
-int kuf_add_memory(struct kuf *kuf, const struct kuf_memory *memory);
+int kuf_add_memory(struct kuf *kuf,
+                   const struct kuf_memory *memory);
 
 /*
  * Takes the slot that starts at gpa off the service; its memory stays mapped and is the host's alone: unregistered,
@@ -882,7 +965,7 @@ int kuf_remove_memory(struct kuf *kuf, uint64_t gpa, uint32_t flags);
  * GSource, level-triggered. Do not read, write or close it; it lives as long as the handle.
  *
  * Returns the descriptor (0 or above). Any thread.
- * -EINVAL: kuf is NULL. -ENOTSUP: the handle has a fill callback.
+ * -EINVAL: kuf is NULL. -ENOTSUP: the handle has a fill callback or KUF_OPEN_SOURCES.
  */
 int kuf_fd(struct kuf *kuf);
 
@@ -892,7 +975,7 @@ int kuf_fd(struct kuf *kuf);
  * timeout_ms: milliseconds at most; 0 looks without waiting; -1 waits for ever.
  *
  * Returns 1: faults to read; 0: timed out. Any thread but not from a callback (-EDEADLK).
- * -EINVAL: kuf is NULL, timeout_ms below -1. -ENOTSUP: the handle has a fill callback.
+ * -EINVAL: kuf is NULL, timeout_ms below -1. -ENOTSUP: the handle has a fill callback or KUF_OPEN_SOURCES.
  * -ECANCELED: kuf_close has begun. -EIO: the service is dead.
  * A signal does not end the wait.
  */
@@ -906,10 +989,12 @@ int kuf_poll(struct kuf *kuf, int timeout_ms);
  * faults: room for n entries. n: 1 or more.
  *
  * Returns the number taken. Any thread; several may read at once and get different faults.
- * -EAGAIN: none now. -EINVAL: kuf or faults is NULL, n is 0. -ENOTSUP: the handle has a fill callback.
+ * -EAGAIN: none now. -EINVAL: kuf or faults is NULL, n is 0. -ENOTSUP: the handle has a fill callback or KUF_OPEN_SOURCES.
  * -EDEADLK: called from a callback. -ECANCELED: kuf_close has begun. -EIO: the service is dead.
  */
-ssize_t kuf_read(struct kuf *kuf, struct kuf_fault *faults, size_t n);
+ssize_t kuf_read(struct kuf *kuf,
+                 struct kuf_fault *faults,
+                 size_t n);
 
 /*
  * Makes gpa..gpa+len present and wakes whoever waits for it: with data from src, or as flags say. Asked for or not,
@@ -968,7 +1053,8 @@ int kuf_vcpu_fault(struct kuf *kuf, uint64_t gpa, uint64_t len, uint64_t exit_fl
  * gpa, len: of any alignment, within one slot; len not 0. timeout_ms: milliseconds at most, -1 for ever, 0 does not
  * wait for others but still fills what nobody has begun.
  *
- * With a KVM mechanism pages that the guest gave back become zero pages: they take memory again.
+ * With a KVM mechanism, and in shared memory with KUF_OPEN_DETECT_ZERO, pages that the guest gave back become zero pages:
+ * they take memory again.
  *
  * Returns 0: present or given back by the guest. Any thread but not from a callback (-EDEADLK); calls the fill
  * callback on the calling thread, so hold no lock that it takes. On a caller-driven handle the pages are queued for
@@ -991,9 +1077,10 @@ int kuf_ensure(struct kuf *kuf, uint64_t gpa, uint64_t len, int timeout_ms);
  * -EINVAL: kuf or request is NULL, size below that of the first version, an unknown flag, gpa or len not a multiple of
  *   the host's page size, len is 0 (or not 0 with KUF_ALL), overflow. -E2BIG: request has non-zero bytes that this
  *   version does not know.
- * -ENOENT: no slot in the range. -ENOTSUP: the handle has no fill callback. -EIO: the service is dead.
+ * -ENOENT: no slot in the range. -ENOTSUP: the handle has no fill callback and no KUF_OPEN_SOURCES. -EIO: the service is dead.
  */
-int kuf_populate(struct kuf *kuf, const struct kuf_populate *request);
+int kuf_populate(struct kuf *kuf,
+                 const struct kuf_populate *request);
 
 /*
  * Starts recording which pages are demanded, in which order, for kuf_replay at the next start from the same memory:

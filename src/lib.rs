@@ -13,6 +13,7 @@
 //! | `crew` | who of the service threads watches the kernel, who rests |
 //! | `record` | the file of a recorded working set |
 //! | `mechanism` | what differs between kernels, behind one trait: `userfaultfd`, `kvm_bitmap`, `kvm_async` |
+//! | `source` | built-in page sources: files, memory, zero |
 //! | `uapi` | the kernel's constants and structs; no logic |
 //! | `probe`, `stats`, `error`, `panics`, `sync` | this host; counters; failures in words; panics kept inside; std or loom |
 //!
@@ -43,6 +44,8 @@ mod probe;
 mod record;
 #[cfg(not(loom))]
 mod service;
+#[cfg(not(loom))]
+mod source;
 #[cfg(not(loom))]
 mod stats;
 #[doc(hidden)]

@@ -42,15 +42,17 @@ const FORBIDDEN: i32 = 78;
 
 // ---- The document ---------------------------------------------------------------------------------------------------
 
-/// Parts of the list: while the service runs; what adding, removing and closing add to that; what following forks adds.
+/// Parts of the list: while the service runs; what adding, removing and closing add to that; what following forks adds;
+/// what sources add.
 const SERVES: usize = 0;
 const CHANGES: usize = 1;
 const FORKS: usize = 2;
+const SOURCES: usize = 3;
 
 /// One system call, or one with one value of one argument.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 struct Entry {
-    /// SERVES, CHANGES or FORKS.
+    /// SERVES, CHANGES, FORKS or SOURCES.
     part: usize,
     call: String,
     /// (index, value), as in struct seccomp_data.
@@ -76,6 +78,7 @@ fn documented() -> Vec<Entry> {
             "## Calls made while the service runs" => SERVES,
             "## Calls that kuf_add_memory, kuf_remove_memory and kuf_close add" => CHANGES,
             "## Calls that KUF_OPEN_FOLLOW_FORK adds while the service runs" => FORKS,
+            "## Calls that kuf_memory.source and kuf_fill.src add while the service runs" => SOURCES,
             other => {
                 assert!(!other.starts_with("## "), "a heading that says nothing about its table: {other}");
                 part
@@ -101,7 +104,7 @@ fn documented() -> Vec<Entry> {
         entries.extend(values.map(|hex| entry(Some((index, u64::from_str_radix(hex, 16).expect("hexadecimal"))))));
         assert!(entries.len() > before, "{call}: `{arguments}` gives no value");
     }
-    for part in [SERVES, CHANGES, FORKS] {
+    for part in [SERVES, CHANGES, FORKS, SOURCES] {
         assert!(entries.iter().any(|e| e.part == part), "a table of part {part}");
     }
     entries
@@ -233,6 +236,9 @@ fn number(call: &str) -> Option<i64> {
         (lseek) => {
             libc::SYS_lseek
         };
+        (pread64) => {
+            libc::SYS_pread64
+        };
         (readlinkat) => {
             libc::SYS_readlinkat
         };
@@ -249,7 +255,7 @@ fn number(call: &str) -> Option<i64> {
     numbers!(read write ioctl futex epoll_pwait epoll_pwait2 epoll_ctl ppoll madvise fallocate mincore process_vm_readv
         getpid sched_yield clock_nanosleep nanosleep clock_gettime userfaultfd mmap munmap mremap mprotect brk getrandom restart_syscall rseq
         set_robust_list prctl sched_getaffinity sigaltstack rt_sigprocmask gettid exit close openat fcntl fstat fstatfs
-        statx lseek readlinkat kcmp)
+        statx lseek pread64 readlinkat kcmp)
 }
 
 fn filter(part: usize, without: Option<&str>, otherwise: SeccompAction) -> BpfProgram {
@@ -294,7 +300,7 @@ fn the_documented_system_calls_are_enough_and_none_too_many() {
         let error = std::io::Error::last_os_error();
         return println!("SKIP: this process may set no seccomp filter that kills: {error}");
     }
-    for part in [SERVES, CHANGES, FORKS] {
+    for part in [SERVES, CHANGES, FORKS, SOURCES] {
         let (code, signal, said) = run(part, None, false);
         if code == Some(SKIPPED) {
             println!("{}", said.lines().find(|line| line.starts_with("SKIP")).unwrap_or("SKIP"));
@@ -443,8 +449,17 @@ fn word(gpa: u64) -> u64 {
     gpa | 1
 }
 
+/// What the next fills hand over, if not NULL.
+static ELSEWHERE: AtomicPtr<u64> = AtomicPtr::new(null_mut());
+
 unsafe extern "C-unwind" fn fill(_opaque: *mut c_void, fill: *mut kuf_fill) -> c_int {
     let answer = ANSWER.load(SeqCst);
+    let elsewhere = ELSEWHERE.load(SeqCst);
+    if !elsewhere.is_null() {
+        // SAFETY: the library's word for it.
+        unsafe { (*fill).src = elsewhere.cast() };
+        return answer;
+    }
     if answer == KUF_FILLED {
         // SAFETY: the library's word for it.
         unsafe { write_pages((*fill).buf.cast(), (*fill).gpa, (*fill).len) };
@@ -508,8 +523,27 @@ impl Ram {
     }
 
     fn add_to(self, handle: Handle) {
+        self.add_with(handle, null());
+    }
+
+    /// A file that its pages may come from: the first half holds words, the second is a hole.
+    fn source(self) -> kuf_source {
+        let mut words = vec![0_u64; (LEN / 2 / 8) as usize];
+        // SAFETY: room for that half; a new file.
+        unsafe {
+            write_pages(words.as_mut_ptr(), self.gpa, LEN / 2);
+            let fd = libc::memfd_create(c"source".as_ptr(), libc::MFD_CLOEXEC);
+            check(libc::ftruncate(fd, LEN as i64) == 0, "a file for a source");
+            let wrote = libc::pwrite(fd, words.as_ptr().cast(), LEN as usize / 2, 0);
+            check(wrote == LEN as isize / 2, "its bytes");
+            kuf_source { size: size_of::<kuf_source>() as u32, kind: KUF_SOURCE_FILE, fd, ..zeroed() }
+        }
+    }
+
+    fn add_with(self, handle: Handle, source: *const kuf_source) {
         let mut memory = kuf_memory { size: size_of::<kuf_memory>() as u32, ..zeroed() };
         (memory.gpa, memory.len, memory.hva) = (self.gpa, LEN, self.at);
+        memory.source = source;
         if self.fd >= 0 {
             (memory.flags, memory.fd) = (KUF_MEMORY_FD, self.fd);
         }
@@ -562,6 +596,8 @@ struct Setup {
     direct_ram: Ram,
     /// To be added later.
     later: [Ram; 2],
+    /// Where their pages may come from.
+    sources: [kuf_source; 2],
     /// The host's own userfaultfd.
     uffd: c_int,
     /// Holds a recording for a moment.
@@ -586,6 +622,7 @@ fn child(part: usize) -> ! {
         // SAFETY: mapped, not yet in anybody's hands.
         unsafe { write_pages((rams[3].at + page * PAGE) as *mut u64, rams[3].gpa(page), PAGE) };
     }
+    let later = [Ram::new(LATER, private, false), Ram::new(LATER + LEN, shared, true)];
     let setup = Setup {
         serviced: open(if part == FORKS { KUF_OPEN_FOLLOW_FORK } else { 0 }, true),
         driven: open(0, false),
@@ -593,7 +630,8 @@ fn child(part: usize) -> ! {
         rams,
         driven_ram: [Ram::new(PRIVATE, private, false), Ram::new(FILE, shared, true)],
         direct_ram: Ram::new(PRIVATE, private, false),
-        later: [Ram::new(LATER, private, false), Ram::new(LATER + LEN, shared, true)],
+        later,
+        sources: later.map(Ram::source),
         uffd: if part == CHANGES { userfaultfd() } else { -1 },
         pipe: pipe(),
         bytes: vec![0_u64; (LEN / 8) as usize].leak(),
@@ -603,6 +641,9 @@ fn child(part: usize) -> ! {
     setup.rams.iter().for_each(|ram| ram.add_to(setup.serviced));
     setup.driven_ram.iter().for_each(|ram| ram.add_to(setup.driven));
     setup.direct_ram.add_to(setup.direct);
+    if part == SOURCES {
+        setup.later.iter().zip(&setup.sources).for_each(|(ram, source)| ram.add_with(setup.serviced, source));
+    }
     setup.touch.give(|| ());
     setup.call.give(|| ());
     setup.touch.wait();
@@ -641,6 +682,7 @@ fn child(part: usize) -> ! {
             closes(&setup);
         }
         FORKS => forks(&setup),
+        SOURCES => sources(&setup),
         _ => {}
     }
     say("# done\n");
@@ -839,7 +881,13 @@ fn asked(setup: &Setup) {
 }
 
 fn comes_and_goes(setup: &Setup) {
-    for ram in setup.later {
+    for (ram, source) in setup.later.into_iter().zip(&setup.sources) {
+        ram.add_with(setup.serviced, source);
+        // SAFETY: a handle.
+        let got = unsafe { kuf_remove_memory(setup.serviced.0, ram.gpa, KUF_CLOSE_POISON) };
+        check(got == 0, "kuf_remove_memory of a slot with a source");
+        // SAFETY: as above: what is poisoned becomes ordinary memory for the next slot.
+        check(unsafe { libc::madvise(ram.at as *mut c_void, LEN as usize, libc::MADV_DONTNEED) } == 0, "madvise");
         for _ in 0..2 {
             ram.add_to(setup.serviced);
             touches(setup, ram, 0..8, word);
@@ -849,6 +897,25 @@ fn comes_and_goes(setup: &Setup) {
             check(got == 0, "kuf_remove_memory");
         }
     }
+}
+
+fn sources(setup: &Setup) {
+    for ram in setup.later {
+        touches(setup, ram, 0..PAGES / 2, word);
+        setup.touch.wait();
+        touches(setup, ram, PAGES / 2..PAGES, |_| 0);
+        setup.touch.wait();
+    }
+    // Of the callback's slots, private and in place.
+    static PAGE_OF_ZEROES: [u64; PAGE as usize / 8] = [0; PAGE as usize / 8];
+    ELSEWHERE.store(PAGE_OF_ZEROES.as_ptr().cast_mut(), SeqCst);
+    for ram in &setup.rams[..2] {
+        // SAFETY: a handle.
+        check(unsafe { kuf_discard(setup.serviced.0, ram.gpa(50), 2 * PAGE, 0) } == 0, "kuf_discard");
+        touches(setup, *ram, 50..52, |_| 0);
+        setup.touch.wait();
+    }
+    ELSEWHERE.store(null_mut(), SeqCst);
 }
 
 /// UFFDIO_API done, no features.

@@ -8,8 +8,9 @@ use super::types::*;
 use crate::error::{Error, Result};
 use crate::mechanism::kvm_bitmap::Memslot;
 use crate::memory::Opaque;
-use crate::service::config::{Config, Host, NewMemory, NewPopulate, Resolution, Which};
+use crate::service::config::{Config, Host, NewMemory, NewPopulate, NewSource, Resolution, Which};
 use crate::service::duplicate_vm;
+use crate::source::check_len as check_source_len;
 use crate::uapi::kvm::{KVM_MEMORY_ATTRIBUTE_USERFAULT, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
 
 /// A struct that starts with its `size`.
@@ -36,7 +37,8 @@ macro_rules! sized {
 // The sizes of KUF_0.1: once released they never change.
 sized! {
     kuf_options: 104,
-    kuf_memory: 80,
+    kuf_memory: 88,
+    kuf_source: 48,
     kuf_populate: 32,
     kuf_probe: 2088,
     kuf_progress: 72,
@@ -151,12 +153,17 @@ pub fn options(o: &kuf_options) -> Result<Config> {
         | KUF_OPEN_FOLLOW_FORK
         | KUF_OPEN_DIRECT
         | KUF_OPEN_ADOPT_ONLY
-        | KUF_OPEN_KVM_DRAIN;
+        | KUF_OPEN_KVM_DRAIN
+        | KUF_OPEN_DETECT_ZERO
+        | KUF_OPEN_SOURCES;
     check_flags("options->flags", o.flags, KNOWN)?;
     let has = |flag| o.flags & flag != 0;
     let mechanism = mechanism(o)?;
     if has(KUF_OPEN_DIRECT) && o.fill.is_some() {
         return invalid("KUF_OPEN_DIRECT has no thread that could call options->fill".into());
+    }
+    if has(KUF_OPEN_DIRECT) && has(KUF_OPEN_SOURCES) {
+        return invalid("KUF_OPEN_DIRECT has no thread that could fill: it does not go with KUF_OPEN_SOURCES".into());
     }
     if has(KUF_OPEN_DIRECT) && has(KUF_OPEN_FOLLOW_FORK) {
         return invalid(
@@ -181,6 +188,8 @@ pub fn options(o: &kuf_options) -> Result<Config> {
         follow_fork: has(KUF_OPEN_FOLLOW_FORK),
         direct: has(KUF_OPEN_DIRECT),
         adopt_only: has(KUF_OPEN_ADOPT_ONLY),
+        detect_zero: has(KUF_OPEN_DETECT_ZERO),
+        sources: has(KUF_OPEN_SOURCES),
         host: Host {
             fill: o.fill,
             event: o.event,
@@ -228,8 +237,49 @@ fn mechanism(o: &kuf_options) -> Result<Which> {
     })
 }
 
-/// A slot of `kuf_add_memory`.
-pub fn memory(m: &kuf_memory) -> Result<NewMemory> {
+/// A source of a slot of `len` bytes.
+fn source(s: &kuf_source, len: u64) -> Result<NewSource> {
+    let of_kind = |kind, known| {
+        check_flags("source->flags", s.flags, known)?;
+        if kind != KUF_SOURCE_FILE {
+            check_unused("source->fd", u64::from(s.fd != 0), "KUF_SOURCE_FILE")?;
+        }
+        if kind != KUF_SOURCE_MEMORY {
+            check_unused("source->addr", u64::from(!s.addr.is_null()), "KUF_SOURCE_MEMORY")?;
+            check_unused("source->len", s.len, "KUF_SOURCE_MEMORY")?;
+        }
+        match s.reserved {
+            0 => Ok(()),
+            _ => invalid("source->reserved has to be 0".into()),
+        }
+    };
+    match s.kind {
+        KUF_SOURCE_FILE => {
+            of_kind(s.kind, KUF_SOURCE_DIRECT_IO)?;
+            Ok(NewSource::File { fd: s.fd, offset: s.offset, direct: s.flags & KUF_SOURCE_DIRECT_IO != 0 })
+        }
+        KUF_SOURCE_MEMORY => {
+            of_kind(s.kind, 0)?;
+            if s.addr.is_null() {
+                return invalid("source->addr is NULL".into());
+            }
+            if (s.addr.addr() as u64).checked_add(s.len).is_none() {
+                return invalid(format!("source->addr {:#x} + len {:#x} overflows", s.addr.addr(), s.len));
+            }
+            check_source_len("its memory", s.len, s.offset, len)?;
+            Ok(NewSource::Memory { at: s.addr.cast::<u8>().wrapping_add(s.offset as usize) })
+        }
+        KUF_SOURCE_ZERO => {
+            of_kind(s.kind, 0)?;
+            check_unused("source->offset", s.offset, "KUF_SOURCE_FILE or KUF_SOURCE_MEMORY")?;
+            Ok(NewSource::Zero)
+        }
+        other => invalid(format!("source->kind {other} is unknown")),
+    }
+}
+
+/// A slot of `kuf_add_memory`, with its source.
+pub fn memory(m: &kuf_memory, s: Option<&kuf_source>) -> Result<NewMemory> {
     const KNOWN: u32 = KUF_MEMORY_FD | KUF_MEMORY_UFFD | KUF_MEMORY_REMOTE | KUF_MEMORY_FILL_ALL | KUF_MEMORY_MEMSLOT;
     check_flags("memory->flags", m.flags.into(), KNOWN.into())?;
     let has = |flag| m.flags & flag != 0;
@@ -274,6 +324,7 @@ pub fn memory(m: &kuf_memory) -> Result<NewMemory> {
         kvm_attributes: m.kvm_attributes,
         memslot: has(KUF_MEMORY_MEMSLOT).then_some(Memslot { id: m.memslot, flags: m.memslot_flags }),
         opaque: Opaque(m.opaque),
+        source: s.map(|s| source(s, m.len)).transpose()?,
     })
 }
 

@@ -67,12 +67,13 @@ pub unsafe extern "C" fn kuf_probe(vm_fd: c_int, out: *mut kuf_probe) -> c_int {
 /// Opens a fault service: duplicates the VM descriptor if one is given, opens the mechanism and starts the service
 /// threads. Memory is added afterwards with kuf_add_memory.
 ///
-/// With options->fill the handle is *serviced*: service threads read faults, call it and place the pages. Without, it
-/// is *caller-driven*: the host reads faults with kuf_read and answers with kuf_resolve. kuf_resolve works on both.
+/// With options->fill or KUF_OPEN_SOURCES the handle is *serviced*: service threads read faults, call it or ask the slot's
+/// source, and place the pages. Without, it is *caller-driven*: the host reads faults with kuf_read and answers with
+/// kuf_resolve. kuf_resolve works on both.
 ///
 /// Returns 0 and sets *out; on failure *out is NULL. Any thread.
 /// -EINVAL: options or out is NULL, size is below that of the first version, an unknown flag or mechanism, a field out
-///   of its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback.
+///   of its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback or KUF_OPEN_SOURCES.
 /// -E2BIG: options has non-zero bytes that this version does not know.
 /// -EBADF: vm_fd is not an open descriptor.
 /// -ENOTSUP: the mechanism asked for by name does not work here. -EEXIST: KVM's asynchronous userfaults are enabled on
@@ -147,22 +148,25 @@ pub unsafe extern "C" fn kuf_close(kuf: *mut *mut kuf, flags: u32) -> c_int {
 /// -EINVAL: kuf or memory is NULL, size below that of the first version, an unknown flag; gpa, len, hva or fd_offset is
 ///   0 where it may not be, is not a multiple of the granule or overflows; the granule is not the mapping's page size;
 ///   fd or uffd given without its flag; KUF_MEMORY_REMOTE without KUF_MEMORY_UFFD; a kind of mapping userfaultfd cannot
-///   serve (one of an ordinary file, a private one of any file).
-/// -E2BIG: memory has non-zero bytes that this version does not know.
+///   serve (one of an ordinary file, a private one of any file); a source that is shorter than the slot, of an unknown
+///   kind, or with fields set that its kind does not have; a source on a caller-driven handle, none on one that has
+///   nothing else (KUF_OPEN_SOURCES).
+/// -E2BIG: memory or source has non-zero bytes that this version does not know.
 /// -EEXIST: gpa..gpa+len overlaps a slot, or hva..hva+len one with the same userfaultfd.
 /// -EFAULT: part of hva..hva+len is not mapped.
-/// -EBADF: fd or uffd is not an open descriptor. -EBADFD: fd is not a shared memory file, is not the one mapped at hva,
-///   or uffd is not a userfaultfd.
+/// -EBADF: fd or uffd is not an open descriptor; source->fd is none, or not open for reading. -EBADFD: fd is not a shared
+///   memory file, is not the one mapped at hva, or uffd is not a userfaultfd; source->fd is neither a regular file nor a
+///   block device.
 /// -EBUSY: another userfaultfd has the range; with KUF_MECHANISM_KVM_ASYNC and without KUF_MEMORY_FD, something touched
 ///   it before. -ESRCH: the remote process is gone.
 /// -ENOTSUP: the kernel cannot serve this kind of memory; a hugetlbfs file that holds data, without
-///   KUF_MEMORY_FILL_ALL. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
+///   KUF_MEMORY_FILL_ALL; KUF_SOURCE_DIRECT_IO on a file system that has none. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
 /// Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file), KVM_SET_MEMORY_ATTRIBUTES,
 /// KVM_SET_USER_MEMORY_REGION2. With userfaultfd madvise, munmap and mremap of the range are
 /// followed (docs/adopting.md says what they mean); MREMAP_DONTUNMAP is not supported.
 ///
 /// # Safety
-/// `kuf` came from kuf_open; `memory` is NULL or points to `memory->size` readable bytes.
+/// `kuf` came from kuf_open; `memory` is NULL or points to `memory->size` readable bytes, and so does `memory->source`.
 #[no_mangle]
 pub unsafe extern "C" fn kuf_add_memory(kuf: *mut kuf, memory: *const kuf_memory) -> c_int {
     guard(|| {
@@ -170,7 +174,12 @@ pub unsafe extern "C" fn kuf_add_memory(kuf: *mut kuf, memory: *const kuf_memory
         let door = unsafe { Door::enter(kuf) }?;
         // SAFETY: the caller promises memory->size readable bytes.
         let memory = unsafe { read_struct(memory, "memory") }?;
-        door.service().add_memory(convert::memory(&memory)?)?;
+        let source = match memory.source.is_null() {
+            true => None,
+            // SAFETY: the caller promises source->size readable bytes.
+            false => Some(unsafe { read_struct(memory.source, "source") }?),
+        };
+        door.service().add_memory(convert::memory(&memory, source.as_ref())?)?;
         Ok(0)
     })
 }
@@ -206,7 +215,7 @@ pub unsafe extern "C" fn kuf_remove_memory(kuf: *mut kuf, gpa: u64, flags: u32) 
 /// GSource, level-triggered. Do not read, write or close it; it lives as long as the handle.
 ///
 /// Returns the descriptor (0 or above). Any thread.
-/// -EINVAL: kuf is NULL. -ENOTSUP: the handle has a fill callback.
+/// -EINVAL: kuf is NULL. -ENOTSUP: the handle has a fill callback or KUF_OPEN_SOURCES.
 ///
 /// # Safety
 /// `kuf` came from kuf_open.
@@ -223,7 +232,7 @@ pub unsafe extern "C" fn kuf_fd(kuf: *mut kuf) -> c_int {
 /// timeout_ms: milliseconds at most; 0 looks without waiting; -1 waits for ever.
 ///
 /// Returns 1: faults to read; 0: timed out. Any thread but not from a callback (-EDEADLK).
-/// -EINVAL: kuf is NULL, timeout_ms below -1. -ENOTSUP: the handle has a fill callback.
+/// -EINVAL: kuf is NULL, timeout_ms below -1. -ENOTSUP: the handle has a fill callback or KUF_OPEN_SOURCES.
 /// -ECANCELED: kuf_close has begun. -EIO: the service is dead.
 /// A signal does not end the wait.
 ///
@@ -244,7 +253,7 @@ pub unsafe extern "C" fn kuf_poll(kuf: *mut kuf, timeout_ms: c_int) -> c_int {
 /// faults: room for n entries. n: 1 or more.
 ///
 /// Returns the number taken. Any thread; several may read at once and get different faults.
-/// -EAGAIN: none now. -EINVAL: kuf or faults is NULL, n is 0. -ENOTSUP: the handle has a fill callback.
+/// -EAGAIN: none now. -EINVAL: kuf or faults is NULL, n is 0. -ENOTSUP: the handle has a fill callback or KUF_OPEN_SOURCES.
 /// -EDEADLK: called from a callback. -ECANCELED: kuf_close has begun. -EIO: the service is dead.
 ///
 /// # Safety
@@ -338,7 +347,8 @@ pub unsafe extern "C" fn kuf_vcpu_fault(kuf: *mut kuf, gpa: u64, len: u64, exit_
 /// gpa, len: of any alignment, within one slot; len not 0. timeout_ms: milliseconds at most, -1 for ever, 0 does not
 /// wait for others but still fills what nobody has begun.
 ///
-/// With a KVM mechanism pages that the guest gave back become zero pages: they take memory again.
+/// With a KVM mechanism, and in shared memory with KUF_OPEN_DETECT_ZERO, pages that the guest gave back become zero pages:
+/// they take memory again.
 ///
 /// Returns 0: present or given back by the guest. Any thread but not from a callback (-EDEADLK); calls the fill
 /// callback on the calling thread, so hold no lock that it takes. On a caller-driven handle the pages are queued for
@@ -370,7 +380,7 @@ pub unsafe extern "C" fn kuf_ensure(kuf: *mut kuf, gpa: u64, len: u64, timeout_m
 /// -EINVAL: kuf or request is NULL, size below that of the first version, an unknown flag, gpa or len not a multiple of
 ///   the host's page size, len is 0 (or not 0 with KUF_ALL), overflow. -E2BIG: request has non-zero bytes that this
 ///   version does not know.
-/// -ENOENT: no slot in the range. -ENOTSUP: the handle has no fill callback. -EIO: the service is dead.
+/// -ENOENT: no slot in the range. -ENOTSUP: the handle has no fill callback and no KUF_OPEN_SOURCES. -EIO: the service is dead.
 ///
 /// # Safety
 /// `kuf` came from kuf_open; `request` is NULL or points to `request->size` readable bytes.

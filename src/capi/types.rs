@@ -72,6 +72,34 @@ pub const KUF_OPEN_ADOPT_ONLY: u64 = 1 << 4;
 /// signalled, so that a signal that KVM dropped, or that somebody else has read, delays a fault and does not lose it
 /// (KUF_EVENT_UNSIGNALLED). With KUF_OPEN_DIRECT it is kuf_read that looks.
 pub const KUF_OPEN_KVM_DRAIN: u64 = 1 << 5;
+/// Look through what fill callbacks, sources and kuf_resolve bring, page by page, before it is put in place, and open
+/// pages of zeroes as such. In private memory of ordinary pages they then take no memory until they are written, and
+/// cost a small part of a copy. They count in kuf_stats.bytes_zeroed.
+///
+/// In shared memory a zero page would take memory like any other. Those that nobody waits for are therefore left out:
+/// they stay a hole in the file, count as removed (kuf_progress) and are made when they are touched, as pages are that
+/// the guest has given back; kuf_ensure makes them (and pages that the guest has given back take memory again there).
+/// Huge pages are zero when all of the page is; private ones are not looked at. With KUF_MECHANISM_KVM_ASYNC the memory
+/// that zeroes were written to is given back before the guest sees it.
+pub const KUF_OPEN_DETECT_ZERO: u64 = 1 << 6;
+/// Serviced without a fill callback: every slot brings its own source (kuf_memory.source). Not with KUF_OPEN_DIRECT.
+/// Of no effect together with a fill callback, which slots without a source then use.
+pub const KUF_OPEN_SOURCES: u64 = 1 << 7;
+
+/// kuf_source: a regular file or a block device, kuf_source.fd. What is in the page cache is copied from there without
+/// another copy; what is not is read ahead. Holes are zero and are not read. A file that has become shorter, or whose
+/// disk fails, makes fills fail: pages are poisoned (KUF_EVENT_POISONED) and no signal is raised.
+///
+/// The file stays mapped for as long as the slot is there, so that its cached pages count in the process's RssFile.
+pub const KUF_SOURCE_FILE: u32 = 1;
+/// kuf_source: memory of this process, kuf_source.addr.
+pub const KUF_SOURCE_MEMORY: u32 = 2;
+/// kuf_source: zeroes.
+pub const KUF_SOURCE_ZERO: u32 = 3;
+
+/// kuf_source.flags, with KUF_SOURCE_FILE: read past the page cache (O_DIRECT), so that an image that is used once drives
+/// nothing out of it. Not faster where there is room: the page cache reads ahead. offset is a multiple of 4096 then.
+pub const KUF_SOURCE_DIRECT_IO: u64 = 1 << 0;
 
 /// Somebody stands still until this run is resolved.
 pub const KUF_FILL_DEMAND: u32 = 1 << 0;
@@ -294,6 +322,12 @@ pub struct kuf_fill {
     pub memory_opaque: *mut c_void,
     /// gpa minus the slot's gpa: the offset in an image of this slot.
     pub memory_offset: u64,
+    /// NULL at the start. A callback that has the bytes in memory (a mapped image) may set it to the first of `filled`
+    /// readable bytes, of any alignment, and return KUF_FILLED without having written to buf: they are copied from there
+    /// straight to the guest. They stay where they are, unchanged, until kuf_remove_memory of the slot or kuf_close has
+    /// returned (with KUF_CLOSE_NOWAIT, until kuf_options.release is called). What turns out unreadable (a mapped file that
+    /// was truncated) is a fill that failed with -EFAULT, guest memory that is not present itself one with -EDEADLK.
+    pub src: *const c_void,
 }
 
 /// A page fault, as given by kuf_read and kuf_pending. Always 64 bytes.
@@ -383,7 +417,8 @@ pub struct kuf_options {
     /// but not used by userfaultfd. The host keeps its own.
     pub vm_fd: i32,
     /// Threads that may be inside a fill callback at once, besides the one that always watches for faults:
-    /// 1 to 256, 0 for 2. With kuf_populate or KUF_MECHANISM_KVM_BITMAP, one more. Ignored without a fill callback.
+    /// 1 to 256, 0 for 2. With kuf_populate or KUF_MECHANISM_KVM_BITMAP, one more. Ignored without a fill callback and
+    /// KUF_OPEN_SOURCES.
     pub fill_threads: u32,
     /// Longest run, in bytes, that one fill callback is asked for when somebody waits: 0 for 64 KiB, at most 64 MiB.
     /// Rounded to whole granules, at least one.
@@ -397,7 +432,7 @@ pub struct kuf_options {
     pub queue_max: u32,
     /// Highest KUF_LOG_* that is passed to log.
     pub log_level: u32,
-    /// Fills pages; NULL: caller-driven (kuf_poll, kuf_read, kuf_resolve).
+    /// Fills pages; NULL: caller-driven (kuf_poll, kuf_read, kuf_resolve), or KUF_OPEN_SOURCES.
     pub fill: kuf_fill_fn,
     /// Told about events; may be NULL.
     pub event: kuf_event_fn,
@@ -414,6 +449,30 @@ pub struct kuf_options {
     pub spin_us: u32,
     /// Zero.
     pub reserved: u32,
+}
+
+/// Where the pages of a slot come from without a callback: kuf_memory.source. The slot's first byte is at `offset`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kuf_source {
+    /// sizeof(struct kuf_source), set by the caller.
+    pub size: u32,
+    /// KUF_SOURCE_*: _FILE, _MEMORY or _ZERO.
+    pub kind: u32,
+    /// KUF_SOURCE_DIRECT_IO or 0.
+    pub flags: u64,
+    /// KUF_SOURCE_FILE: open for reading; duplicated. Else 0.
+    pub fd: i32,
+    /// Zero.
+    pub reserved: u32,
+    /// Where the slot's bytes begin in the file or memory, in bytes, of any alignment. 0 with KUF_SOURCE_ZERO.
+    pub offset: u64,
+    /// KUF_SOURCE_MEMORY: the first byte. It stays readable and unchanged until kuf_remove_memory of the slot or kuf_close
+    /// has returned (with KUF_CLOSE_NOWAIT, until kuf_options.release is called), and is not guest memory that is filled
+    /// itself. Else NULL.
+    pub addr: *const c_void,
+    /// KUF_SOURCE_MEMORY: bytes from addr on; offset + the slot's len at least. Else 0.
+    pub len: u64,
 }
 
 /// A memory slot: a guest physical range and the host mapping behind it.
@@ -450,6 +509,9 @@ pub struct kuf_memory {
     pub memslot: u32,
     /// KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY or 0: flags of that memslot besides KVM_MEM_USERFAULT.
     pub memslot_flags: u32,
+    /// Where the slot's pages come from, instead of the fill callback, which is not called for this slot; NULL: the fill
+    /// callback, or kuf_read. Copied. Needs a handle with a fill callback or KUF_OPEN_SOURCES.
+    pub source: *const kuf_source,
 }
 
 /// A request to fill ahead of demand.

@@ -2,6 +2,7 @@
 
 pub mod buffer;
 pub mod maps;
+pub mod outside;
 pub mod shared;
 mod slot;
 

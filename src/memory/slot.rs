@@ -17,6 +17,7 @@ use crate::mechanism::kvm_bitmap::Bitmap;
 use crate::mechanism::userfaultfd::Marker;
 use crate::mechanism::Mechanism;
 use crate::pages::{Pages, State};
+use crate::source::Source;
 use crate::sync::{lock, Condvar, Mutex, MutexGuard};
 
 /// A pointer of the host's that the library only hands back.
@@ -88,6 +89,8 @@ pub struct Slot {
     pub private: bool,
     /// The file behind it, when its pages are filled in place.
     pub shared: Option<Arc<SharedFile>>,
+    /// Where its pages come from; None: the fill callback, or kuf_read.
+    pub source: Option<Arc<dyn Source>>,
     /// The slot this is a forked child's view of.
     pub parent: Option<Arc<Slot>>,
     /// What KVM mechanisms keep of it.
@@ -114,6 +117,7 @@ pub struct Parts {
     pub mechanism: Arc<dyn Mechanism>,
     pub private: bool,
     pub shared: Option<Arc<SharedFile>>,
+    pub source: Option<Arc<dyn Source>>,
     pub parent: Option<Arc<Slot>>,
     pub kvm: ForKvm,
     pub extents: Vec<Extent>,
@@ -122,7 +126,7 @@ pub struct Parts {
 impl Slot {
     /// A slot with every page absent.
     pub fn new(parts: Parts) -> Self {
-        let Parts { gpa, len, granule, opaque, mechanism, private, shared, parent, kvm, extents } = parts;
+        let Parts { gpa, len, granule, opaque, mechanism, private, shared, source, parent, kvm, extents } = parts;
         Self {
             gpa,
             len,
@@ -131,6 +135,7 @@ impl Slot {
             mechanism,
             private,
             shared,
+            source,
             parent,
             kvm,
             pages: Pages::new(len / granule),
@@ -154,6 +159,7 @@ impl Slot {
             mechanism,
             private: slot.private,
             shared: slot.shared.clone(),
+            source: slot.source.clone(),
             parent: Some(slot.parent.clone().unwrap_or_else(|| slot.clone())),
             kvm: ForKvm::default(),
             extents: slot.extents(),

@@ -83,7 +83,7 @@ impl Service {
 
     fn check_caller_driven(&self) -> Result<()> {
         if self.serviced() {
-            let text = "this handle has a fill callback: its own threads read the faults";
+            let text = "this handle has a fill callback or sources: its own threads read the faults";
             return Err(Error::new(libc::ENOTSUP, text));
         }
         Ok(())

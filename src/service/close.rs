@@ -110,7 +110,7 @@ impl Service {
 
     fn populate_before_end(&self, range: Option<(u64, u64)>, flags: u32) -> Result<()> {
         if !self.serviced() {
-            return Err(Error::new(libc::ENOTSUP, "KUF_CLOSE_POPULATE needs a fill callback to ask"));
+            return Err(Error::new(libc::ENOTSUP, "KUF_CLOSE_POPULATE needs a fill callback to ask, or sources"));
         }
         match self.populate_now(range) {
             Err(errno) if flags & KUF_CLOSE_POISON == 0 => {

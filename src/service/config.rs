@@ -6,6 +6,7 @@ use std::time::Duration;
 pub use super::host::Host;
 use crate::mechanism::kvm_bitmap::Memslot;
 use crate::memory::Opaque;
+pub use crate::source::NewSource;
 
 /// The mechanism of a handle.
 pub enum Which {
@@ -27,6 +28,10 @@ pub struct Config {
     pub follow_fork: bool,
     pub direct: bool,
     pub adopt_only: bool,
+    /// Pages of zeroes are looked for.
+    pub detect_zero: bool,
+    /// Serviced, with or without a callback.
+    pub sources: bool,
     pub fill_threads: usize,
     /// Bytes.
     pub demand_run: u64,
@@ -37,6 +42,13 @@ pub struct Config {
     pub queue_max: usize,
     /// How long a service thread may look for the next fault before it sleeps.
     pub spin: Duration,
+}
+
+impl Config {
+    /// Whether pages come from a callback or from sources.
+    pub fn serviced(&self) -> bool {
+        self.host.fill.is_some() || self.sources
+    }
 }
 
 /// A slot to be added, with what can be checked without the kernel checked.
@@ -55,6 +67,8 @@ pub struct NewMemory {
     /// The memslot, when the library is to set it.
     pub memslot: Option<Memslot>,
     pub opaque: Opaque,
+    /// Where its pages come from; None: the fill callback.
+    pub source: Option<NewSource>,
 }
 
 /// A populate request.

@@ -377,6 +377,9 @@ impl Service {
                 }
             }
         }
+        if self.leaves_zeroes(slot) {
+            self.open_removed(slot, &pages);
+        }
         Ok(())
     }
 }

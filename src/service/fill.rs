@@ -1,4 +1,5 @@
-//! Getting the bytes of a claimed run: the place to write them, the host's callback, and what follows from its answer.
+//! Getting the bytes of a claimed run: the place to write them, the host's callback or a source, and what follows from the
+//! answer.
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -7,13 +8,17 @@ use std::time::{Duration, Instant};
 
 use super::host::Answer;
 use super::install::Failed;
+use super::resolve::check_not_unresolved;
+use super::zero::Bytes;
 use super::Service;
 use crate::capi::types::*;
 use crate::claims::{Early, Id};
 use crate::mechanism::Content;
 use crate::memory::buffer::Buffer;
+use crate::memory::outside::{bring_in, read_host};
 use crate::memory::{Slot, Waiter};
 use crate::pages::State;
+use crate::source::{Found, Source, Wanted};
 
 /// A run that the calling thread has claimed and is to fill.
 pub struct Run {
@@ -26,10 +31,23 @@ pub struct Run {
     pub since: Instant,
 }
 
-/// Where the callback writes.
+/// Where the bytes are written.
 enum Place {
-    InPlace(NonNull<u8>),
+    InPlace {
+        at: NonNull<u8>,
+        /// It was there then.
+        since: Instant,
+    },
     Buffer(Buffer),
+}
+
+impl Place {
+    fn at(&self) -> NonNull<u8> {
+        match self {
+            Self::InPlace { at, .. } => *at,
+            Self::Buffer(buffer) => buffer.at(),
+        }
+    }
 }
 
 impl Service {
@@ -51,69 +69,155 @@ impl Service {
     fn fill_once(&self, run: &Run) -> Result<(), i32> {
         let Run { slot, id, pages, wanted, since } = run;
         let (id, demand) = (*id, wanted.is_some());
-        let place = self.place(slot, pages)?;
-        let (buf, in_place) = match &place {
-            Place::InPlace(at) => (*at, true),
-            Place::Buffer(buffer) => (buffer.at(), false),
+        let mut place = None;
+        let asked = match &slot.source {
+            Some(source) => self.ask_source(run, source.as_ref(), &mut place),
+            None => self.ask_host(run, place.insert(self.place(slot, pages)?)),
         };
-        let flags = if in_place { KUF_FILL_IN_PLACE } else { 0 } | if demand { KUF_FILL_DEMAND } else { 0 };
-        self.stats.fills.add(1);
+        let answer = self.fetch(run, asked, &mut place);
         // Memory that is written in place was made to exist meanwhile.
-        let started = if in_place { Instant::now() } else { *since };
-        let answer = self.config.host.fill(slot, id, pages, buf, flags);
-        let took = started.elapsed();
+        let took = match &place {
+            Some(Place::InPlace { since, .. }) => since.elapsed(),
+            _ => since.elapsed(),
+        };
         if demand {
             self.crew.took(took);
         }
         if !matches!(answer, Answer::Deferred) {
             self.stats.filling.record(took);
         }
-        let content = if in_place { Content::InPlace } else { Content::Data(buf.as_ptr()) };
-        let result = match answer {
-            Answer::Filled(n) => self.filled(slot, id, pages, n, content, demand),
-            Answer::Zero(n) if in_place => {
-                // Not where the callback itself has resolved pages of the run: the guest has them.
-                for run in slot.claims().held(pages.start..pages.start + n, id) {
-                    let (at, len) = ((run.start - pages.start) * slot.granule, (run.end - run.start) * slot.granule);
-                    // SAFETY: `place` made these bytes writable, and the claim makes them this thread's.
-                    unsafe { buf.add(at as usize).write_bytes(0, len as usize) };
-                }
-                self.filled(slot, id, pages, n, Content::ZeroInPlace, demand)
+        let result = match (answer, &place) {
+            (Answer::Filled(n), Some(place)) => {
+                let content = match place {
+                    Place::InPlace { .. } => Content::InPlace,
+                    Place::Buffer(buffer) => Content::Data(buffer.at().as_ptr()),
+                };
+                let zeroes = &self.zeroes(slot, id, &(pages.start..pages.start + n), place.at());
+                self.filled(run, n, Bytes { content, base: pages.start, zeroes, wanted: *wanted })
             }
-            Answer::Zero(n) => self.filled(slot, id, pages, n, Content::Zero, demand),
-            Answer::Deferred => {
+            // What was filled has a place.
+            (Answer::Filled(_), None) => Err(libc::EPROTO),
+            (Answer::Elsewhere(n, src), _) => self.filled(run, n, Bytes::plain(Content::Data(src), pages.start)),
+            (Answer::Zero(n), place) => self.filled_with_zero(run, n, place.as_ref()),
+            (Answer::Deferred, _) => {
                 self.stats.fills_deferred.add(1);
                 let early = slot.claims().defer(pages.clone(), id);
                 self.install_early(slot, id, early);
                 self.abandon_cancelled(slot, id, pages.clone());
                 Ok(())
             }
-            Answer::Failed(errno) => {
+            (Answer::Failed(errno), _) => {
                 self.stats.fills_failed.add(1);
                 let early = slot.claims().early(pages.clone(), id);
                 self.install_early(slot, id, early);
                 Err(errno)
             }
         };
-        if let Place::Buffer(buffer) = place {
+        if let Some(Place::Buffer(buffer)) = place {
             self.buffers.put(buffer);
         }
         result
     }
 
-    /// The first `n` pages are there; the rest was not to be had this time.
-    fn filled(
-        &self,
-        slot: &Arc<Slot>,
-        id: Id,
-        pages: &Range<u64>,
-        n: u64,
-        content: Content,
-        demand: bool,
-    ) -> Result<(), i32> {
+    fn ask_host(&self, run: &Run, place: &Place) -> Answer {
+        let in_place = if matches!(place, Place::InPlace { .. }) { KUF_FILL_IN_PLACE } else { 0 };
+        let demand = if run.wanted.is_some() { KUF_FILL_DEMAND } else { 0 };
+        self.stats.fills.add(1);
+        self.config.host.fill(&run.slot, run.id, &run.pages, place.at(), in_place | demand)
+    }
+
+    /// Asks a built-in source, and has it read into a place if that is what it takes.
+    fn ask_source(&self, run: &Run, source: &dyn Source, place: &mut Option<Place>) -> Answer {
+        let Run { slot, pages, wanted, .. } = run;
+        self.stats.fills.add(1);
+        let granule = slot.granule;
+        let bytes = slot.bytes_of(pages);
+        let copied = !slot.in_place() && !self.detects(slot);
+        match source.find(&Wanted { bytes: bytes.clone(), granule, copied, demand: wanted.is_some() }) {
+            Found::Zero(len) => Answer::Zero(len / granule),
+            Found::Memory(len, at) => Answer::Elsewhere(len / granule, at),
+            Found::Unread(len) => {
+                let n = len / granule;
+                let placed = self.place(slot, &(pages.start..pages.start + n)).and_then(|new| {
+                    let to = place.insert(new).at();
+                    // SAFETY: `place` made room for these bytes, and the claim makes them this thread's.
+                    unsafe { source.read(&(bytes.start..bytes.start + len), to) }
+                });
+                placed.map_or_else(Answer::Failed, |()| Answer::Filled(n))
+            }
+        }
+    }
+
+    /// Bytes in memory of the host's are brought in, and copied where they are needed: everywhere but where the kernel
+    /// copies them to the guest itself.
+    fn fetch(&self, run: &Run, answer: Answer, place: &mut Option<Place>) -> Answer {
+        let Run { slot, id, pages, .. } = run;
+        let Answer::Elsewhere(n, src) = answer else { return answer };
+        let part = pages.start..pages.start + n;
+        let len = n * slot.granule;
+        if let Err(error) = check_not_unresolved(&self.memory.map(), src, len) {
+            return Answer::Failed(error.errno());
+        }
+        if !slot.in_place() && !self.detects(slot) {
+            return bring_in(src, len as usize).map_or_else(Answer::Failed, |()| Answer::Elsewhere(n, src));
+        }
+        let to = match place {
+            Some(place) => place.at(),
+            None => match self.place(slot, &part) {
+                Ok(new) => place.insert(new).at(),
+                Err(errno) => return Answer::Failed(errno),
+            },
+        };
+        // Not where the callback itself has resolved pages of the run: the guest has them.
+        for run in slot.claims().held(part, *id) {
+            let (at, len) = ((run.start - pages.start) * slot.granule, (run.end - run.start) * slot.granule);
+            // SAFETY: within the place, which has room for the run.
+            let to = unsafe { to.add(at as usize) };
+            if let Err(errno) = read_host(src.wrapping_add(at as usize), to, len as usize) {
+                return Answer::Failed(errno);
+            }
+        }
+        Answer::Filled(n)
+    }
+
+    /// The first `n` pages are zero. `place`: where the callback could have written.
+    fn filled_with_zero(&self, run: &Run, n: u64, place: Option<&Place>) -> Result<(), i32> {
+        let Run { slot, id, pages, wanted, .. } = run;
         let done = pages.start..pages.start + n;
-        let (opened, result) = self.install(slot, id, done.clone(), pages.start, content);
-        if !demand {
+        if !slot.in_place() {
+            let zeroes: &[_] = if self.leaves_zeroes(slot) { &[done] } else { &[] };
+            return self.filled(run, n, Bytes { content: Content::Zero, base: pages.start, zeroes, wanted: *wanted });
+        }
+        let zeroes = if self.detects(slot) { std::slice::from_ref(&done) } else { &[] };
+        // What is left out, or dropped, needs no writing; who waits gets a page.
+        let write = match zeroes {
+            [] => done.clone(),
+            _ if slot.mechanism.marks() => 0..0,
+            _ => wanted.filter(|page| done.contains(page)).map_or(0..0, |page| page..page + 1),
+        };
+        if !write.is_empty() {
+            let at = match place {
+                // SAFETY: within the place.
+                Some(place) => unsafe { place.at().add(((write.start - pages.start) * slot.granule) as usize) },
+                None => self.place_in(slot, &write)?.ok_or(libc::EPROTO)?,
+            };
+            // Not where the callback itself has resolved pages of the run: the guest has them.
+            for run in slot.claims().held(write.clone(), *id) {
+                let (from, len) = ((run.start - write.start) * slot.granule, (run.end - run.start) * slot.granule);
+                // SAFETY: `place` made these bytes writable, and the claim makes them this thread's.
+                unsafe { at.add(from as usize).write_bytes(0, len as usize) };
+            }
+        }
+        self.filled(run, n, Bytes { content: Content::ZeroInPlace, base: pages.start, zeroes, wanted: *wanted })
+    }
+
+    /// The first `n` pages are there; the rest was not to be had this time.
+    fn filled(&self, run: &Run, n: u64, bytes: Bytes<'_>) -> Result<(), i32> {
+        let Run { slot, id, pages, wanted, .. } = run;
+        let id = *id;
+        let done = pages.start..pages.start + n;
+        let (opened, result) = self.install_bytes(slot, id, done.clone(), bytes);
+        if wanted.is_none() {
             self.stats.bytes_populated.add(opened * slot.granule);
         }
         if n < pages.end - pages.start {
@@ -131,7 +235,7 @@ impl Service {
 
     fn place(&self, slot: &Arc<Slot>, pages: &Range<u64>) -> Result<Place, i32> {
         match self.place_in(slot, pages)? {
-            Some(at) => Ok(Place::InPlace(at)),
+            Some(at) => Ok(Place::InPlace { at, since: Instant::now() }),
             None => {
                 let len = (pages.end - pages.start) * slot.granule;
                 self.buffers.take(len as usize).map(Place::Buffer).map_err(|e| e.errno())

@@ -30,6 +30,8 @@ pub struct Host {
 pub enum Answer {
     /// This many pages from the start of the run are in the buffer.
     Filled(u64),
+    /// This many pages from the start of the run are in memory of the host's, which may turn out unreadable.
+    Elsewhere(u64, *const u8),
     /// This many pages from the start of the run are zero.
     Zero(u64),
     /// kuf_resolve will follow.
@@ -113,6 +115,7 @@ impl Host {
             granule: slot.granule,
             memory_opaque: slot.opaque.0,
             memory_offset: pages.start * slot.granule,
+            src: std::ptr::null(),
         };
         // SAFETY: the callback and its argument are as the header promises; `fill` and its buffer outlive the call.
         let answer =
@@ -122,6 +125,7 @@ impl Host {
         match answer {
             None => Answer::Failed(libc::ENOTRECOVERABLE),
             Some(KUF_DEFERRED) => Answer::Deferred,
+            Some(KUF_FILLED) if sound && !fill.src.is_null() => Answer::Elsewhere(whole, fill.src.cast()),
             Some(KUF_FILLED) if sound => Answer::Filled(whole),
             Some(KUF_ZERO) if sound => Answer::Zero(whole),
             Some(errno) if (-4095..0).contains(&errno) => Answer::Failed(-errno),

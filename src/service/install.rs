@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::zero::{Bytes, Way};
 use super::{Service, Work};
 use crate::capi::types::*;
 use crate::claims::Id;
@@ -36,6 +37,17 @@ impl Service {
         base: u64,
         content: Content,
     ) -> (u64, Result<(), Failed>) {
+        self.install_bytes(slot, id, pages, Bytes::plain(content, base))
+    }
+
+    /// As [`Service::install`], of bytes of which more is known.
+    pub(super) fn install_bytes(
+        &self,
+        slot: &Arc<Slot>,
+        id: Id,
+        pages: Range<u64>,
+        bytes: Bytes<'_>,
+    ) -> (u64, Result<(), Failed>) {
         let started = Instant::now();
         // Marks are taken off a run in one go, whatever its length.
         let stretch = if slot.mechanism.marks() { u64::MAX } else { (STRETCH / slot.granule).max(1) };
@@ -44,7 +56,7 @@ impl Service {
         while at < pages.end && result.is_ok() {
             let part = at..pages.end.min(at.saturating_add(stretch));
             at = part.end;
-            let (n, r) = self.install_stretch(slot, id, part, base, content);
+            let (n, r) = self.install_stretch(slot, id, part, bytes);
             opened += n;
             result = r;
         }
@@ -60,8 +72,7 @@ impl Service {
         slot: &Arc<Slot>,
         id: Id,
         pages: Range<u64>,
-        base: u64,
-        content: Content,
+        bytes: Bytes<'_>,
     ) -> (u64, Result<(), Failed>) {
         let mut opened = 0;
         let mut waiting = Waiting::default();
@@ -75,7 +86,7 @@ impl Service {
                 // First: what is cancelled after this is in the kernel's hands, and whoever cancels waits for that.
                 let runs = slot.claims().begin_install(pages.clone(), id);
                 self.settle_cancelled(slot, id, pages.clone());
-                let again = self.install_runs(slot, id, &runs, base, content, &mut opened);
+                let again = self.install_runs(slot, id, &runs, bytes, &mut opened);
                 if again.is_some() {
                     slot.claims().suspend(pages.clone(), id);
                 }
@@ -119,23 +130,33 @@ impl Service {
         slot: &Arc<Slot>,
         id: Id,
         runs: &[Range<u64>],
-        base: u64,
-        content: Content,
+        bytes: Bytes<'_>,
         opened: &mut u64,
     ) -> Option<(u64, Stop)> {
         for run in runs {
+            bytes.drop_zeroes(slot, run);
             let mut page = run.start;
             while page < run.end {
-                let from = match content {
-                    Content::Data(bytes) => Content::Data(bytes.wrapping_add(((page - base) * slot.granule) as usize)),
-                    other => other,
+                let (piece, content) = match bytes.piece(slot, &(page..run.end)) {
+                    (piece, Way::With(content)) => (piece, content),
+                    (piece, Way::Leave) => {
+                        if let Err(errno) = self.leave(slot, id, &piece) {
+                            return Some((page, Stop::Other(errno)));
+                        }
+                        *opened += piece.end - page;
+                        page = piece.end;
+                        continue;
+                    }
                 };
-                let Installed { pages, stop } = slot.mechanism.install(slot, &(page..run.end), from);
+                let Installed { pages, stop } = slot.mechanism.install(slot, &piece, content);
                 if pages > 0 {
                     *opened += pages;
+                    let done = page..page + pages;
                     // Before it is booked as present: who sees that finds it counted.
-                    self.count_opened(slot, content, pages);
-                    self.opened(slot, id, page..page + pages, content);
+                    let zero = if slot.mechanism.marks() { bytes.zero_pages(&done) } else { 0 };
+                    self.count_opened(slot, Content::ZeroInPlace, zero);
+                    self.count_opened(slot, content, pages - zero);
+                    self.opened(slot, id, done, content);
                     page += pages;
                 }
                 match stop {
@@ -158,6 +179,23 @@ impl Service {
             }
         }
         None
+    }
+
+    /// Zeroes of shared memory that nobody is known to wait for: a hole in the file. Err is an errno.
+    fn leave(&self, slot: &Arc<Slot>, id: Id, pages: &Range<u64>) -> Result<(), i32> {
+        if let Some(shared) = &slot.shared {
+            shared.punch(&slot.bytes_of(pages)).map_err(|e| e.raw_os_error())?;
+        }
+        self.count_opened(slot, Content::Zero, pages.end - pages.start);
+        let waiters = {
+            let mut claims = slot.claims();
+            let waiters = claims.settle(&slot.pages, pages.clone(), id, Some(State::Removed));
+            slot.wake_sleepers(&claims);
+            waiters
+        };
+        // Who came meanwhile gets a page of zeroes after all.
+        self.push_again(slot, waiters);
+        Ok(())
     }
 
     fn opened(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, content: Content) {

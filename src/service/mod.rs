@@ -25,6 +25,7 @@ mod tests;
 #[cfg(test)]
 mod tests_kvm;
 mod threads;
+mod zero;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, AtomicUsize, Ordering};
@@ -149,7 +150,7 @@ impl Service {
             own,
             inlets: RwLock::default(),
             work: unbounded(),
-            fillers: AtomicUsize::new(if config.host.fill.is_some() { config.fill_threads } else { 1 }),
+            fillers: AtomicUsize::new(if config.serviced() { config.fill_threads } else { 1 }),
             crew: Crew::default(),
             lead_asleep: AtomicBool::new(false),
             demanded: AtomicUsize::new(0),
@@ -181,9 +182,9 @@ impl Service {
         Ok(service)
     }
 
-    /// Whether pages are asked for with a callback, as opposed to kuf_read.
+    /// Whether pages come from a callback or from sources, as opposed to kuf_read.
     fn serviced(&self) -> bool {
-        self.config.host.fill.is_some()
+        self.config.serviced()
     }
 
     /// Refuses work on a service that is ending or has failed.

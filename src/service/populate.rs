@@ -129,7 +129,7 @@ impl Service {
         refuse_inside_quiet("kuf_populate")?;
         self.check_open()?;
         if !self.serviced() {
-            return Err(Error::new(libc::ENOTSUP, "kuf_populate needs a fill callback to ask"));
+            return Err(Error::new(libc::ENOTSUP, "kuf_populate needs a fill callback to ask, or sources"));
         }
         let mut state = lock(&self.populate.state);
         if request.stop {

@@ -6,10 +6,12 @@ use std::sync::Arc;
 
 use super::config::Resolution;
 use super::host::{filling_here, refuse_inside_quiet};
+use super::zero::Bytes;
 use super::Service;
 use crate::claims::{Early, Id};
 use crate::error::{Error, Result};
 use crate::mechanism::Content;
+use crate::memory::outside::read_host;
 use crate::memory::{Map, Slot};
 
 impl Service {
@@ -99,17 +101,52 @@ impl Service {
                 }
                 None => Content::Zero,
             },
-            Resolution::Data(src) => match place()? {
-                Some(at) => {
-                    read_host(src.wrapping_add(((run.start - base) * slot.granule) as usize), at, len)?;
-                    Content::InPlace
+            Resolution::Data(src) => {
+                let from = src.wrapping_add(((run.start - base) * slot.granule) as usize);
+                match place()? {
+                    Some(at) => {
+                        read_host(from, at, len)?;
+                        let zeroes = &self.zeroes(slot, id, &run, at);
+                        let bytes = Bytes { zeroes, ..Bytes::plain(Content::InPlace, run.start) };
+                        let (opened, result) = self.install_bytes(slot, id, run, bytes);
+                        return result.map(|()| opened).map_err(|failed| failed.errno);
+                    }
+                    None if self.detects(slot) => return self.resolve_through_buffer(slot, id, run, from),
+                    None => Content::Data(src),
                 }
-                None => Content::Data(src),
-            },
+            }
         };
         // Data is counted from the first page of the call, which is where src starts.
         let (opened, result) = self.install(slot, id, run, base, content);
         result.map(|()| opened).map_err(|failed| failed.errno)
+    }
+
+    /// `from` may be unreadable: only what was copied from it can be looked through.
+    fn resolve_through_buffer(
+        &self,
+        slot: &Arc<Slot>,
+        id: Id,
+        run: Range<u64>,
+        from: *const u8,
+    ) -> std::result::Result<u64, i32> {
+        let step = (self.config.populate_run / slot.granule).clamp(1, run.end - run.start);
+        let buffer = self.buffers.take((step * slot.granule) as usize).map_err(|e| e.errno())?;
+        let (mut opened, mut at, mut result) = (0, run.start, Ok(()));
+        while at < run.end && result.is_ok() {
+            let part = at..run.end.min(at + step);
+            at = part.end;
+            let src = from.wrapping_add(((part.start - run.start) * slot.granule) as usize);
+            result = read_host(src, buffer.at(), ((part.end - part.start) * slot.granule) as usize).and_then(|()| {
+                let zeroes = &self.zeroes(slot, id, &part, buffer.at());
+                let content = Content::Data(buffer.at().as_ptr());
+                let bytes = Bytes { zeroes, ..Bytes::plain(content, part.start) };
+                let (n, result) = self.install_bytes(slot, id, part, bytes);
+                opened += n;
+                result.map_err(|failed| failed.errno)
+            });
+        }
+        self.buffers.put(buffer);
+        result.map(|()| opened)
     }
 
     /// Keeps bytes for pages that a callback may be writing to at this moment.
@@ -165,7 +202,7 @@ fn check_mapped(src: *const u8, len: u64) -> Result<()> {
 }
 
 /// Refuses a source that is unresolved guest memory: reading it would wait for this very service.
-fn check_not_unresolved(map: &Map, src: *const u8, len: u64) -> Result<()> {
+pub(super) fn check_not_unresolved(map: &Map, src: *const u8, len: u64) -> Result<()> {
     let src = src.addr() as u64;
     for slot in map.slots().iter().filter(|slot| !slot.mechanism.remote()) {
         for (slot, pages) in map.within_hva(slot.mechanism.id(), src..src.saturating_add(len)) {
@@ -173,24 +210,6 @@ fn check_not_unresolved(map: &Map, src: *const u8, len: u64) -> Result<()> {
                 let text = "src is guest memory that is not present itself: reading it would wait for this service";
                 return Err(Error::new(libc::EDEADLK, text));
             }
-        }
-    }
-    Ok(())
-}
-
-/// Copies from memory of the host's that may turn out unreadable: by the kernel, which says so instead of faulting.
-fn read_host(src: *const u8, to: NonNull<u8>, len: usize) -> std::result::Result<(), i32> {
-    let mut done = 0;
-    while done < len {
-        // SAFETY: `done` is below `len`, for which `to` has room.
-        let local = libc::iovec { iov_base: unsafe { to.add(done) }.as_ptr().cast(), iov_len: len - done };
-        let remote = libc::iovec { iov_base: src.wrapping_add(done).cast_mut().cast(), iov_len: len - done };
-        let me = rustix::process::getpid().as_raw_nonzero().get();
-        // SAFETY: writes only where `local` says, which is this thread's for the time of the call.
-        let n = unsafe { libc::process_vm_readv(me, &local, 1, &remote, 1, 0) };
-        match usize::try_from(n) {
-            Ok(0) | Err(_) => return Err(libc::EFAULT),
-            Ok(n) => done += n,
         }
     }
     Ok(())

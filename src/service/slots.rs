@@ -14,6 +14,7 @@ use crate::memory::maps::{self, Mapping};
 use crate::memory::shared::{huge_page_size, SharedFile};
 use crate::memory::{Extent, Parts, Slot};
 use crate::pages::State;
+use crate::source;
 use crate::uapi::userfaultfd::{UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM};
 
 impl Service {
@@ -21,6 +22,7 @@ impl Service {
     pub fn add_memory(&self, new: NewMemory) -> Result<()> {
         refuse_inside_callbacks("kuf_add_memory")?;
         self.check_open()?;
+        self.check_source(&new)?;
         let file = new.file.map(|(fd, offset)| Ok::<_, Error>((shared_file(fd)?, offset))).transpose()?;
         let huge = file.as_ref().and_then(|(file, _)| huge_page_size(file));
         let mappings = if new.remote { Vec::new() } else { maps::covering(new.hva..new.hva + new.len)? };
@@ -66,6 +68,7 @@ impl Service {
         // Marks keep the guest off the slot's own mapping, which is then the way in.
         let shared = shared.filter(|_| !marks);
         let kvm = self.for_kvm(&new, granule)?;
+        let source = new.source.map(|source| source::open(source, new.len)).transpose()?;
         let (mechanism, fresh) = self.mechanism_for(&new)?;
         let slot = Arc::new(Slot::new(Parts {
             gpa: new.gpa,
@@ -75,6 +78,7 @@ impl Service {
             mechanism: mechanism.clone(),
             private,
             shared,
+            source,
             parent: None,
             kvm,
             extents: vec![Extent { offset: 0, len: new.len, hva: new.hva }],
@@ -129,6 +133,18 @@ impl Service {
             self.push(work);
         }
         Ok(())
+    }
+
+    /// Every slot has somebody to ask, and one only.
+    fn check_source(&self, new: &NewMemory) -> Result<()> {
+        let text = match (&new.source, self.serviced(), self.config.host.fill) {
+            (Some(_), false, _) => "memory->source: the handle has neither a fill callback nor KUF_OPEN_SOURCES",
+            (None, true, None) => {
+                "memory->source is NULL: with KUF_OPEN_SOURCES and no fill callback each slot needs one"
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::new(libc::EINVAL, text))
     }
 
     /// The mechanism a slot asks for, and whether it was made for it.

@@ -157,6 +157,8 @@ fn rig(no_poison: bool) -> Option<Rig> {
         follow_fork: false,
         direct: false,
         adopt_only: false,
+        detect_zero: false,
+        sources: false,
         fill_threads: 2,
         demand_run: PAGE as u64,
         populate_run: PAGE as u64,
@@ -186,6 +188,7 @@ fn memory(hva: usize) -> NewMemory {
         kvm_attributes: 0,
         memslot: None,
         opaque: Opaque(std::ptr::null_mut()),
+        source: None,
     }
 }
 

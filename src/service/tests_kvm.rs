@@ -55,6 +55,8 @@ struct State {
     outstanding: u64,
     may_look: bool,
     disabled: bool,
+    /// Pages that took no memory when they were opened.
+    empty: Vec<u64>,
     /// What went wrong that should never.
     complaints: Vec<String>,
 }
@@ -120,6 +122,13 @@ impl Fake {
         })
     }
 
+    fn resident(&self, gfn: u64) -> bool {
+        let (at, mut resident) = (self.hva + gfn * PAGE - GPA, 0);
+        // SAFETY: looks up one page and writes one byte.
+        let looked = unsafe { libc::mincore(at as *mut c_void, PAGE as usize, &mut resident) } == 0;
+        looked && resident & 1 != 0
+    }
+
     /// None: the page is inaccessible.
     fn byte(&self, gfn: u64) -> Option<u8> {
         let mut byte = [0_u8];
@@ -175,6 +184,9 @@ impl Calls for Handle {
             if marks {
                 state.marked.insert(gfn);
             } else if state.marked.remove(&gfn) {
+                if !self.0.resident(gfn) {
+                    state.empty.push(gfn);
+                }
                 if let Some(byte) = self.0.byte(gfn).filter(|byte| *byte != pattern(gfn)) {
                     state.complaints.push(format!("gfn {gfn:#x} opened holding {byte}"));
                 }
@@ -204,6 +216,8 @@ struct Seen {
     hold: AtomicBool,
     /// A gfn that cannot be filled; 0: none.
     bad: AtomicU64,
+    /// The gfn whose page is zero.
+    zero: AtomicU64,
     /// Resolve the first page inside the callback and answer KUF_ZERO for the run.
     resolve_inside: Mutex<Option<Arc<Service>>>,
     /// Callbacks running now.
@@ -257,8 +271,9 @@ fn fill_run(seen: &Seen, fill: &kuf_fill) -> c_int {
             return -libc::EIO;
         }
         let offset = (gfn * PAGE - fill.gpa) as usize;
+        let byte = if gfn == seen.zero.load(Ordering::SeqCst) { 0 } else { pattern(gfn) };
         // SAFETY: buf has room for len bytes.
-        unsafe { fill.buf.cast::<u8>().add(offset).write_bytes(pattern(gfn), PAGE as usize) };
+        unsafe { fill.buf.cast::<u8>().add(offset).write_bytes(byte, PAGE as usize) };
     }
     KUF_FILLED
 }
@@ -284,11 +299,11 @@ impl Drop for Rig {
 }
 
 fn rig(drain: bool) -> Rig {
-    rig_of(drain, false)
+    rig_of(drain, false, false)
 }
 
 /// `direct`: caller-driven without threads, with room for one fault.
-fn rig_of(drain: bool, direct: bool) -> Rig {
+fn rig_of(drain: bool, direct: bool, detect_zero: bool) -> Rig {
     let (len, prot) = ((PAGE * PAGES) as usize, rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE);
     // SAFETY: a new mapping where the kernel likes.
     let hva = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, rustix::mm::MapFlags::PRIVATE) };
@@ -312,6 +327,8 @@ fn rig_of(drain: bool, direct: bool) -> Rig {
         follow_fork: false,
         direct,
         adopt_only: false,
+        detect_zero,
+        sources: false,
         fill_threads: 1,
         demand_run: PAGE,
         populate_run: 4 * PAGE,
@@ -333,6 +350,7 @@ fn rig_of(drain: bool, direct: bool) -> Rig {
         kvm_attributes: PRIVATE,
         memslot: None,
         opaque: Opaque(std::ptr::null_mut()),
+        source: None,
     };
     service.add_memory(slot).unwrap();
     Rig { service, fake, seen, stopped: AtomicBool::new(false) }
@@ -587,7 +605,7 @@ fn a_lost_fault_of_a_page_that_was_given_back_is_swept_up_too() {
 
 #[test]
 fn what_there_was_no_room_for_is_announced_again() {
-    let rig = rig_of(false, true);
+    let rig = rig_of(false, true, false);
     let waiting = [rig.access(1), rig.access(1), rig.access(2)];
     let mut asked = BTreeSet::new();
     while asked.len() < 2 {
@@ -612,6 +630,20 @@ fn zero_is_not_written_over_what_the_callback_has_resolved_itself() {
     rig.service.ensure(GPA, PAGE, -1).unwrap();
     *rig.seen.resolve_inside.lock().unwrap() = None;
     rig.fill_and_end();
+}
+
+#[test]
+fn zeroes_give_their_memory_back_before_the_guest_sees_them() {
+    let rig = rig_of(false, false, true);
+    rig.seen.zero.store(Rig::gfn(2), Ordering::SeqCst);
+    rig.service.populate(NewPopulate { stop: false, sweep: false, range: None, rate: 0 }).unwrap();
+    wait_until("everything", || rig.service.progress(KUF_ALL).unwrap().present == PAGE * PAGES);
+    assert_eq!(rig.fake.state.lock().unwrap().empty, [Rig::gfn(2)]);
+    let stats = rig.service.stats();
+    assert_eq!((stats.bytes_zeroed, stats.bytes_in_place), (PAGE, PAGE * (PAGES - 1)));
+    assert_eq!(rig.fake.byte(Rig::gfn(2)), Some(0));
+    assert_eq!(rig.fake.byte(Rig::gfn(3)), Some(pattern(Rig::gfn(3))));
+    assert!(rig.fake.state.lock().unwrap().marked.is_empty());
 }
 
 #[test]

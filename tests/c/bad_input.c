@@ -20,11 +20,11 @@ enum { TAIL = 32 };
 
 /* What the rows work on. */
 static struct fixture {
-    struct kuf *served, *driven, *direct, *closed, *opened;
+    struct kuf *served, *driven, *direct, *sources, *closed, *opened;
     struct kuf_options plain;
     unsigned char *a, *b, *c, *d, *driven_ram, *spare, *big, *torn, *file_map, *taken, *shared_spare, *page;
     unsigned char *private_map; /* of memfd */
-    int null_fd, dead_fd, memfd, other_memfd, uffd, orphan_uffd;
+    int null_fd, write_fd, dead_fd, memfd, other_memfd, uffd, orphan_uffd;
     struct kuf_fault faults[4];
     struct kuf_block_time times[4];
     unsigned char recording[64]; /* of a page of SPARE */
@@ -57,6 +57,34 @@ static int add_spare(struct kuf *kuf)
 {
     m = spare();
     return kuf_add_memory(kuf, &m);
+}
+
+static const struct kuf_source zero_source = {.size = sizeof(zero_source), .kind = KUF_SOURCE_ZERO};
+
+/* What a row changes of a source that could be given as it is. */
+static struct kuf_source s;
+
+#define add_source(...) (s = zero_source, __VA_ARGS__, add_source_to(f.served, s))
+
+static int add_source_to(struct kuf *kuf, struct kuf_source source)
+{
+    m = spare();
+    m.source = &source;
+    int got = kuf_add_memory(kuf, &m);
+    return got == 0 ? kuf_remove_memory(kuf, GPA_SPARE, KUF_CLOSE_POISON) : got;
+}
+
+static int add_long_source(unsigned char last)
+{
+    struct {
+        struct kuf_source known;
+        unsigned char tail[TAIL];
+    } source = {.known = zero_source, .tail = {[TAIL - 1] = last}};
+    source.known.size = sizeof(source);
+    m = spare();
+    m.source = &source.known;
+    int got = kuf_add_memory(f.served, &m);
+    return got == 0 ? kuf_remove_memory(f.served, GPA_SPARE, KUF_CLOSE_POISON) : got;
 }
 
 static int probe_sized(size_t size, unsigned char old)
@@ -413,6 +441,10 @@ static void make_fixture(void)
     unsigned char *other = map_shared(4 * PAGE, &f.other_memfd);
     f.shared_spare = map_shared(8 * PAGE, &f.memfd);
     munmap(other, 4 * PAGE);
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", f.memfd);
+    f.write_fd = open(path, O_WRONLY | O_CLOEXEC);
+    must(f.write_fd >= 0, "a descriptor for writing only");
     f.private_map = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, f.memfd, 0);
     must(f.private_map != MAP_FAILED, "a private mapping of the memfd");
 
@@ -426,6 +458,7 @@ static void make_fixture(void)
         .fill = fill, .event = event, .opaque = &source, .demand_run = PAGE});
     f.driven = open_with((struct kuf_options){.event = event, .opaque = &source});
     f.direct = open_with((struct kuf_options){.flags = KUF_OPEN_DIRECT});
+    f.sources = open_with((struct kuf_options){.flags = KUF_OPEN_SOURCES});
     f.closed = open_driven(NULL);
     struct kuf *copy = f.closed;
     close_with(copy, 0);
@@ -502,5 +535,6 @@ int main(int argc, char **argv)
     close_with(f.served, KUF_CLOSE_POISON);
     close_with(f.driven, KUF_CLOSE_POISON);
     close_with(f.direct, 0);
+    close_with(f.sources, 0);
     return done();
 }

@@ -1,0 +1,298 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * Pages without a callback that writes them: built-in sources (a file, a block device, memory, zero), and a callback that
+ * hands over memory of its own. What has become unreadable is a page that is poisoned, never one of zeroes and never a
+ * signal for anybody but who touches it.
+ */
+#include "harness.h"
+
+#include <sys/stat.h>
+
+#define BASE UINT64_C(0x40000000)
+#define OTHER UINT64_C(0x80000000)
+enum { PAGES = 256 };
+
+static struct source callback = SOURCE_INIT;
+static size_t page, length;
+
+/* A file whose page n, counted from `offset`, is the page at BASE + n; with a hole in it if wanted. */
+static int make_file(uint64_t offset, bool hole)
+{
+    char path[] = "/var/tmp/kuf-test-XXXXXX";
+    int fd = mkstemp(path);
+    must(fd >= 0, "a file in /var/tmp");
+    unlink(path);
+    unsigned char *bytes = malloc(length);
+    write_content(bytes, BASE, length, 1);
+    must(pwrite(fd, bytes, length, (off_t)offset) == (ssize_t)length, "writes the file");
+    if (hole) {
+        memset(bytes, 0, length);
+        if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(offset + 64 * page), (off_t)(64 * page)) != 0)
+            must(pwrite(fd, bytes, 64 * page, (off_t)(offset + 64 * page)) == (ssize_t)(64 * page), "writes zeroes");
+    }
+    free(bytes);
+    return fd;
+}
+
+static struct kuf_source of_file(int fd, uint64_t offset)
+{
+    return (struct kuf_source){.size = sizeof(struct kuf_source), .kind = KUF_SOURCE_FILE, .fd = fd, .offset = offset};
+}
+
+static struct kuf_source of_memory(const void *memory, uint64_t len)
+{
+    return (struct kuf_source){.size = sizeof(struct kuf_source), .kind = KUF_SOURCE_MEMORY, .addr = memory, .len = len};
+}
+
+static int add_with(struct kuf *kuf, unsigned char *ram, int fd, const struct kuf_source *source)
+{
+    struct kuf_memory slot = {.size = sizeof(slot), .gpa = BASE, .len = length, .hva = (uintptr_t)ram, .source = source};
+    if (fd >= 0) {
+        slot.flags = KUF_MEMORY_FD;
+        slot.fd = fd;
+    }
+    return kuf_add_memory(kuf, &slot);
+}
+
+/* A handle without a fill callback. */
+static struct kuf *open_sources(uint64_t flags)
+{
+    return open_with((struct kuf_options){.flags = KUF_OPEN_SOURCES | flags, .event = source_event, .opaque = &callback});
+}
+
+static bool populate(struct kuf *kuf, int *error)
+{
+    int before = atomic_load(&callback.events[KUF_EVENT_POPULATED]);
+    struct kuf_populate request = {.size = sizeof(request), .gpa = KUF_ALL};
+    if (kuf_populate(kuf, &request) != 0)
+        return false;
+    wait_until(atomic_load(&callback.events[KUF_EVENT_POPULATED]) > before);
+    *error = last_event(&callback, KUF_EVENT_POPULATED).error;
+    return true;
+}
+
+/* Every way to ask for pages, over a slot whose pages are content, but for `zero` pages from 64 on. */
+static void serves(const char *what, struct kuf_source source, uint64_t flags, bool shared, int zero)
+{
+    int fd = -1, error = 1;
+    unsigned char *ram = shared ? map_shared(length, &fd) : map_anonymous(length);
+    struct kuf *kuf = open_sources(flags);
+    int got = add_with(kuf, ram, fd, &source);
+    if (got == -ENOTSUP && source.flags & KUF_SOURCE_DIRECT_IO) {
+        skip_part("%s: %s", what, kuf_error());
+        close_with(kuf, 0);
+        return;
+    }
+    is(got, 0, "%s: added: %s", what, got ? kuf_error() : "-");
+    memset(&source, 0xff, sizeof(source));
+    is(kuf_read(kuf, NULL, 0), -EINVAL, "%s: kuf_read is refused", what);
+    is(kuf_fd(kuf), -ENOTSUP, "%s: and kuf_fd", what);
+    struct toucher toucher = {.memory = ram + 16 * page, .gpa = BASE + 16 * page, .length = 32 * page, .generation = 1};
+    start_toucher(&toucher);
+    ok(join_toucher(&toucher), "%s: on demand, in order", what);
+    ok(holds_content(ram + 200 * page, BASE + 200 * page, page, 1), "%s: on demand, anywhere", what);
+    is(kuf_ensure(kuf, BASE + 130 * page, 20 * page, -1), 0, "%s: kuf_ensure", what);
+    is(kuf_vcpu_fault(kuf, BASE + 3 * page, page, 0), 0, "%s: kuf_vcpu_fault", what);
+    if (zero > 0)
+        ok(holds_zeroes(ram + 70 * page, page), "%s: zero on demand", what);
+    ok(populate(kuf, &error) && error == 0, "%s: kuf_populate", what);
+    ok(progress_of(kuf, BASE).flags & KUF_PROGRESS_COMPLETE, "%s: all is there", what);
+    ok(holds_content(ram, BASE, 64 * page, 1) && holds_zeroes(ram + 64 * page, zero * page) &&
+           holds_content(ram + (64 + zero) * page, BASE + (64 + zero) * page, (PAGES - 64 - zero) * page, 1),
+       "%s: each page is the source's", what);
+    is(stats_of(kuf).bytes_populated > 0, 1, "%s: counted as populated", what);
+    is(kuf_discard(kuf, BASE, 4 * page, 0), 0, "%s: pages are dropped", what);
+    ok(holds_content(ram, BASE, 4 * page, 1), "%s: and come again", what);
+    close_with(kuf, 0);
+    munmap(ram, length);
+    close(fd);
+}
+
+/* Pages from `bad` on are lost: `lose` sees to that when the slot is there. */
+static void loses(const char *what, struct kuf_source source, uint64_t flags, bool shared, int bad, int truncated,
+                  void *lost)
+{
+    int fd = -1, error = 0, poisoned = atomic_load(&callback.events[poison_event()]);
+    unsigned char *ram = shared ? map_shared(length, &fd) : map_anonymous(length);
+    struct kuf *kuf = open_sources(flags);
+    must(add_with(kuf, ram, fd, &source) == 0, "%s: %s", what, kuf_error());
+    if (truncated >= 0)
+        must(ftruncate(truncated, (off_t)(source.offset + bad * page)) == 0, "truncates the file");
+    if (lost != NULL)
+        must(mprotect((unsigned char *)lost + bad * page, (PAGES - bad) * page, PROT_NONE) == 0, "takes the memory away");
+    ok(populate(kuf, &error) && (error == -EFAULT || error == -EIO), "%s: populate ends with an error (%d)", what, error);
+    is(progress_of(kuf, BASE).poisoned, 0, "%s: and poisons nothing", what);
+    ok(progress_of(kuf, BASE).absent >= (PAGES - bad) * page, "%s: what is lost is absent", what);
+    is(touch(ram + bad * page), poison_signal(), "%s: touching the first that is lost is a memory error", what);
+    is(touch(ram + (PAGES - 1) * page), poison_signal(), "%s: and the last", what);
+    is(kuf_ensure(kuf, BASE + (bad + 20) * page, page, -1), -EHWPOISON, "%s: kuf_ensure says so", what);
+    comes_to(atomic_load(&callback.events[poison_event()]) - poisoned, 3, "%s: one event for each", what);
+    error = last_event(&callback, poison_event()).error;
+    ok(error == -EFAULT || error == -EIO, "%s: that says why (%d)", what, error);
+    ok(holds_content(ram, BASE, bad * page, 1), "%s: what is not lost is served", what);
+    close_with(kuf, KUF_CLOSE_POISON);
+    munmap(ram, length);
+    close(fd);
+}
+
+/* A callback that hands over whatever it is told to. */
+static struct {
+    const unsigned char *from;
+    atomic_int calls;
+} handed;
+
+static int hand_over(void *opaque, struct kuf_fill *fill)
+{
+    (void)opaque;
+    atomic_fetch_add(&handed.calls, 1);
+    ok(fill->src == NULL, "src is NULL at the start");
+    fill->src = handed.from + fill->memory_offset;
+    return KUF_FILLED;
+}
+
+static struct kuf *open_handing(uint64_t flags)
+{
+    return open_with((struct kuf_options){.flags = flags, .fill = hand_over, .event = source_event, .opaque = &callback});
+}
+
+static void hands_over(uint64_t flags, bool shared)
+{
+    const char *kind = shared ? "in place" : "by copy";
+    int fd = -1, poisoned = atomic_load(&callback.events[poison_event()]);
+    unsigned char *ram = shared ? map_shared(length, &fd) : map_anonymous(length);
+    unsigned char *image = map_anonymous(length + page) + 8;
+    write_content(image, BASE, length, 1);
+    must(mprotect(image - 8 + 128 * page, 64 * page, PROT_NONE) == 0, "takes part of it away");
+    handed.from = image;
+    struct kuf *kuf = open_handing(flags);
+    must(add_with(kuf, ram, fd, NULL) == 0, "%s", kuf_error());
+    struct toucher toucher = {.memory = ram, .gpa = BASE, .length = 100 * page, .generation = 1};
+    start_toucher(&toucher);
+    ok(join_toucher(&toucher), "%s: pages from memory that the callback handed over, at any alignment", kind);
+    is(touch(ram + 140 * page), poison_signal(), "%s: what is not readable there is a failed fill", kind);
+    comes_to(atomic_load(&callback.events[poison_event()]) - poisoned, 1, "%s: with an event", kind);
+    is(last_event(&callback, poison_event()).error, -EFAULT, "%s: that says why", kind);
+    ok(holds_content(ram + 200 * page, BASE + 200 * page, 56 * page, 1), "%s: the rest is served", kind);
+
+    /* Unresolved guest memory would be waited for by the thread that has to fill it. */
+    unsigned char *closed = map_anonymous(length);
+    add(kuf, OTHER, closed, length);
+    handed.from = closed;
+    is(kuf_ensure(kuf, BASE + 126 * page, page, 1000), -EHWPOISON, "%s: unresolved guest memory is refused", kind);
+    is(last_event(&callback, poison_event()).error, -EDEADLK, "%s: as a deadlock", kind);
+    close_with(kuf, KUF_CLOSE_POISON);
+    munmap(ram, length);
+    close(fd);
+}
+
+/* A slot with a source does not ask the callback; one without does. */
+static void both(void)
+{
+    unsigned char *ram = map_anonymous(length), *other = map_anonymous(length);
+    struct kuf_source zero = {.size = sizeof(zero), .kind = KUF_SOURCE_ZERO};
+    struct kuf *kuf = open_with((struct kuf_options){
+        .fill = source_fill, .event = source_event, .opaque = &callback});
+    must(add_with(kuf, ram, -1, &zero) == 0, "%s", kuf_error());
+    add(kuf, OTHER, other, length);
+    unsigned calls = atomic_load(&callback.calls);
+    ok(holds_zeroes(ram, length), "a slot with a source is its source's");
+    is(atomic_load(&callback.calls), calls, "and the callback is not called for it");
+    ok(holds_content(other, OTHER, length, 1), "a slot without one is the callback's");
+    close_with(kuf, 0);
+}
+
+/* The first block device that can be read, or -1. */
+static int some_device(void)
+{
+    DIR *devices = opendir("/sys/class/block");
+    int fd = -1;
+    for (struct dirent *entry; fd < 0 && devices != NULL && (entry = readdir(devices)) != NULL;) {
+        char path[300];
+        snprintf(path, sizeof(path), "/dev/%s", entry->d_name);
+        fd = open(path, O_RDONLY | O_CLOEXEC);
+        struct stat stat;
+        if (fd >= 0 && (fstat(fd, &stat) != 0 || !S_ISBLK(stat.st_mode) || lseek(fd, 0, SEEK_END) < (off_t)length)) {
+            close(fd);
+            fd = -1;
+        }
+    }
+    if (devices != NULL)
+        closedir(devices);
+    return fd;
+}
+
+static void device(void)
+{
+    int fd = some_device();
+    if (fd < 0) {
+        skip_part("no block device that can be read");
+        return;
+    }
+    unsigned char *ram = map_anonymous(length), *bytes = malloc(length);
+    struct kuf_source source = of_file(fd, 0);
+    struct kuf *kuf = open_sources(KUF_OPEN_DETECT_ZERO);
+    must(add_with(kuf, ram, -1, &source) == 0, "a block device: %s", kuf_error());
+    ok(pread(fd, bytes, length, 0) == (ssize_t)length && memcmp(ram, bytes, length) == 0, "a block device's bytes");
+    close_with(kuf, 0);
+    source.offset = (uint64_t)lseek(fd, 0, SEEK_END) - length + page;
+    kuf = open_sources(0);
+    is(add_with(kuf, map_anonymous(length), -1, &source), -EINVAL, "a block device that ends before the slot");
+    close_with(kuf, 0);
+    free(bytes);
+    close(fd);
+}
+
+int main(void)
+{
+    begin();
+    page = page_size();
+    length = PAGES * page;
+    bool minor = kuf_has_feature(KUF_FEATURE_MINOR) == 1;
+    if (!minor)
+        skip_part("no minor faults: nothing is filled in place");
+
+    int whole = make_file(0, false), odd = make_file(4 * page + 24, false), holes = make_file(page, true);
+    unsigned char *memory = map_anonymous(length);
+    write_content(memory, BASE, length, 1);
+    for (int shared = 0; shared <= minor; shared++) {
+        for (int detect = 0; detect <= 1; detect++) {
+            uint64_t flags = detect ? KUF_OPEN_DETECT_ZERO : 0;
+            char what[64];
+#define NAMED(name) (snprintf(what, sizeof(what), "%s, %s%s", name, shared ? "in place" : "by copy", detect ? ", looking for zeroes" : ""), what)
+            serves(NAMED("a file"), of_file(whole, 0), flags, shared, 0);
+            serves(NAMED("a file at an odd offset"), of_file(odd, 4 * page + 24), flags, shared, 0);
+            serves(NAMED("a file with a hole"), of_file(holes, page), flags, shared, 64);
+            struct kuf_source direct = of_file(whole, 0);
+            direct.flags = KUF_SOURCE_DIRECT_IO;
+            serves(NAMED("direct I/O"), direct, flags, shared, 0);
+            serves(NAMED("memory"), of_memory(memory, length), flags, shared, 0);
+            int cut = make_file(0, false);
+            loses(NAMED("a truncated file"), of_file(cut, 0), flags, shared, 100, cut, NULL);
+            close(cut);
+            cut = make_file(page, true);
+            loses(NAMED("a truncated file with an offset"), of_file(cut, page), flags, shared, 64, cut, NULL);
+            close(cut);
+            unsigned char *lost = map_anonymous(length);
+            write_content(lost, BASE, length, 1);
+            loses(NAMED("memory that is lost"), of_memory(lost, length), flags, shared, 100, -1, lost);
+            munmap(lost, length);
+            hands_over(flags, shared);
+        }
+    }
+    both();
+    device();
+
+    /* What a slot holds of its source goes with the slot. */
+    struct kuf *kuf = open_sources(0);
+    int before = open_descriptors();
+    struct kuf_source source = of_file(whole, 0);
+    unsigned char *ram = map_anonymous(length);
+    must(add_with(kuf, ram, -1, &source) == 0, "%s", kuf_error());
+    is(open_descriptors() > before, 1, "a source keeps a descriptor of its own");
+    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POPULATE), 0, "the slot is filled and taken off");
+    comes_to(open_descriptors(), before, "the descriptor goes with it");
+    ok(holds_content(ram, BASE, length, 1), "the memory is the host's");
+    must(add_with(kuf, map_anonymous(length), -1, &source) == 0, "%s", kuf_error());
+    close_with(kuf, KUF_CLOSE_POPULATE);
+    return done();
+}
