@@ -14,6 +14,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Instant;
 
+use smallvec::SmallVec;
+
 use crate::pages::{Pages, State};
 
 /// Who may put bytes in the place of a claimed page.
@@ -59,6 +61,12 @@ pub trait Waits {
     fn page(&self) -> u64;
 }
 
+/// Who waited for a claim: mostly one, and then no memory is allocated for it.
+pub type Waiters<W> = SmallVec<[W; 1]>;
+
+/// Runs of pages, in order: mostly one.
+pub type Runs = SmallVec<[Range<u64>; 2]>;
+
 /// Identity of the claims made by one `claim` or `take`.
 pub type Id = u64;
 
@@ -79,7 +87,7 @@ pub struct Claim<W> {
     cancel: Option<Cancel>,
     early: Option<Early>,
     since: Instant,
-    waiters: Vec<W>,
+    waiters: Waiters<W>,
 }
 
 /// A run of pages the host still owes.
@@ -95,7 +103,7 @@ pub struct Owed {
 pub struct Taken {
     pub id: Id,
     /// Now owned by the caller: to be installed.
-    pub install: Vec<Range<u64>>,
+    pub install: Runs,
     /// A callback may be writing there: to be left as [`Early`].
     pub early: Vec<Range<u64>>,
     /// When the parts that were owed by the host had been asked for.
@@ -108,9 +116,9 @@ pub struct Taken {
 pub struct Discarding<W> {
     pub id: Id,
     /// To be dropped in the kernel, and settled.
-    pub runs: Vec<Range<u64>>,
+    pub runs: Runs,
     /// Who waited for pages that are removed now.
-    pub waiters: Vec<W>,
+    pub waiters: Waiters<W>,
 }
 
 /// Pages per kind of owner.
@@ -175,18 +183,23 @@ impl<W: Waits> Claims<W> {
         }
     }
 
-    /// Moves what `id` still owns of `range` to the kernel's hands. Cancelled parts stay behind for
-    /// [`Claims::cancelled`].
-    pub fn begin_install(&mut self, range: Range<u64>, id: Id) -> Vec<Range<u64>> {
+    /// Moves what `id` still owns of `range` to the kernel's hands. Returns it, and whether cancelled parts stay behind
+    /// for [`Claims::cancelled`].
+    pub fn begin_install(&mut self, range: Range<u64>, id: Id) -> (Runs, bool) {
         self.isolate(&range);
-        let mut runs = Vec::new();
+        let (mut runs, mut cancelled) = (Runs::new(), false);
         for (start, claim) in self.by_start.range_mut(range) {
-            if claim.id == id && claim.owner == Owner::Fill && claim.cancel.is_none() {
-                claim.owner = Owner::Install;
-                extend(&mut runs, *start..claim.end);
+            if claim.id != id || claim.owner != Owner::Fill {
+                continue;
             }
+            if claim.cancel.is_some() {
+                cancelled = true;
+                continue;
+            }
+            claim.owner = Owner::Install;
+            extend(&mut runs, *start..claim.end);
         }
-        runs
+        (runs, cancelled)
     }
 
     /// Takes `range` back from the kernel's hands: the gate is about to be released.
@@ -213,19 +226,19 @@ impl<W: Waits> Claims<W> {
     }
 
     /// Ends the cancelled claims of `id` in `range`, each by what it is cancelled for by now. Returns who waited.
-    pub fn settle_cancelled(&mut self, pages: &Pages, range: Range<u64>, id: Id) -> Vec<W> {
-        let mut waiters = Vec::new();
+    pub fn settle_cancelled(&mut self, pages: &Pages, range: Range<u64>, id: Id) -> Waiters<W> {
+        let mut waiters = Waiters::new();
         let mine = |c: &Claim<W>| c.id == id && c.owner == Owner::Fill && c.cancel.is_some();
-        for (start, claim) in self.drain(range, mine) {
+        self.drain(range, mine, |start, claim| {
             let to = if claim.cancel == Some(Cancel::Removed) { State::Removed } else { State::Absent };
             pages.transition(start..claim.end, State::Filling, to);
-            waiters.extend(claim.waiters);
-        }
+            append(&mut waiters, claim.waiters);
+        });
         waiters
     }
 
     /// What `id` owns of `range`.
-    pub fn held(&mut self, range: Range<u64>, id: Id) -> Vec<Range<u64>> {
+    pub fn held(&mut self, range: Range<u64>, id: Id) -> Runs {
         self.isolate(&range);
         self.by_start
             .range(range)
@@ -235,19 +248,20 @@ impl<W: Waits> Claims<W> {
     }
 
     /// Ends what `id` owns of `range`: the pages become `to`, or what they were when `to` is None. Returns who waited.
-    pub fn settle(&mut self, pages: &Pages, range: Range<u64>, id: Id, to: Option<State>) -> Vec<W> {
-        let mut waiters = Vec::new();
-        for (start, claim) in self.drain(range, |claim| claim.id == id && claim.owner != Owner::Host) {
+    pub fn settle(&mut self, pages: &Pages, range: Range<u64>, id: Id, to: Option<State>) -> Waiters<W> {
+        let mut waiters = Waiters::new();
+        let mine = |claim: &Claim<W>| claim.id == id && claim.owner != Owner::Host;
+        self.drain(range, mine, |start, claim| {
             pages.transition(start..claim.end, State::Filling, to.unwrap_or(claim.origin));
-            waiters.extend(claim.waiters);
-        }
+            append(&mut waiters, claim.waiters);
+        });
         waiters
     }
 
     /// Gives what `id` owns of `range` to nobody for ever. Returns who waited.
-    pub fn poison(&mut self, range: Range<u64>, id: Id) -> Vec<W> {
+    pub fn poison(&mut self, range: Range<u64>, id: Id) -> Waiters<W> {
         self.isolate(&range);
-        let mut waiters = Vec::new();
+        let mut waiters = Waiters::new();
         for claim in self.by_start.range_mut(range).map(|(_, c)| c).filter(|c| c.id == id) {
             claim.owner = Owner::Poison;
             claim.early = None;
@@ -257,8 +271,8 @@ impl<W: Waits> Claims<W> {
     }
 
     /// What is poisoned, in order.
-    pub fn poisoned(&self) -> Vec<Range<u64>> {
-        let mut runs = Vec::new();
+    pub fn poisoned(&self) -> Runs {
+        let mut runs = Runs::new();
         for (start, claim) in self.by_start.iter().filter(|(_, claim)| claim.owner == Owner::Poison) {
             extend(&mut runs, *start..claim.end);
         }
@@ -347,7 +361,7 @@ impl<W: Waits> Claims<W> {
     /// Ends a `take` that could not be carried through on `range`: what the host owed is owed again, the rest is what
     /// it was.
     /// Returns who waited for the latter.
-    pub fn give_back(&mut self, pages: &Pages, range: Range<u64>, id: Id) -> Vec<W> {
+    pub fn give_back(&mut self, pages: &Pages, range: Range<u64>, id: Id) -> Waiters<W> {
         self.isolate(&range);
         for claim in self.by_start.range_mut(range.clone()).map(|(_, c)| c) {
             if claim.id == id && claim.owed {
@@ -396,7 +410,7 @@ impl<W: Waits> Claims<W> {
 
     /// The guest gave `range` back. Whatever was on its way there may not arrive. Returns who waited and is to be
     /// served anew.
-    pub fn remove(&mut self, pages: &Pages, range: Range<u64>) -> Vec<W> {
+    pub fn remove(&mut self, pages: &Pages, range: Range<u64>) -> Waiters<W> {
         debug_assert!(
             self.overlapping(&range).all(|c| c.owner != Owner::Install),
             "events are read with the gate held"
@@ -408,13 +422,17 @@ impl<W: Waits> Claims<W> {
                 claim.early = None;
             }
         }
-        let mut waiters = Vec::new();
+        let mut waiters = Waiters::new();
         let stays =
             |c: &Claim<W>| c.owner == Owner::Discard || c.in_place && matches!(c.owner, Owner::Fill | Owner::Host);
-        for (start, claim) in self.drain(range.clone(), |c| !stays(c)) {
-            pages.transition(start..claim.end, State::Filling, State::Removed);
-            waiters.extend(claim.waiters);
-        }
+        self.drain(
+            range.clone(),
+            |c| !stays(c),
+            |start, claim| {
+                pages.transition(start..claim.end, State::Filling, State::Removed);
+                append(&mut waiters, claim.waiters);
+            },
+        );
         pages.transition(range.clone(), State::Absent, State::Removed);
         pages.transition(range, State::Present, State::Removed);
         waiters
@@ -426,7 +444,7 @@ impl<W: Waits> Claims<W> {
     pub fn begin_discard(&mut self, pages: &Pages, range: Range<u64>, removed: bool, in_place: bool) -> Discarding<W> {
         let id = self.fresh();
         self.isolate(&range);
-        let mut runs = Vec::new();
+        let mut runs = Runs::new();
         for (start, claim) in self.by_start.range_mut(range.clone()) {
             match claim.owner {
                 Owner::Poison => {
@@ -442,14 +460,14 @@ impl<W: Waits> Claims<W> {
                 Owner::Install | Owner::Discard => {}
             }
         }
-        let mut waiters = Vec::new();
+        let mut waiters = Waiters::new();
         if removed {
             // Nobody writes to these pages themselves, so nobody has to be waited for.
             let cut = |c: &Claim<W>| !c.in_place && matches!(c.owner, Owner::Fill | Owner::Host);
-            for (start, claim) in self.drain(range.clone(), cut) {
+            self.drain(range.clone(), cut, |start, claim| {
                 pages.transition(start..claim.end, State::Filling, State::Removed);
-                waiters.extend(claim.waiters);
-            }
+                append(&mut waiters, claim.waiters);
+            });
         }
         // In a file, a removed page may hold its bytes still, if it was only unmapped, and an absent one what a fill that
         // failed has left.
@@ -500,9 +518,9 @@ impl<W: Waits> Claims<W> {
 
     /// Takes everything from everybody, for good: late owners find nothing. Returns the runs that were not settled and
     /// who waited for them.
-    pub fn shut(&mut self, pages: &Pages) -> (Id, Vec<Range<u64>>, Vec<W>) {
+    pub fn shut(&mut self, pages: &Pages) -> (Id, Vec<Range<u64>>, Waiters<W>) {
         let id = self.fresh();
-        let mut waiters = Vec::new();
+        let mut waiters = Waiters::new();
         for claim in self.by_start.values_mut() {
             claim.id = id;
             claim.early = None;
@@ -561,7 +579,8 @@ impl<W: Waits> Claims<W> {
         let moved = pages.transition(run.clone(), origin, State::Filling);
         debug_assert_eq!(moved, run.end - run.start);
         let Terms { owner, in_place, demand } = terms;
-        let (owed, answered, cancel, early, since, waiters) = (false, false, None, None, Instant::now(), Vec::new());
+        let (owed, answered, cancel, early, since, waiters) =
+            (false, false, None, None, Instant::now(), Waiters::new());
         let claim =
             Claim { end: run.end, id, owner, origin, in_place, demand, owed, answered, cancel, early, since, waiters };
         self.by_start.insert(run.start, claim);
@@ -578,11 +597,16 @@ impl<W: Waits> Claims<W> {
         self.by_start.range(first..range.end).map(|(_, claim)| claim).filter(move |claim| claim.end > range.start)
     }
 
-    /// Removes the claims of `range` that `which` picks.
-    fn drain(&mut self, range: Range<u64>, which: impl Fn(&Claim<W>) -> bool) -> Vec<(u64, Claim<W>)> {
+    /// Takes the claims of `range` that `which` picks out, and hands them to `each`.
+    fn drain(&mut self, range: Range<u64>, which: impl Fn(&Claim<W>) -> bool, mut each: impl FnMut(u64, Claim<W>)) {
         self.isolate(&range);
-        let starts: Vec<u64> = self.by_start.range(range).filter(|(_, c)| which(c)).map(|(start, _)| *start).collect();
-        starts.into_iter().filter_map(|start| self.by_start.remove(&start).map(|claim| (start, claim))).collect()
+        let starts: SmallVec<[u64; 4]> =
+            self.by_start.range(range).filter(|(_, c)| which(c)).map(|(start, _)| *start).collect();
+        for start in starts {
+            if let Some(claim) = self.by_start.remove(&start) {
+                each(start, claim);
+            }
+        }
     }
 
     /// Sees to it that no claim crosses either end of `range`.
@@ -612,8 +636,17 @@ impl<W: Waits> Claims<W> {
     }
 }
 
+/// Moves `more` to the end of `waiters`.
+fn append<W>(waiters: &mut Waiters<W>, more: Waiters<W>) {
+    if waiters.is_empty() {
+        *waiters = more;
+    } else {
+        waiters.extend(more);
+    }
+}
+
 /// Appends `run`, merging it with a last one that ends where it starts.
-fn extend(runs: &mut Vec<Range<u64>>, run: Range<u64>) {
+fn extend(runs: &mut Runs, run: Range<u64>) {
     match runs.last_mut() {
         Some(last) if last.end == run.start => last.end = run.end,
         _ => runs.push(run),

@@ -3,8 +3,8 @@
 //! One thread has the *lead*: it alone waits for the kernel. While fills are quick it serves what it has read itself and
 //! keeps the lead, so that a fault wakes nobody but the service thread and the toucher. Before a fill that is expected to
 //! take its time it lets go of the lead and wakes a thread that rests. A fill that was expected to be quick may block all
-//! the same: one of the resting threads *stands by*, looks once a millisecond while there is anything to look after, and
-//! takes the lead from whoever has been inside host code for too long.
+//! the same: one of the resting threads *stands by*, looks every one to four milliseconds while there is anything to look
+//! after, and takes the lead from whoever has been inside host code for too long.
 //!
 //! That two threads think for a moment that they lead does no harm: whoever reads the kernel holds the mechanism's gate.
 
@@ -14,14 +14,24 @@ use std::time::{Duration, Instant};
 use crate::sync::atomic::{fence, AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{lock, Condvar, Mutex};
 
-/// How often the thread that stands by looks.
+/// How often the thread that stands by looks after there was trouble. Each look costs whoever runs on that CPU, a guest
+/// perhaps, a few microseconds; so it looks more and more rarely as long as all is well.
 const TICK: Duration = Duration::from_millis(1);
+
+/// Looks at each interval before the next, which is twice as long.
+const LOOKS: u64 = 16;
+
+/// How often the interval doubles: four milliseconds at the longest.
+const DOUBLINGS: u64 = 2;
 
 /// How long the lead may be inside host code before it is taken away.
 const TOO_LONG: Duration = Duration::from_micros(500);
 
 /// A fill below this is quick: about what it costs to wake another thread.
 const QUICK: Duration = Duration::from_micros(20);
+
+/// Quick fills that take longer than this together are worth a second thread.
+const BACKLOG: Duration = Duration::from_millis(1);
 
 /// Nobody has the lead.
 const NOBODY: u64 = 0;
@@ -60,6 +70,8 @@ pub struct Crew {
     trouble: Condvar,
     /// Nanoseconds that a fill takes of late.
     pace: AtomicU64,
+    /// Looks since there was trouble.
+    calm: AtomicU64,
 }
 
 impl Default for Crew {
@@ -78,6 +90,7 @@ impl Default for Crew {
             trouble: Condvar::new(),
             // Taken for slow until it is known.
             pace: AtomicU64::new(2 * QUICK.as_nanos() as u64),
+            calm: AtomicU64::new(0),
         }
     }
 }
@@ -100,6 +113,7 @@ impl Crew {
             if inside == 0 || self.at(Instant::now()).saturating_sub(inside) < TOO_LONG.as_nanos() as u64 {
                 return None;
             }
+            self.calm.store(0, Ordering::Relaxed);
         }
         let mine = self.next.fetch_add(1, Ordering::Relaxed);
         let taken = self.lead.compare_exchange(has, mine, Ordering::SeqCst, Ordering::SeqCst).is_ok();
@@ -146,6 +160,9 @@ impl Crew {
         let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX) / 8;
         let before = self.pace.load(Ordering::Relaxed);
         self.pace.store(before - before / 8 + ns.min(u64::MAX / 16), Ordering::Relaxed);
+        if time >= TOO_LONG {
+            self.calm.store(0, Ordering::Relaxed);
+        }
     }
 
     /// Whether fills are quick of late.
@@ -153,9 +170,20 @@ impl Crew {
         self.pace.load(Ordering::Relaxed) < QUICK.as_nanos() as u64
     }
 
-    /// Whether `n` fills would take longer than it takes to wake a thread for some of them.
+    /// Whether `n` fills that are queued are worth another thread, which takes a CPU, perhaps from a vCPU, and meets this
+    /// one at every lock.
     pub fn worth_help(&self, n: usize) -> bool {
-        (n as u64).saturating_mul(self.pace.load(Ordering::Relaxed).max(1000)) > 2 * QUICK.as_nanos() as u64
+        (n as u64).saturating_mul(self.pace.load(Ordering::Relaxed).max(1000)) > BACKLOG.as_nanos() as u64
+    }
+
+    /// How long `workers` threads, all busy, have enough to do with `queued` fills: no need to look for more.
+    pub fn busy_for(&self, queued: usize, workers: usize) -> Duration {
+        let each = Duration::from_nanos(self.pace.load(Ordering::Relaxed));
+        if queued < workers || self.quick() {
+            return Duration::ZERO;
+        }
+        // Half of it: some fills are quicker than others.
+        (each * u32::try_from(queued / workers.max(1)).unwrap_or(u32::MAX)) / 2
     }
 
     /// Wakes a thread that rests, one that does not stand by if there is one. False: none rests.
@@ -210,7 +238,9 @@ impl Crew {
                         self.asleep.fetch_sub(1, Ordering::SeqCst);
                         return;
                     }
-                    resting = self.trouble.wait_timeout(resting, TICK).unwrap_or_else(PoisonError::into_inner).0;
+                    let calm = self.calm.fetch_add(1, Ordering::Relaxed);
+                    let tick = TICK * (1 << (calm / LOOKS).min(DOUBLINGS));
+                    resting = self.trouble.wait_timeout(resting, tick).unwrap_or_else(PoisonError::into_inner).0;
                 }
                 resting.standing_by = false;
                 self.standing_by.store(false, Ordering::SeqCst);
@@ -252,7 +282,7 @@ mod tests {
         let crew = Crew::default();
         assert!(!crew.quick());
         (0..32).for_each(|_| crew.took(Duration::from_micros(2)));
-        assert!(crew.quick() && !crew.worth_help(2) && crew.worth_help(30));
+        assert!(crew.quick() && !crew.worth_help(64) && crew.worth_help(1000));
         (0..4).for_each(|_| crew.took(Duration::from_millis(5)));
         assert!(!crew.quick());
     }

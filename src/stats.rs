@@ -1,6 +1,6 @@
 //! Counters, histograms and block times. Everything is counted with relaxed atomics where it happens.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -27,7 +27,9 @@ impl Histogram {
         let ns = u64::try_from(value.as_nanos()).unwrap_or(u64::MAX);
         self.buckets[bucket(ns)].fetch_add(1, Ordering::Relaxed);
         self.sum.fetch_add(ns, Ordering::Relaxed);
-        self.max.fetch_max(ns, Ordering::Relaxed);
+        if self.max.load(Ordering::Relaxed) < ns {
+            self.max.fetch_max(ns, Ordering::Relaxed);
+        }
     }
 
     fn to_c(&self) -> kuf_histogram {
@@ -52,7 +54,9 @@ pub struct Counter(AtomicU64);
 impl Counter {
     /// Counts `n` more.
     pub fn add(&self, n: u64) {
-        self.0.fetch_add(n, Ordering::Relaxed);
+        if n != 0 {
+            self.0.fetch_add(n, Ordering::Relaxed);
+        }
     }
 
     fn get(&self) -> u64 {
@@ -67,7 +71,7 @@ macro_rules! stats {
         pub struct Stats {
             $(pub $counter: Counter,)*
             $(pub $histogram: Histogram,)*
-            threads: Mutex<HashMap<u32, Blocked>>,
+            threads: Mutex<BTreeMap<u32, Blocked>>,
         }
 
         impl Stats {

@@ -285,7 +285,7 @@ impl Slot {
     }
 
     /// The pages that nobody could fill.
-    pub fn poisoned(&self) -> Vec<Range<u64>> {
+    pub fn poisoned(&self) -> crate::claims::Runs {
         self.claims().poisoned()
     }
 

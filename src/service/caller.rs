@@ -75,7 +75,7 @@ impl Service {
             if claimed.is_none() {
                 drop(claims);
                 // Not absent any more, and not on its way: given back meanwhile, say.
-                return self.push_again(slot, stray.into_iter().collect());
+                return self.push_again(slot, stray);
             }
         }
         self.ready.push(slot.clone(), page);

@@ -12,7 +12,7 @@ use super::resolve::check_not_unresolved;
 use super::zero::Bytes;
 use super::Service;
 use crate::capi::types::*;
-use crate::claims::{Early, Id};
+use crate::claims::{Early, Id, Waiters};
 use crate::mechanism::Content;
 use crate::memory::buffer::Buffer;
 use crate::memory::outside::{bring_in, read_host};
@@ -76,10 +76,13 @@ impl Service {
         };
         let answer = self.fetch(run, asked, &mut place);
         // Memory that is written in place was made to exist meanwhile.
+        let now = Instant::now();
         let took = match &place {
-            Some(Place::InPlace { since, .. }) => since.elapsed(),
-            _ => since.elapsed(),
+            Some(Place::InPlace { since, .. }) => now.saturating_duration_since(*since),
+            _ => now.saturating_duration_since(*since),
         };
+        // Zeroes that are looked for take their time, which is opening's.
+        let since = Some(now);
         if demand {
             self.crew.took(took);
         }
@@ -93,11 +96,13 @@ impl Service {
                     Place::Buffer(buffer) => Content::Data(buffer.at().as_ptr()),
                 };
                 let zeroes = &self.zeroes(slot, id, &(pages.start..pages.start + n), place.at());
-                self.filled(run, n, Bytes { content, base: pages.start, zeroes, wanted: *wanted })
+                self.filled(run, n, Bytes { content, base: pages.start, zeroes, wanted: *wanted, since })
             }
             // What was filled has a place.
             (Answer::Filled(_), None) => Err(libc::EPROTO),
-            (Answer::Elsewhere(n, src), _) => self.filled(run, n, Bytes::plain(Content::Data(src), pages.start)),
+            (Answer::Elsewhere(n, src), _) => {
+                self.filled(run, n, Bytes { since, ..Bytes::plain(Content::Data(src), pages.start) })
+            }
             (Answer::Zero(n), place) => self.filled_with_zero(run, n, place.as_ref()),
             (Answer::Deferred, _) => {
                 self.stats.fills_deferred.add(1);
@@ -186,7 +191,8 @@ impl Service {
         let done = pages.start..pages.start + n;
         if !slot.in_place() {
             let zeroes: &[_] = if self.leaves_zeroes(slot) { &[done] } else { &[] };
-            return self.filled(run, n, Bytes { content: Content::Zero, base: pages.start, zeroes, wanted: *wanted });
+            let bytes = Bytes { zeroes, wanted: *wanted, ..Bytes::plain(Content::Zero, pages.start) };
+            return self.filled(run, n, bytes);
         }
         let zeroes = if self.detects(slot) { std::slice::from_ref(&done) } else { &[] };
         // What is left out, or dropped, needs no writing; who waits gets a page.
@@ -208,7 +214,8 @@ impl Service {
                 unsafe { at.add(from as usize).write_bytes(0, len as usize) };
             }
         }
-        self.filled(run, n, Bytes { content: Content::ZeroInPlace, base: pages.start, zeroes, wanted: *wanted })
+        let bytes = Bytes { zeroes, wanted: *wanted, ..Bytes::plain(Content::ZeroInPlace, pages.start) };
+        self.filled(run, n, bytes)
     }
 
     /// The first `n` pages are there; the rest was not to be had this time.
@@ -311,7 +318,7 @@ impl Service {
         wanted.sort_unstable();
         wanted.dedup();
         for page in wanted {
-            let mine: Vec<Waiter> = {
+            let mine: Waiters<Waiter> = {
                 let (mine, others) = waiters.into_iter().partition(|w: &Waiter| w.page == page);
                 waiters = others;
                 mine

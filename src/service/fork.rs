@@ -174,7 +174,7 @@ impl Service {
             let _ = rustix::io::read(&watch.over, &mut [0_u8; 8]);
             // malloc is free again.
             let read = mechanism.read(usize::MAX, &mut messages);
-            self.apply(inlet, messages, &mut work);
+            self.apply(inlet, &mut messages, &mut work);
             read
         };
         self.hand_on(inlet, work, read.map(drop), Self::push);

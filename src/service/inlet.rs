@@ -31,12 +31,21 @@ pub struct Inlet {
     parked: Mutex<Vec<(u64, u32, u32, Instant)>>,
     /// What was given back there and is in no slot: of one that is still to be added. Sorted, apart from each other.
     given_back: Mutex<Vec<Range<u64>>>,
+    /// Empty ones, for whoever reads next.
+    lists: Mutex<Lists>,
+}
+
+/// What was read, and what there is to do about it: kept, so that a read allocates nothing.
+#[derive(Default)]
+struct Lists {
+    messages: Vec<Message>,
+    work: Vec<Work>,
 }
 
 impl Inlet {
     pub(super) fn new(mechanism: Arc<dyn Mechanism>, host_fd: Option<i32>, remote: bool, fork: bool) -> Arc<Self> {
         let (starved, parked, given_back) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
-        Arc::new(Self { mechanism, host_fd, remote, fork, starved, parked, given_back })
+        Arc::new(Self { mechanism, host_fd, remote, fork, starved, parked, given_back, lists: Mutex::default() })
     }
 
     /// Whether it holds messages there was no room for.
@@ -101,7 +110,7 @@ impl Service {
         let room = self.config.queue_max.saturating_sub(held);
         if room == 0 {
             self.stats.queue_full.add(1);
-            inlet.starved.store(true, Ordering::SeqCst);
+            self.starve(&inlet);
             // Whoever takes the last one looks for starved queues; it may have looked just before.
             if !self.work.1.is_empty() {
                 return;
@@ -119,11 +128,20 @@ impl Service {
 
     /// Reads every queue that had to wait for room.
     pub(super) fn pump_starved(&self) {
+        // Asked after each fault, and almost never so.
+        if !self.starving.load(Ordering::SeqCst) || !self.starving.swap(false, Ordering::SeqCst) {
+            return;
+        }
         for inlet in self.inlets().iter() {
             if inlet.is_starved() {
                 self.pump(inlet.mechanism.id());
             }
         }
+    }
+
+    fn starve(&self, inlet: &Inlet) {
+        inlet.starved.store(true, Ordering::SeqCst);
+        self.starving.store(true, Ordering::SeqCst);
     }
 
     /// Reads every queue: the host's thread is the only reader there is.
@@ -134,33 +152,33 @@ impl Service {
     }
 
     fn pump_inlet(&self, inlet: &Arc<Inlet>, room: usize, push: fn(&Self, Work)) {
-        let mut work = Vec::new();
+        // Somebody else may have them at this moment, and then they are new ones.
+        let Lists { mut messages, mut work } = std::mem::take(&mut *lock(&inlet.lists));
         let mut read = Ok(Left::More);
         while work.is_empty() && matches!(read, Ok(Left::More)) {
-            let mut messages = Vec::new();
             read = {
                 let _gate = inlet.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
                 inlet.starved.store(false, Ordering::SeqCst);
                 let read = inlet.mechanism.read(room, &mut messages);
                 if matches!(read, Ok(Left::More)) {
-                    inlet.starved.store(true, Ordering::SeqCst);
+                    self.starve(inlet);
                 }
-                let before = work.len();
-                self.apply(inlet, messages, &mut work);
-                work[before..].iter().for_each(|work| self.count(work));
+                self.apply(inlet, &mut messages, &mut work);
+                work.iter().for_each(|work| self.count(work));
                 read
             };
         }
         // Stopped for want of room, which may have been just enough.
         self.stats.queue_full.add(u64::from(matches!(read, Ok(Left::More))));
-        self.hand_on(inlet, work, read.map(drop), push);
+        self.hand_on(inlet, work.drain(..), read.map(drop), push);
+        *lock(&inlet.lists) = Lists { messages, work };
     }
 
     /// What follows a read, with the gate released.
     pub(super) fn hand_on(
         &self,
         inlet: &Arc<Inlet>,
-        work: Vec<Work>,
+        work: impl IntoIterator<Item = Work>,
         read: std::result::Result<(), i32>,
         push: fn(&Self, Work),
     ) {
@@ -183,64 +201,24 @@ impl Service {
         self.lose(inlet.mechanism.id(), error.errno());
     }
 
-    /// Applies events in their order, then looks up where the faults are.
-    pub(super) fn apply(&self, inlet: &Arc<Inlet>, messages: Vec<Message>, work: &mut Vec<Work>) {
+    /// Applies events in their order, then looks up where the faults are. Leaves `messages` empty.
+    pub(super) fn apply(&self, inlet: &Arc<Inlet>, messages: &mut Vec<Message>, work: &mut Vec<Work>) {
         let id = inlet.mechanism.id();
         let read_at = Instant::now();
-        let mut faults = Vec::with_capacity(messages.len());
         let mut remapped = false;
-        for message in messages {
-            match message {
-                Message::Fault { at, flags, thread } => faults.push((at, flags, thread)),
-                Message::Removed(range) => {
-                    self.stats.events_remove.add(1);
-                    self.remove_range(id, &range, false, work);
-                    self.note_given_back(inlet, range);
-                }
-                Message::Unmapped(range) => {
-                    self.stats.events_unmap.add(1);
-                    remapped = true;
-                    self.remove_range(id, &range, true, work);
-                    // What is mapped there next is not what was given back.
-                    let _ = take_within(&mut lock(&inlet.given_back), &range);
-                    inlet.mechanism.wake_range(range);
-                }
-                Message::Moved { from, to } => {
-                    self.stats.events_remap.add(1);
-                    remapped = true;
-                    self.note(KUF_LOG_DEBUG, || format!("hva {from:#x?} moved to {to:#x}"), work);
-                    let map = self.memory.map();
-                    for (slot, _) in map.within_hva(id, from.clone()) {
-                        slot.moved(from.clone(), Some(to));
-                    }
-                    self.memory.reindex();
-                    let moved = take_within(&mut lock(&inlet.given_back), &from);
-                    for range in moved {
-                        let at = |hva| to + (hva - from.start);
-                        self.note_given_back(inlet, at(range.start)..at(range.end));
-                    }
-                    // The kernel does not wake who waits at an address that is no longer the page's.
-                    inlet.mechanism.wake_range(from);
-                }
-                Message::Forked(fd) => {
-                    self.stats.events_fork.add(1);
-                    self.follow_fork(inlet, fd, work);
-                }
-                Message::Lost => {
-                    self.stats.faults_lost.add(1);
-                    self.begin_sweep(work);
-                }
-                Message::Unsignalled => {
-                    self.stats.faults_unsignalled.add(1);
-                    self.warn_of_signals(work);
-                }
+        messages.retain_mut(|message| {
+            if matches!(message, Message::Fault { .. }) {
+                return true;
             }
-        }
+            remapped |= self.apply_event(inlet, std::mem::replace(message, Message::Lost), work);
+            false
+        });
         if remapped {
             self.unpark(id, true);
         }
         let map = self.memory.map();
-        for (at, flags, thread) in faults {
+        for message in messages.drain(..) {
+            let Message::Fault { at, flags, thread } = message else { continue };
             self.stats.faults.add(1);
             self.stats.faults_minor.add(u64::from(flags & KUF_FAULT_MINOR != 0));
             self.stats.faults_write.add(u64::from(flags & KUF_FAULT_WRITE != 0));
@@ -260,6 +238,56 @@ impl Service {
                 }
             }
         }
+    }
+
+    /// Applies one event. Returns whether it changed which addresses are guest memory.
+    fn apply_event(&self, inlet: &Arc<Inlet>, message: Message, work: &mut Vec<Work>) -> bool {
+        let id = inlet.mechanism.id();
+        let remaps = matches!(message, Message::Unmapped(_) | Message::Moved { .. });
+        match message {
+            Message::Fault { .. } => {}
+            Message::Removed(range) => {
+                self.stats.events_remove.add(1);
+                self.remove_range(id, &range, false, work);
+                self.note_given_back(inlet, range);
+            }
+            Message::Unmapped(range) => {
+                self.stats.events_unmap.add(1);
+                self.remove_range(id, &range, true, work);
+                // What is mapped there next is not what was given back.
+                let _ = take_within(&mut lock(&inlet.given_back), &range);
+                inlet.mechanism.wake_range(range);
+            }
+            Message::Moved { from, to } => {
+                self.stats.events_remap.add(1);
+                self.note(KUF_LOG_DEBUG, || format!("hva {from:#x?} moved to {to:#x}"), work);
+                let map = self.memory.map();
+                for (slot, _) in map.within_hva(id, from.clone()) {
+                    slot.moved(from.clone(), Some(to));
+                }
+                self.memory.reindex();
+                let moved = take_within(&mut lock(&inlet.given_back), &from);
+                for range in moved {
+                    let at = |hva| to + (hva - from.start);
+                    self.note_given_back(inlet, at(range.start)..at(range.end));
+                }
+                // The kernel does not wake who waits at an address that is no longer the page's.
+                inlet.mechanism.wake_range(from);
+            }
+            Message::Forked(fd) => {
+                self.stats.events_fork.add(1);
+                self.follow_fork(inlet, fd, work);
+            }
+            Message::Lost => {
+                self.stats.faults_lost.add(1);
+                self.begin_sweep(work);
+            }
+            Message::Unsignalled => {
+                self.stats.faults_unsignalled.add(1);
+                self.warn_of_signals(work);
+            }
+        }
+        remaps
     }
 
     /// An adopted userfaultfd may report memory given back before its slot is added: it is kept for that.

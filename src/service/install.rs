@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::zero::{Bytes, Way};
 use super::{Service, Work};
 use crate::capi::types::*;
-use crate::claims::Id;
+use crate::claims::{Id, Waiters};
 use crate::mechanism::kvm_bitmap::Bitmap;
 use crate::mechanism::{Content, Installed, Stop};
 use crate::memory::{Slot, Waiter};
@@ -24,6 +24,15 @@ const MEMORY_PATIENCE: Duration = Duration::from_secs(2);
 pub struct Failed {
     pub page: u64,
     pub errno: i32,
+}
+
+/// How far an install has come.
+#[derive(Default)]
+struct Done {
+    /// Pages opened.
+    opened: u64,
+    /// When the last ones were, if that is known.
+    ended: Option<Instant>,
 }
 
 impl Service {
@@ -48,23 +57,22 @@ impl Service {
         pages: Range<u64>,
         bytes: Bytes<'_>,
     ) -> (u64, Result<(), Failed>) {
-        let started = Instant::now();
+        let started = bytes.since.unwrap_or_else(Instant::now);
         // Marks are taken off a run in one go, whatever its length.
         let stretch = if slot.mechanism.marks() { u64::MAX } else { (STRETCH / slot.granule).max(1) };
-        let (mut opened, mut at) = (0, pages.start);
+        let (mut done, mut at) = (Done::default(), pages.start);
         let mut result = Ok(());
         while at < pages.end && result.is_ok() {
             let part = at..pages.end.min(at.saturating_add(stretch));
             at = part.end;
-            let (n, r) = self.install_stretch(slot, id, part, bytes);
-            opened += n;
-            result = r;
+            result = self.install_stretch(slot, id, part, bytes, &mut done);
         }
-        self.stats.installing.record(started.elapsed());
+        let ended = done.ended.unwrap_or_else(Instant::now);
+        self.stats.installing.record(ended.saturating_duration_since(started));
         if let Some(work) = self.completion(slot) {
             self.work_on(work);
         }
-        (opened, result)
+        (done.opened, result)
     }
 
     fn install_stretch(
@@ -73,27 +81,29 @@ impl Service {
         id: Id,
         pages: Range<u64>,
         bytes: Bytes<'_>,
-    ) -> (u64, Result<(), Failed>) {
-        let mut opened = 0;
+        done: &mut Done,
+    ) -> Result<(), Failed> {
         let mut waiting = Waiting::default();
         loop {
             let again = {
                 let _gate = slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner);
                 if let Some(errno) = slot.gone() {
                     // Its addresses may be another slot's by now.
-                    return (opened, Err(Failed { page: pages.start, errno }));
+                    return Err(Failed { page: pages.start, errno });
                 }
                 // First: what is cancelled after this is in the kernel's hands, and whoever cancels waits for that.
-                let runs = slot.claims().begin_install(pages.clone(), id);
-                self.settle_cancelled(slot, id, pages.clone());
-                let again = self.install_runs(slot, id, &runs, bytes, &mut opened);
+                let (runs, cancelled) = slot.claims().begin_install(pages.clone(), id);
+                if cancelled {
+                    self.settle_cancelled(slot, id, pages.clone());
+                }
+                let again = self.install_runs(slot, id, &runs, bytes, done);
                 if again.is_some() {
                     slot.claims().suspend(pages.clone(), id);
                 }
                 again
             };
             let (page, stop) = match again {
-                None => return (opened, Ok(())),
+                None => return Ok(()),
                 Some(again) => again,
             };
             // With the gate released: only now can events be read.
@@ -106,7 +116,7 @@ impl Service {
                 Stop::NoMemory(errno) => {
                     self.stats.install_no_memory.add(1);
                     if waiting.longer_than(MEMORY_PATIENCE) {
-                        return (opened, Err(Failed { page, errno }));
+                        return Err(Failed { page, errno });
                     }
                     waiting.pause();
                 }
@@ -114,12 +124,12 @@ impl Service {
                     if let Some(work) = self.gone(slot, libc::ESRCH) {
                         self.push(work);
                     }
-                    return (opened, Err(Failed { page, errno: libc::ESRCH }));
+                    return Err(Failed { page, errno: libc::ESRCH });
                 }
-                Stop::BadSource => return (opened, Err(Failed { page, errno: libc::EFAULT })),
-                Stop::Unsupported => return (opened, Err(Failed { page, errno: libc::EOPNOTSUPP })),
-                Stop::Other(errno) => return (opened, Err(Failed { page, errno })),
-                Stop::Exists | Stop::Unmapped => return (opened, Err(Failed { page, errno: libc::EPROTO })),
+                Stop::BadSource => return Err(Failed { page, errno: libc::EFAULT }),
+                Stop::Unsupported => return Err(Failed { page, errno: libc::EOPNOTSUPP }),
+                Stop::Other(errno) => return Err(Failed { page, errno }),
+                Stop::Exists | Stop::Unmapped => return Err(Failed { page, errno: libc::EPROTO }),
             }
         }
     }
@@ -131,7 +141,7 @@ impl Service {
         id: Id,
         runs: &[Range<u64>],
         bytes: Bytes<'_>,
-        opened: &mut u64,
+        done: &mut Done,
     ) -> Option<(u64, Stop)> {
         for run in runs {
             bytes.drop_zeroes(slot, run);
@@ -143,20 +153,20 @@ impl Service {
                         if let Err(errno) = self.leave(slot, id, &piece) {
                             return Some((page, Stop::Other(errno)));
                         }
-                        *opened += piece.end - page;
+                        done.opened += piece.end - page;
                         page = piece.end;
                         continue;
                     }
                 };
                 let Installed { pages, stop } = slot.mechanism.install(slot, &piece, content);
                 if pages > 0 {
-                    *opened += pages;
-                    let done = page..page + pages;
+                    done.opened += pages;
+                    let open = page..page + pages;
                     // Before it is booked as present: who sees that finds it counted.
-                    let zero = if slot.mechanism.marks() { bytes.zero_pages(&done) } else { 0 };
+                    let zero = if slot.mechanism.marks() { bytes.zero_pages(&open) } else { 0 };
                     self.count_opened(slot, Content::ZeroInPlace, zero);
                     self.count_opened(slot, content, pages - zero);
-                    self.opened(slot, id, done, content);
+                    done.ended = self.opened(slot, id, open, content);
                     page += pages;
                 }
                 match stop {
@@ -198,7 +208,8 @@ impl Service {
         Ok(())
     }
 
-    fn opened(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, content: Content) {
+    /// Returns when that was, if it looked at the clock.
+    fn opened(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, content: Content) -> Option<Instant> {
         if !content.is_poison() {
             return self.settled(slot, id, pages, State::Present);
         }
@@ -211,31 +222,31 @@ impl Service {
         for waiter in waiters.iter().filter(|waiter| waiter.flags & KUF_FAULT_KVM != 0) {
             self.parked(slot, waiter.page..waiter.page + 1);
         }
-        self.ended(slot, waiters);
+        self.ended(slot, waiters)
     }
 
-    /// The claim `id` is done with `pages`.
-    fn settled(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, state: State) {
+    /// The claim `id` is done with `pages`. Returns as [`Service::opened`].
+    fn settled(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, state: State) -> Option<Instant> {
         let waiters = {
             let mut claims = slot.claims();
             let waiters = claims.settle(&slot.pages, pages, id, Some(state));
             slot.wake_sleepers(&claims);
             waiters
         };
-        self.ended(slot, waiters);
+        self.ended(slot, waiters)
     }
 
     /// Who waited goes on; a child's view of the page still has to be mapped.
-    fn ended(&self, slot: &Arc<Slot>, waiters: Vec<Waiter>) {
+    fn ended(&self, slot: &Arc<Slot>, waiters: Waiters<Waiter>) -> Option<Instant> {
         if waiters.is_empty() {
-            return;
+            return None;
         }
         let now = Instant::now();
         for waiter in waiters.iter().filter(|waiter| waiter.fork.is_none()) {
             self.stats.ended(waiter.thread, waiter.read_at, now);
         }
-        let views = waiters.into_iter().filter(|waiter| waiter.fork.is_some()).collect();
-        self.push_again(slot, views);
+        self.push_again(slot, waiters.into_iter().filter(|waiter| waiter.fork.is_some()));
+        Some(now)
     }
 
     /// What the claim `id` brings for pages that were given back or discarded meanwhile is not used.
@@ -268,7 +279,7 @@ impl Service {
     }
 
     /// As [`Service::abandon`], but returns who waited.
-    pub(super) fn abandon_quietly(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>) -> Vec<Waiter> {
+    pub(super) fn abandon_quietly(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>) -> Waiters<Waiter> {
         // With the gate held, so that no removal comes between: what the guest gave back is not what it was.
         let _gate = slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner);
         self.settle_cancelled(slot, id, pages.clone());

@@ -43,7 +43,7 @@ use crate::mechanism::kvm_bitmap::KvmBitmap;
 use crate::mechanism::userfaultfd::Userfaultfd;
 use crate::mechanism::Mechanism;
 use crate::memory::buffer::Pool;
-use crate::memory::{Memory, Slot};
+use crate::memory::{Memory, Slot, Waiter};
 use crate::pages::State;
 use crate::probe;
 use crate::stats::Stats;
@@ -109,6 +109,8 @@ pub struct Service {
     crew: Crew,
     /// The thread that watches the kernel is asleep there.
     lead_asleep: AtomicBool,
+    /// Some queue holds messages that there was no room for.
+    starving: AtomicBool,
     /// Demand that is queued or being served.
     demanded: AtomicUsize,
     /// A [`Work::Sweep`] is queued and has not begun.
@@ -153,6 +155,7 @@ impl Service {
             fillers: AtomicUsize::new(if config.serviced() { config.fill_threads } else { 1 }),
             crew: Crew::default(),
             lead_asleep: AtomicBool::new(false),
+            starving: AtomicBool::new(false),
             demanded: AtomicUsize::new(0),
             sweep_queued: AtomicBool::new(false),
             warned: AtomicBool::new(false),
@@ -249,7 +252,7 @@ impl Service {
     }
 
     /// Serves faults anew whose page turned out not to be on its way after all.
-    fn push_again(&self, slot: &Arc<Slot>, waiters: Vec<crate::memory::Waiter>) {
+    fn push_again(&self, slot: &Arc<Slot>, waiters: impl IntoIterator<Item = Waiter>) {
         for waiter in waiters {
             let slot = waiter.fork.clone().unwrap_or_else(|| slot.clone());
             let (page, flags, thread, read_at) = (waiter.page, waiter.flags, waiter.thread, waiter.read_at);

@@ -22,6 +22,9 @@ use crate::sync::lock;
 /// Epoll data of the work eventfd; mechanisms have their ids, from 1.
 const WORK: u64 = 0;
 
+/// How long the lead looks away from the kernel at most, and from whoever waits for an event of theirs to be read.
+const NAP: Duration = Duration::from_micros(50);
+
 /// How often the processes behind remote slots are looked at, whose end nothing reports, and queues whose signal may be
 /// lost.
 const LOOK_MS: i64 = 500;
@@ -228,8 +231,21 @@ impl Service {
                 }
             }
             self.work_off(Some(lead));
+            self.nap();
         }
         self.crew.let_go(lead);
+    }
+
+    /// When everybody is inside a slow fill and more of them are queued, reading the kernel for each single fault costs
+    /// a CPU that somebody else could use, and starts nothing sooner.
+    fn nap(&self) {
+        if self.fillers.load(Ordering::SeqCst) > 0 {
+            return;
+        }
+        let busy = self.crew.busy_for(self.work.1.len(), self.config.fill_threads as usize);
+        if busy >= NAP {
+            std::thread::sleep(NAP);
+        }
     }
 
     fn next_events(&self, spin: &mut Spin) -> Events {

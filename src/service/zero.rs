@@ -11,6 +11,7 @@
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::Service;
 use crate::claims::Id;
@@ -28,6 +29,8 @@ pub(super) struct Bytes<'a> {
     pub zeroes: &'a [Range<u64>],
     /// The page that is to be present whatever it holds.
     pub wanted: Option<u64>,
+    /// When they were there, if somebody has looked at the clock.
+    pub since: Option<Instant>,
 }
 
 /// How a piece of a run is opened.
@@ -40,7 +43,7 @@ pub(super) enum Way {
 impl<'a> Bytes<'a> {
     /// `content` from `base` on, of which nothing else is known.
     pub fn plain(content: Content, base: u64) -> Self {
-        Self { content, base, zeroes: &[], wanted: None }
+        Self { content, base, zeroes: &[], wanted: None, since: None }
     }
 
     /// The longest piece from the start of `run` that is opened in one way.

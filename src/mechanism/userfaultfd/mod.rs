@@ -8,6 +8,7 @@
 mod ioctl;
 pub mod open;
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
@@ -167,14 +168,14 @@ impl Mechanism for Userfaultfd {
     }
 
     fn read(&self, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32> {
-        let mut batch = [uffd_msg::default(); BATCH];
+        let mut batch = [const { MaybeUninit::<uffd_msg>::uninit() }; BATCH];
         let mut room = room;
         loop {
             let want = room.min(BATCH);
             if want == 0 {
                 return Ok(Left::More);
             }
-            // SAFETY: room for `want` messages, which are plain words.
+            // SAFETY: room for `want` messages.
             let n = unsafe { libc::read(self.fd.as_raw_fd(), batch.as_mut_ptr().cast(), want * size_of::<uffd_msg>()) };
             if n < 0 {
                 // SAFETY: errno of this thread.
@@ -185,7 +186,8 @@ impl Mechanism for Userfaultfd {
                 }
             }
             let got = n as usize / size_of::<uffd_msg>();
-            out.extend(batch[..got].iter().filter_map(|msg| self.message(msg)));
+            // SAFETY: the kernel has written `got` messages, which are plain words.
+            out.extend(batch[..got].iter().filter_map(|msg| self.message(unsafe { msg.assume_init_ref() })));
             room -= got;
             // The kernel fills the buffer as far as it can: a short read has emptied the queue.
             if got < want {
