@@ -242,7 +242,7 @@ impl Service {
         if self.fillers.load(Ordering::SeqCst) > 0 {
             return;
         }
-        let busy = self.crew.busy_for(self.work.1.len(), self.config.fill_threads as usize);
+        let busy = self.crew.busy_for(self.work.1.len(), self.config.fill_threads);
         if busy >= NAP {
             std::thread::sleep(NAP);
         }
