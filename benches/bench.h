@@ -394,9 +394,25 @@ static inline void verify_all(const struct image *image, const uint8_t *memory, 
 
 /* ---- Guest memory ------------------------------------------------------------------------------------------------ */
 
+/*
+ * A hypervisor takes free memory of a virtual machine away (free page reporting does so after two seconds), and giving
+ * it back takes several times as long as what is measured here. So each side uses as much as it is about to need, and
+ * frees it, right before: the kernel hands out again what was freed last.
+ */
+static inline void warm_memory(uint64_t size)
+{
+    uint64_t length = size > 4096 * MIB ? 1024 * MIB : size; /* more is never touched as a whole */
+    uint8_t *at = must_map(length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, "warming");
+    madvise(at, length, MADV_NOHUGEPAGE);
+    if (madvise(at, length, MADV_POPULATE_WRITE) != 0)
+        memset(at, 1, length);
+    munmap(at, length);
+}
+
 /* Private anonymous memory in pages of 4 KiB; or, where that is the point, with huge pages wanted. */
 static inline uint8_t *guest_memory(uint64_t size, bool huge)
 {
+    warm_memory(size);
     uint64_t room = size + RUN;
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     uint8_t *at = must_map(room, PROT_READ | PROT_WRITE, flags, -1, "guest memory");
@@ -719,6 +735,7 @@ static inline uint64_t image_part(const struct guest *guest, const struct kuf_fi
 /*
  * copy: the callback copies into the library's buffer, which is then copied into the guest.
  * resolve: the callback hands the library the image itself: the bytes are copied once, as in a hand-written loop.
+ * src: it says where they are (kuf_fill.src), to the same effect.
  */
 static inline int fill_by_copy(void *opaque, struct kuf_fill *run)
 {
@@ -747,6 +764,17 @@ static inline int fill_by_resolve(void *opaque, struct kuf_fill *run)
     return KUF_DEFERRED;
 }
 
+static inline int fill_by_src(void *opaque, struct kuf_fill *run)
+{
+    struct guest *guest = opaque;
+    if (guest->before_fill != NULL)
+        guest->before_fill(guest->before_fill_argument);
+    uint64_t at;
+    run->filled = image_part(guest, run, 0, &at);
+    run->src = guest->image->bytes + at;
+    return KUF_FILLED;
+}
+
 static inline void guest_event(void *opaque, const struct kuf_event *event)
 {
     struct guest *guest = opaque;
@@ -763,7 +791,7 @@ static inline void guest_event(void *opaque, const struct kuf_event *event)
 }
 
 /*
- * Opens with the options that the arguments name: fill=copy|resolve, fill_threads, demand_run, populate_run, spin (us);
+ * Opens with the options that the arguments name: fill=copy|resolve|src, fill_threads, demand_run, populate_run, spin (us);
  * close=0 leaves the end to the end of the process, where poisoning what was not touched is in the way. A fill in
  * `options` is used in place of these.
  */
@@ -780,7 +808,9 @@ static inline void open_kuf(struct guest *guest, struct kuf_options options)
     options.opaque = guest;
     const char *how = text_argument("fill", "copy");
     if (options.fill == NULL)
-        options.fill = strcmp(how, "resolve") == 0 ? fill_by_resolve : fill_by_copy;
+        options.fill = strcmp(how, "resolve") == 0 ? fill_by_resolve
+                       : strcmp(how, "src") == 0   ? fill_by_src
+                                                   : fill_by_copy;
     uint64_t spin = argument("spin", 0);
     if (spin != 0) {
 #ifdef KUF_SPIN_MAX

@@ -2,7 +2,8 @@
 /*
  * limits.c - what the kernel and the machine can do at most: runs of 2 MiB with no fault at all
  *
- *     limits copy|zeropage|continue|place|memcpy|eager image=FILE [size=BYTES run=BYTES verify=quick|full pin=...]
+ *     limits copy|zeropage|continue|place|memcpy|eager|scan image=FILE [size=BYTES run=BYTES zero=PERCENT
+ *            cluster=PAGES verify=quick|full pin=...]
  *
  *     copy       UFFDIO_COPY from the image into anonymous memory
  *     zeropage   UFFDIO_ZEROPAGE over anonymous memory
@@ -10,6 +11,7 @@
  *     place      the image copied into a shared file through a second mapping, and UFFDIO_CONTINUE
  *     memcpy     the image copied into memory that is there already
  *     eager      read(2) of the whole image into fresh memory: a restore that is not lazy
+ *     scan       every byte of the image looked at, nothing kept: what it takes at least to know which pages are zero
  */
 #include "baseline.h"
 
@@ -39,15 +41,29 @@ static void continue_pages(int uffd, uint8_t *at, uint64_t length)
     }
 }
 
+/* Whether a run holds anything but zeroes: no early end, so that every byte is read. */
+static uint64_t scan(const uint8_t *at, uint64_t length)
+{
+    const uint64_t *words = (const uint64_t *)(const void *)at;
+    uint64_t all = 0;
+    for (uint64_t word = 0; word < length / 8; word += 8) {
+        uint64_t line = 0;
+        for (unsigned n = 0; n < 8; n++)
+            line |= words[word + n];
+        all |= line;
+    }
+    return all;
+}
+
 int main(int argc, char **argv)
 {
     const char *side = begin(argc, argv);
-    enum { COPY, ZEROPAGE, CONTINUE, PLACE, MEMCPY, EAGER, SIDES } what;
-    static const char *const names[] = {"copy", "zeropage", "continue", "place", "memcpy", "eager"};
+    enum { COPY, ZEROPAGE, CONTINUE, PLACE, MEMCPY, EAGER, SCAN, SIDES } what;
+    static const char *const names[] = {"copy", "zeropage", "continue", "place", "memcpy", "eager", "scan"};
     for (what = COPY; what < SIDES && strcmp(side, names[what]) != 0; what++)
         ;
     if (what == SIDES)
-        fail("%s: copy, zeropage, continue, place, memcpy or eager", side);
+        fail("%s: copy, zeropage, continue, place, memcpy, eager or scan", side);
     struct image image = map_image();
     uint64_t size = argument("size", image.size), run = argument("run", RUN);
     bool thorough = verify_argument();
@@ -62,6 +78,7 @@ int main(int argc, char **argv)
     int uffd = -1, fd = -1;
     if (what == CONTINUE || what == PLACE) {
         uffd = open_userfaultfd(UFFD_FEATURE_MINOR_SHMEM);
+        warm_memory(size);
         fd = memfd_create("guest", MFD_CLOEXEC);
         must(fd >= 0 && ftruncate(fd, (off_t)size) == 0, "memfd");
         memory = must_map(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, "the memfd");
@@ -71,7 +88,7 @@ int main(int argc, char **argv)
                 memcpy(second + at, image_at(&image, at), run);
         register_memory(uffd, memory, size, UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR);
     } else {
-        memory = guest_memory(size, false);
+        memory = what == SCAN ? NULL : guest_memory(size, false);
         if (what == COPY || what == ZEROPAGE) {
             uffd = open_userfaultfd(0);
             register_memory(uffd, memory, size, UFFDIO_REGISTER_MODE_MISSING);
@@ -81,7 +98,7 @@ int main(int argc, char **argv)
     }
     int file = what == EAGER ? open(path, O_RDONLY | O_CLOEXEC) : -1;
 
-    uint64_t began = now_ns();
+    uint64_t seen = 0, began = now_ns();
     for (uint64_t at = 0; at < size; at += run) {
         switch (what) {
         case COPY:
@@ -102,6 +119,9 @@ int main(int argc, char **argv)
         case MEMCPY:
             memcpy(memory + at, image_at(&image, at), run);
             break;
+        case SCAN:
+            seen |= scan(image_at(&image, at), run);
+            break;
         default:
             for (uint64_t done = 0; done < run;) {
                 ssize_t got = pread(file, memory + at + done, run - done, (off_t)((at + done) % image.size));
@@ -114,7 +134,10 @@ int main(int argc, char **argv)
 
     if (what == ZEROPAGE)
         image.zero = 100;
-    verify_all(&image, memory, size, thorough);
+    if (what != SCAN)
+        verify_all(&image, memory, size, thorough);
+    else if (seen == 0)
+        fail("an image of nothing but zeroes");
     put_text("side", side);
     put_count("pages", size / PAGE);
     put_number("seconds", seconds(took));

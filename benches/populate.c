@@ -11,6 +11,7 @@
  *     size=BYTES  zero=PERCENT cluster=PAGES (those of the image)  reads=N (random, afterwards)  verify=quick|full
  *     want_huge=1    the mapping asks for huge pages (MADV_HUGEPAGE)
  *     detect=1       kuf: finds pages of zeroes itself      huge=1    kuf: makes huge pages
+ *     source=file    kuf: the image is a built-in source (KUF_SOURCE_FILE); the callback is not asked
  *     touches=N interval_us=N window=BYTES    demand only
  *     fill=... fill_threads=N populate_run=BYTES    kuf and demand
  */
@@ -69,6 +70,27 @@ static _Noreturn void demand(const struct image *image, uint64_t size, bool thor
     end_result();
 }
 
+/* A slot whose pages come from the image's file without a callback. */
+static void add_guest_of_file(struct guest *guest, const uint8_t *memory, uint64_t size, uint32_t flags)
+{
+#ifdef KUF_SOURCE_FILE
+    const char *path = text_argument("image", NULL);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    must(fd >= 0, path);
+    if (size > guest->image->size)
+        fail("source=file: the image is smaller than the memory");
+    struct kuf_source source = {.size = sizeof(source), .kind = KUF_SOURCE_FILE, .fd = fd};
+    struct kuf_memory slot = {.size = sizeof(slot), .flags = flags, .len = size, .hva = (uintptr_t)memory,
+                              .source = &source};
+    if (kuf_add_memory(guest->kuf, &slot) < 0)
+        fail("kuf_add_memory: %s", kuf_error());
+    close(fd);
+#else
+    (void)guest, (void)memory, (void)size, (void)flags;
+    skip("this kuf.h has no KUF_SOURCE_FILE");
+#endif
+}
+
 int main(int argc, char **argv)
 {
     const char *side = begin(argc, argv);
@@ -80,6 +102,7 @@ int main(int argc, char **argv)
         demand(&image, size, thorough);
     if (!with_kuf && strcmp(side, "copy") != 0)
         fail("%s: copy, kuf or demand", side);
+    bool from_file = with_kuf && strcmp(text_argument("source", ""), "file") == 0;
     bool detect = with_kuf && argument("detect", 0) != 0, huge = with_kuf && argument("huge", 0) != 0;
     uint8_t *memory = guest_memory(size, want_huge);
     struct guest guest = {.image = &image};
@@ -105,7 +128,10 @@ int main(int argc, char **argv)
     if (with_kuf) {
         open_kuf(&guest, options);
         no_more_arguments();
-        add_guest(&guest, 0, memory, size, slot_flags, 0);
+        if (from_file)
+            add_guest_of_file(&guest, memory, size, slot_flags);
+        else
+            add_guest(&guest, 0, memory, size, slot_flags, 0);
         before = service_use();
         uint64_t began = now_ns();
         populate_guest(&guest, 0, size);

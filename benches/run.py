@@ -119,7 +119,7 @@ class Row:
 
 def rows(scale, images, scratch):
     """The table of goals. Sizes are (full, quick, check)."""
-    image, zeroes, scattered = images
+    image, zeroes, scattered, holes = images
 
     def by(*sizes):
         return sizes[scale]
@@ -209,17 +209,31 @@ def rows(scale, images, scratch):
          Measure("a random read", "read_ns", nanoseconds, ("<=", 0.95))],
         plots=("speed",), labels=("UFFDIO_COPY, 4 KiB pages", "libkuf")))
 
-    for name, work, of, cluster in (("zero", "half zero, in clusters of 256 KiB", zeroes, 64),
-                                    ("zero-scattered", "half zero, each page by chance", scattered, 1)):
+    def zero_row(name, work, cluster, a, b, of, of_b, labels=("without detection", "with detection")):
         form = [f"size={whole}", "zero=50", f"cluster={cluster}"]
         result.append(Row(
-            name, 7, f"populate of an image that is {work}", side("populate", "kuf", *form, of=of),
-            side("populate", "kuf", "detect=1", *form, of=of),
+            name, 7, f"populate of an image that is {work}", side("populate", "kuf", *form, *a, of=of),
+            side("populate", "kuf", *form, *b, of=of_b),
             [Measure("zero page / copied page", None, us, ("<=", 0.1), of=lambda s: s["us_per_page"],
                      value=lambda a, b: (b["us_per_page"] / a["us_per_page"] - (1 - b["zero_part"])) / b["zero_part"]),
              Measure("memory", "resident_part", percent, ("<=", 0.01), form=percent,
                      value=lambda a, b: b["resident_part"] - (1 - b["zero_part"]))],
-            plots=("speed",), labels=("without detection", "with detection")))
+            plots=("speed",), labels=labels))
+
+    clusters, chance, detect = "half zero, in clusters of 256 KiB", "half zero, each page by chance", "detect=1"
+    file = "source=file"
+    zero_row("zero", clusters, 64, [], [detect], zeroes, zeroes)
+    zero_row("zero-scattered", chance, 1, [], [detect], scattered, scattered)
+    zero_row("zero-src", clusters + "; the callback says where it is mapped", 64, ["fill=src"], ["fill=src", detect],
+             zeroes, zeroes)
+    zero_row("zero-file", clusters + "; a file as a source", 64, [file], [file, detect], zeroes, zeroes)
+    zero_row("zero-holes", clusters + ", which are holes of a file as a source", 64, [file], [file], zeroes, holes,
+             ("no holes", "holes"))
+    result.append(Row(
+        "zero-limit", 7, "limit: every byte of the image of zero read once and nothing else, against populate of it",
+        side("populate", "kuf", f"size={whole}", "zero=50", "cluster=64", of=zeroes),
+        side("limits", "scan", f"size={whole}", "zero=50", "cluster=64", of=zeroes),
+        [Measure("a page read / copied page", "us_per_page", us)], labels=("populate", "reading")))
 
     for latency_us, inflight, pages in ((100, 8, by(40000, 16000, 200)), (1000, 8, by(8000, 1200, 100)),
                                         (10000, 64, by(6400, 1280, 64))):
@@ -356,7 +370,8 @@ class Noise:
         return max(0.0, busy / ((time.monotonic() - self.began) * os.cpu_count()))
 
 
-IMAGES = (("image", []), ("image-zero", ["zero=50", "cluster=64"]), ("image-zero-scattered", ["zero=50", "cluster=1"]))
+IMAGES = (("image", []), ("image-zero", ["zero=50", "cluster=64"]), ("image-zero-scattered", ["zero=50", "cluster=1"]),
+          ("image-zero-holes", ["zero=50", "cluster=64", "sparse=1"]))
 IMAGE_SIZE = {FULL: 2 ** 30, QUICK: 2 ** 27, CHECK: 2 ** 22}
 
 
@@ -871,7 +886,7 @@ def main():
     names = options.names + [name for name in os.environ.get("BENCH", "").replace(",", " ").split()]
     out = options.out.resolve()
     if options.list:
-        print("\n".join(f"{row.name:24} {row.goal!s:3} {row.work}" for row in rows(CHECK, [""] * 3, out)))
+        print("\n".join(f"{row.name:24} {row.goal!s:3} {row.work}" for row in rows(CHECK, [""] * len(IMAGES), out)))
         return 0
     out.mkdir(parents=True, exist_ok=True)
     if options.publish:

@@ -141,8 +141,8 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> Option<Range<u64>> {
 /// Whether a page holds nothing but zeroes. A page of data is left at its first 256 bytes that are not, as a rule the
 /// first of all.
 ///
-/// The compiler makes vector code of it: `objdump -d build/libkuf.a --disassemble='...is_zero...'` shows sixteen 16-byte
-/// loads and `por` for a block, and one test.
+/// The compiler makes vector code of it: sixteen 16-byte loads and `por` for a block on x86-64, and one test
+/// (tests/check/symbols.sh looks).
 #[inline(never)]
 fn is_zero(page: &[u8]) -> bool {
     const BLOCK: usize = 256;

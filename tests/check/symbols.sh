@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
 # build/libkuf.so as the dynamic linker sees it: exported names with their versions against symbols.txt, soname, nodelete,
-# relocations, needed libraries, hardening.
+# relocations, needed libraries, hardening. And that the scan for pages of zeroes is vector code.
 
 . "$(dirname "$0")/common.sh"
 
-needs readelf=binutils
+needs readelf=binutils objdump=binutils
 try "make" "$MAKE" -s build || finish
 so=$(echo build/libkuf.so.*.*[0-9])
 
@@ -30,4 +30,33 @@ readelf -lW "$so" >"$work/segments"
 try "RELRO" grep -q 'GNU_RELRO' "$work/segments"
 try "stack is not executable" grep -qE 'GNU_STACK .* RW +' "$work/segments"
 try "no segment is writable and executable" test -z "$(grep -E 'LOAD .* RWE ' "$work/segments")"
+
+# The loop that looks whether a page is zero (src/service/zero.rs): every load in it is of a vector, and there are any.
+# A loop is what lies between a jump and its target before it.
+vector_loop() {
+    local memory vector line target first='' last
+    case $(uname -m) in
+    x86_64) memory='\(%r' vector='\(%r[^)]*\),.*%[xyz]mm' ;;
+    aarch64) memory='\[' vector='(ld1|ld[pu]?r?)\s+\{?[qv][0-9]' ;;
+    esac
+    sed -nE 's/^ *([0-9a-f]+):\s*/\1 /p' "$1" >"$work/instructions"
+    while read -r last line; do
+        target=$(sed -nE 's/^(j[a-z]+|b\.[a-z]+|cbn?z.*,|tbn?z.*,)\s+([0-9a-f]+) <.*/\2/p' <<<"$line")
+        [ -n "$target" ] && [ $((16#$target)) -lt $((16#$last)) ] && first=$target && break
+    done <"$work/instructions"
+    [ -n "$first" ] || { echo "no loop in there"; return 1; }
+    sed -n "/^$first /,/^$last /p" "$work/instructions" >"$work/loop"
+    grep -E "$memory" "$work/loop" | grep -vE 'lea|nop' >"$work/loads"
+    echo "reads in the loop: $(wc -l <"$work/loads"); not of vectors:"
+    ! grep -vE "$vector" "$work/loads" && [ -s "$work/loads" ]
+}
+
+objdump -d --no-show-raw-insn "$so.debug" | sed -n '/service4zero7is_zero.*>:$/,/^$/p' >"$work/is_zero"
+case $(uname -m) in
+x86_64 | aarch64)
+    try "the scan for pages of zeroes is there" test -s "$work/is_zero"
+    try "the scan for pages of zeroes is vector code" vector_loop "$work/is_zero"
+    ;;
+*) skipped "the scan for pages of zeroes is vector code" "not known how that looks on $(uname -m)" ;;
+esac
 finish
