@@ -33,6 +33,8 @@ struct Done {
     opened: u64,
     /// When the last ones were, if that is known.
     ended: Option<Instant>,
+    /// Those that are open in the kernel and still to be booked: neighbours at once, however many pieces they were.
+    ready: Range<u64>,
 }
 
 impl Service {
@@ -145,50 +147,78 @@ impl Service {
     ) -> Option<(u64, Stop)> {
         for run in runs {
             bytes.drop_zeroes(slot, run);
-            let mut page = run.start;
-            while page < run.end {
-                let (piece, content) = match bytes.piece(slot, &(page..run.end)) {
-                    (piece, Way::With(content)) => (piece, content),
-                    (piece, Way::Leave) => {
-                        if let Err(errno) = self.leave(slot, id, &piece) {
-                            return Some((page, Stop::Other(errno)));
-                        }
-                        done.opened += piece.end - page;
-                        page = piece.end;
-                        continue;
-                    }
-                };
-                let Installed { pages, stop } = slot.mechanism.install(slot, &piece, content);
-                if pages > 0 {
-                    done.opened += pages;
-                    let open = page..page + pages;
-                    // Before it is booked as present: who sees that finds it counted.
-                    let zero = if slot.mechanism.marks() { bytes.zero_pages(&open) } else { 0 };
-                    self.count_opened(slot, Content::ZeroInPlace, zero);
-                    self.count_opened(slot, content, pages - zero);
-                    done.ended = self.opened(slot, id, open, content);
-                    page += pages;
-                }
-                match stop {
-                    None if pages > 0 => {}
-                    // Nothing done and no reason given.
-                    None => return Some((page, Stop::Other(libc::EPROTO))),
-                    Some(Stop::Exists) => {
-                        // Nobody is woken by an install that found the page there.
-                        self.stats.install_exists.add(1);
-                        slot.mechanism.wake(slot, &(page..page + 1));
-                        self.settled(slot, id, page..page + 1, State::Present);
-                        page += 1;
-                    }
-                    Some(Stop::Unmapped) => {
-                        self.settled(slot, id, page..page + 1, State::Removed);
-                        page += 1;
-                    }
-                    Some(stop) => return Some((page, stop)),
-                }
+            done.ready = run.start..run.start;
+            let stopped = self.install_run(slot, id, run, bytes, done);
+            self.book(slot, id, bytes, done, run.end);
+            if stopped.is_some() {
+                return stopped;
             }
         }
         None
+    }
+
+    fn install_run(
+        &self,
+        slot: &Arc<Slot>,
+        id: Id,
+        run: &Range<u64>,
+        bytes: Bytes<'_>,
+        done: &mut Done,
+    ) -> Option<(u64, Stop)> {
+        let mut page = run.start;
+        while page < run.end {
+            let (piece, content) = match bytes.piece(slot, &(page..run.end)) {
+                (piece, Way::With(content)) => (piece, content),
+                (piece, Way::Leave) => {
+                    if let Err(errno) = self.leave(slot, id, &piece) {
+                        return Some((page, Stop::Other(errno)));
+                    }
+                    done.opened += piece.end - page;
+                    page = piece.end;
+                    self.book(slot, id, bytes, done, page);
+                    continue;
+                }
+            };
+            let Installed { pages, stop } = slot.mechanism.install(slot, &piece, content);
+            if pages > 0 {
+                done.opened += pages;
+                let open = page..page + pages;
+                // Before it is booked as present: who sees that finds it counted.
+                let zero = if slot.mechanism.marks() { bytes.zero_pages(&open) } else { 0 };
+                self.count_opened(slot, Content::ZeroInPlace, zero);
+                self.count_opened(slot, content, pages - zero);
+                page += pages;
+                done.ready.end = page;
+            }
+            match stop {
+                None if pages > 0 => {}
+                // Nothing done and no reason given.
+                None => return Some((page, Stop::Other(libc::EPROTO))),
+                Some(Stop::Exists) => {
+                    // Nobody is woken by an install that found the page there.
+                    self.stats.install_exists.add(1);
+                    slot.mechanism.wake(slot, &(page..page + 1));
+                    self.settled(slot, id, page..page + 1, State::Present);
+                    page += 1;
+                    self.book(slot, id, bytes, done, page);
+                }
+                Some(Stop::Unmapped) => {
+                    self.settled(slot, id, page..page + 1, State::Removed);
+                    page += 1;
+                    self.book(slot, id, bytes, done, page);
+                }
+                Some(stop) => return Some((page, stop)),
+            }
+        }
+        None
+    }
+
+    /// Books what is ready; what comes next starts at `next`.
+    fn book(&self, slot: &Arc<Slot>, id: Id, bytes: Bytes<'_>, done: &mut Done, next: u64) {
+        let ready = std::mem::replace(&mut done.ready, next..next);
+        if !ready.is_empty() {
+            done.ended = self.opened(slot, id, ready, bytes.content);
+        }
     }
 
     /// Zeroes of shared memory that nobody is known to wait for: a hole in the file. Err is an errno.
