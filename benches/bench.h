@@ -791,8 +791,8 @@ static inline void guest_event(void *opaque, const struct kuf_event *event)
 }
 
 /*
- * Opens with the options that the arguments name: fill=copy|resolve|src, fill_threads, demand_run, populate_run, spin (us);
- * close=0 leaves the end to the end of the process, where poisoning what was not touched is in the way. A fill in
+ * Opens with the options that the arguments name: fill=copy|resolve|src, fill_threads, demand_run, populate_run, spin
+ * (us); close=0 leaves the end to the end of the process, where poisoning what was not touched is in the way. A fill in
  * `options` is used in place of these.
  */
 static inline void open_kuf(struct guest *guest, struct kuf_options options)

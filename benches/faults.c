@@ -2,7 +2,7 @@
 /*
  * faults.c - threads touch absent pages of anonymous memory: latency, pages a second, what serving costs
  *
- *     faults poll|drain|kuf image=FILE [KEY=VALUE]...
+ *     faults poll|drain|spin|kuf image=FILE [KEY=VALUE]...
  *
  *     size=BYTES       the memory slot
  *     window=BYTES     what is touched of it, in its middle (all)
@@ -97,8 +97,11 @@ int main(int argc, char **argv)
 {
     const char *side = begin(argc, argv);
     bool with_kuf = strcmp(side, "kuf") == 0;
-    if (!with_kuf && strcmp(side, "poll") != 0 && strcmp(side, "drain") != 0)
-        fail("%s: poll, drain or kuf", side);
+    bool spins = strcmp(side, "spin") == 0, drains = strcmp(side, "drain") == 0;
+    if (!with_kuf && !spins && !drains && strcmp(side, "poll") != 0)
+        fail("%s: poll, drain, spin or kuf", side);
+    if (spins && CPU_COUNT(&cpus_allowed) < 2)
+        skip("spinning needs two CPUs");
     struct image image = map_image();
     uint64_t size = argument("size", image.size), window = argument("window", size);
     uint64_t count = argument("pages", window / PAGE), seed = argument("seed", 1);
@@ -120,7 +123,7 @@ int main(int argc, char **argv)
     double memory_before = own_memory(memory, size);
 
     place_service(touchers.pin);
-    struct server server = {.image = &image, .memory = memory, .drain = strcmp(side, "drain") == 0};
+    struct server server = {.image = &image, .memory = memory, .drain = drains, .spin = spins};
     struct guest guest = {.image = &image};
     struct asker asker = {0};
     uint64_t opening = now_ns();

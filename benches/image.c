@@ -4,7 +4,8 @@
  *
  *     image make path=FILE size=BYTES [zero=PERCENT cluster=PAGES sparse=1]
  *
- * sparse: pages of zeroes are holes in the file. Written to disk before it ends, so that nobody writes it back while something is measured.
+ * sparse: pages of zeroes are holes in the file. Written to disk before it ends, so that nobody writes it back while
+ * something is measured.
  */
 #include "bench.h"
 

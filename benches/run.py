@@ -146,6 +146,12 @@ def rows(scale, images, scratch):
 
     latency_row("latency-spin", "one toucher, service on the second CPU, spinning", "split", ["spin=100"],
                 ("<=", 0.35), no_worse)
+    result.append(Row(
+        "latency-spin-limit", 1, "limit: a loop that spins on read(2) and does nothing else, on the second CPU",
+        side("faults", "poll", "pin=split", *latency), side("faults", "spin", "pin=split", *latency),
+        [Measure(p50, "p50_us", us), Measure(p99, "p99_us", us),
+         Measure("service CPU a page", "service_cpu_us_per_page", us)],
+        plots=("latency",), labels=("poll + read + copy", "spinning on read")))
     latency_row("latency", "one toucher, service on the second CPU", "split", [], ("<=", 1.05), no_worse)
     latency_row("latency-unpinned", "one toucher, placed by the kernel", "none", [], None, None)
     latency_row("latency-one-cpu", "one toucher, service on the same CPU", "same", [], None, None)
@@ -797,8 +803,8 @@ def check(names, out):
             raise
 
     def wrong_byte():
-        for side in ("faults poll", "faults drain", "faults kuf", "limits copy", "limits place", "populate copy",
-                     "populate kuf", "shared populate"):
+        for side in ("faults poll", "faults drain", "faults spin", "faults kuf", "limits copy", "limits place",
+                     "populate copy", "populate kuf", "shared populate"):
             command = [*side.split(), f"image={images[0]}"]
             run(command)
             try:
