@@ -556,16 +556,32 @@ struct kuf_options {
     int32_t vm_fd;
     /*
      * Threads that may be inside a fill callback at once, besides the one that always watches for faults:
-     * 1 to 256, 0 for 2. With kuf_populate or KUF_MECHANISM_KVM_BITMAP, one more. Ignored without a fill callback and
-     * KUF_OPEN_SOURCES.
+     * 1 to 256, 0 for 2. One more brings pages ahead of touchers, unless demand_run is one page of the host's or less;
+     * with kuf_populate or KUF_MECHANISM_KVM_BITMAP, yet one more. Ignored without a fill callback and KUF_OPEN_SOURCES.
      */
     uint32_t fill_threads;
     /*
-     * Longest run, in bytes, that one fill callback is asked for when somebody waits: 0 for 64 KiB, at most 64 MiB.
-     * Rounded to whole granules, at least one.
+     * What one fault may bring at most, in bytes, its own page included: 0 for 2 MiB, at most 64 MiB. Rounded to whole
+     * granules, at least one. One granule: each fault brings its page and nothing else.
+     *
+     * A fault brings more than its page where the pages that follow are likely to be touched next. While faults go
+     * on where the pages brought for an earlier one end, in any thread, each brings twice as much as the one before,
+     * up to demand_run. With demand_run at 64 KiB or more, and pages of at most 16 KiB, a fault in a place where a quarter
+     * of the pages are there (of 32 that start at a multiple of 32 in the slot) brings what is missing of the 64 KiB
+     * around it.
+     *
+     * Of these, one run of at most 64 KiB, with the page in it, is asked for with KUF_FILL_DEMAND. What is left is
+     * brought ahead of the toucher, which goes on meanwhile: in runs of at most populate_run without KUF_FILL_DEMAND,
+     * one at a time, while no other fault waits. What is brought ahead and fails poisons nothing: it is asked for again
+     * when it is touched.
+     *
+     * kuf_ensure asks for the range it is given in runs of at most demand_run and populate_run (or 64 KiB if that is more).
      */
     uint64_t demand_run;
-    /* The same for kuf_populate: 0 for 256 KiB. */
+    /*
+     * Longest run, in bytes, that is asked for when nobody waits, by kuf_populate or ahead of touchers: 0 for 256 KiB,
+     * at most 64 MiB. Rounded as above.
+     */
     uint64_t populate_run;
     /* Bytes of deferred kuf_populate runs that may be outstanding at once: 0 for 16 MiB. */
     uint64_t populate_inflight;
@@ -812,6 +828,8 @@ struct kuf_stats {
     struct kuf_histogram installing;
     /* From reading a fault until its page was present: what the library added to the toucher's wait. */
     struct kuf_histogram blocked;
+    /* Of all bytes made present, those that were brought ahead of a toucher, with nobody waiting (kuf_options.demand_run). */
+    uint64_t bytes_ahead;
 };
 
 /* How long one thread was kept waiting by page faults. */
@@ -1085,7 +1103,8 @@ int kuf_populate(struct kuf *kuf,
 /*
  * Starts recording which pages are demanded, in which order, for kuf_replay at the next start from the same memory:
  * the working set. Demanded is what a fault, kuf_vcpu_fault or kuf_ensure asks for, with the pages that are filled
- * along with it; on a caller-driven handle what kuf_read is given. Each page is recorded once. What is present when it
+ * along with it; what was brought ahead of sequential access counts when access has come to its end. On a caller-driven
+ * handle it is what kuf_read is given. Each page is recorded once. What is present when it
  * is first touched leaves no trace, so start before the guest runs, and let nothing fill ahead of it meanwhile
  * (kuf_populate, kuf_replay, kuf_resolve of pages nobody asked for): only what somebody comes to wait for is recorded
  * of that. Forked children's own copies are not recorded.

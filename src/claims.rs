@@ -80,6 +80,8 @@ pub struct Claim<W> {
     /// The owner may be writing to the page itself, so nobody else may, and a removal has to wait for the owner.
     in_place: bool,
     demand: bool,
+    /// It was asked for ahead of a toucher.
+    ahead: bool,
     /// The host was asked for it before `kuf_resolve` took it: it is owed again when that fails.
     owed: bool,
     /// The host has brought bytes early: it will not bring them again, also when they could not be used.
@@ -108,8 +110,10 @@ pub struct Taken {
     pub early: Vec<Range<u64>>,
     /// When the parts that were owed by the host had been asked for.
     pub asked: Vec<Instant>,
-    /// Pages of them that nobody waited for.
+    /// Pages of them that nobody waited for: that were asked for ahead of a toucher,
     pub ahead: u64,
+    /// or to be populated.
+    pub populated: u64,
 }
 
 /// What a discard has to do still.
@@ -135,6 +139,8 @@ pub struct Terms {
     pub owner: Owner,
     pub in_place: bool,
     pub demand: bool,
+    /// It is asked for ahead of a toucher.
+    pub ahead: bool,
 }
 
 /// The claims of one slot.
@@ -336,7 +342,11 @@ impl<W: Waits> Claims<W> {
                     claim.owed = true;
                 }
                 if claim.owner == Owner::Host || Some(claim.id) == mine {
-                    taken.ahead += if claim.demand { 0 } else { claim.end - start };
+                    match (claim.demand, claim.ahead) {
+                        (true, _) => {}
+                        (false, true) => taken.ahead += claim.end - start,
+                        (false, false) => taken.populated += claim.end - start,
+                    }
                 }
                 claim.owner = Owner::Fill;
                 claim.id = id;
@@ -351,7 +361,8 @@ impl<W: Waits> Claims<W> {
         let mut from = range.start;
         while let Some(run) = pages.first_run(from..range.end, State::Absent, u64::MAX) {
             from = run.end;
-            self.insert(pages, run.clone(), id, State::Absent, Terms { owner: Owner::Fill, in_place, demand: false });
+            let terms = Terms { owner: Owner::Fill, in_place, demand: false, ahead: false };
+            self.insert(pages, run.clone(), id, State::Absent, terms);
             taken.install.push(run);
         }
         taken.install.sort_by_key(|run| run.start);
@@ -480,7 +491,7 @@ impl<W: Waits> Claims<W> {
             let mut from = range.start;
             while let Some(run) = pages.first_run(from..range.end, state, u64::MAX) {
                 from = run.end;
-                let terms = Terms { owner: Owner::Discard, in_place: false, demand: false };
+                let terms = Terms { owner: Owner::Discard, in_place: false, demand: false, ahead: false };
                 self.insert(pages, run.clone(), id, state, terms);
                 runs.push(run);
             }
@@ -533,7 +544,8 @@ impl<W: Waits> Claims<W> {
         let mut from = 0;
         while let Some(run) = pages.first_run(from..pages.total(), State::Absent, u64::MAX) {
             from = run.end;
-            self.insert(pages, run, id, State::Absent, Terms { owner: Owner::Fill, in_place: false, demand: false });
+            let terms = Terms { owner: Owner::Fill, in_place: false, demand: false, ahead: false };
+            self.insert(pages, run, id, State::Absent, terms);
         }
         let runs = self.by_start.iter().filter(|(_, c)| c.owner == Owner::Fill).map(|(s, c)| *s..c.end).collect();
         (id, runs, waiters)
@@ -578,11 +590,11 @@ impl<W: Waits> Claims<W> {
     fn insert(&mut self, pages: &Pages, run: Range<u64>, id: Id, origin: State, terms: Terms) {
         let moved = pages.transition(run.clone(), origin, State::Filling);
         debug_assert_eq!(moved, run.end - run.start);
-        let Terms { owner, in_place, demand } = terms;
-        let (owed, answered, cancel, early, since, waiters) =
-            (false, false, None, None, Instant::now(), Waiters::new());
+        let Terms { owner, in_place, demand, ahead } = terms;
+        let (owed, answered, cancel, early) = (false, false, None, None);
+        let (end, since, waiters) = (run.end, Instant::now(), Waiters::new());
         let claim =
-            Claim { end: run.end, id, owner, origin, in_place, demand, owed, answered, cancel, early, since, waiters };
+            Claim { end, id, owner, origin, in_place, demand, ahead, owed, answered, cancel, early, since, waiters };
         self.by_start.insert(run.start, claim);
     }
 

@@ -10,6 +10,7 @@
 //! | `pages` | page states: absent, filling, present, removed; two bits each |
 //! | `claims` | who owns each page that is being filled |
 //! | `memory` | memory slots, address translation, shared files and their second mapping |
+//! | `ahead` | which pages a fault brings besides its own |
 //! | `crew` | who of the service threads watches the kernel, who rests |
 //! | `record` | the file of a recorded working set |
 //! | `mechanism` | what differs between kernels, behind one trait: `userfaultfd`, `kvm_bitmap`, `kvm_async` |
@@ -22,6 +23,8 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 #![warn(clippy::undocumented_unsafe_blocks)]
 
+#[cfg(not(loom))]
+mod ahead;
 #[cfg(not(loom))]
 pub mod capi;
 #[doc(hidden)]

@@ -117,6 +117,25 @@ impl Pages {
         self.scan(range, |s| matches!(s, State::Absent | State::Filling))
     }
 
+    /// How many of the pages around `page` (an aligned stretch of 32, with it) are present or being filled.
+    pub fn asked_around(&self, page: u64) -> u32 {
+        let word = self.word(page / PER_WORD);
+        (matches(word, State::Present) | matches(word, State::Filling)).count_ones()
+    }
+
+    /// The pages around `page` that are in its state, within `window`, which has `page` in it and nothing of another
+    /// aligned stretch of 32.
+    pub fn alike_around(&self, page: u64, window: &Range<u64>) -> Range<u64> {
+        let word = self.word(page / PER_WORD);
+        let at = page % PER_WORD * 2;
+        // A bit for each page of the window that is in another state.
+        let others = mask(window.start, window.end) & !matches(word, STATES[(word >> at & 3) as usize]);
+        let (below, above) = (others & ((1 << at) - 1), others >> at);
+        let start = if below == 0 { window.start } else { page - page % PER_WORD + u64::from(below.ilog2()) / 2 + 1 };
+        let end = if above == 0 { window.end } else { page + u64::from(above.trailing_zeros()) / 2 };
+        start..end
+    }
+
     /// The first page of `range` whose state `wanted` accepts.
     fn scan(&self, range: Range<u64>, wanted: impl Fn(State) -> bool) -> Option<u64> {
         let accept = STATES.map(&wanted);
@@ -263,6 +282,27 @@ mod tests {
         assert_eq!(pages.get(PER_CHUNK), State::Present);
         assert_eq!(pages.get(PER_CHUNK + 1), State::Removed);
         assert_eq!(pages.first_run(0..pages.total(), State::Present, u64::MAX), Some(PER_CHUNK..PER_CHUNK + 1));
+    }
+
+    #[test]
+    fn around_a_page() {
+        let pages = Pages::new(PER_CHUNK + 40);
+        assert_eq!(pages.alike_around(7, &(0..16)), 0..16);
+        assert_eq!(pages.asked_around(7), 0);
+        for (page, state) in [(3, State::Present), (9, State::Filling), (12, State::Removed), (31, State::Present)] {
+            pages.transition(page..page + 1, State::Absent, state);
+        }
+        pages.transition(32..40, State::Absent, State::Present);
+        assert_eq!(pages.asked_around(0), 3, "removed does not count, nor does what is in the next 32");
+        assert_eq!(pages.alike_around(7, &(0..16)), 4..9);
+        assert_eq!(pages.alike_around(0, &(0..16)), 0..3);
+        assert_eq!(pages.alike_around(10, &(0..16)), 10..12);
+        assert_eq!(pages.alike_around(15, &(0..16)), 13..16);
+        assert_eq!(pages.alike_around(16, &(16..32)), 16..31);
+        assert_eq!(pages.alike_around(31, &(16..32)), 31..32);
+        assert_eq!(pages.alike_around(35, &(32..48)), 32..40);
+        let last = PER_CHUNK + 32;
+        assert_eq!(pages.alike_around(last + 3, &(last..last + 8)), last..last + 8);
     }
 
     #[test]

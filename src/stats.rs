@@ -93,7 +93,7 @@ stats! {
     fills, fills_failed, fills_deferred,
     bytes_copied, bytes_zeroed, bytes_in_place, bytes_populated, bytes_poisoned, bytes_discarded, bytes_removed,
     events_remove, events_unmap, events_remap, events_fork,
-    install_again, install_exists, install_no_memory, queue_full, faults_lost, faults_unsignalled;
+    install_again, install_exists, install_no_memory, queue_full, faults_lost, faults_unsignalled, bytes_ahead;
     queueing, filling, installing, blocked
 }
 

@@ -42,7 +42,7 @@ struct Slot {
     woken: AtomicU32,
 }
 
-const FILL: Terms = Terms { owner: Owner::Fill, in_place: false, demand: true };
+const FILL: Terms = Terms { owner: Owner::Fill, in_place: false, demand: true, ahead: false };
 
 impl Slot {
     fn new(pages: u64) -> Arc<Self> {

@@ -179,7 +179,7 @@ pub fn options(o: &kuf_options) -> Result<Config> {
     Ok(Config {
         mechanism,
         fill_threads: in_range("options->fill_threads", u64::from(o.fill_threads), 2, 256)? as usize,
-        demand_run: run("options->demand_run", o.demand_run, 64 << 10)?,
+        demand_run: run("options->demand_run", o.demand_run, 2 << 20)?,
         populate_run: run("options->populate_run", o.populate_run, 256 << 10)?,
         populate_inflight: in_range("options->populate_inflight", o.populate_inflight, 16 << 20, u64::MAX)?,
         spin: Duration::from_micros(in_range("options->spin_us", o.spin_us.into(), 0, KUF_SPIN_MAX.into())?),

@@ -398,7 +398,8 @@ pub unsafe extern "C" fn kuf_populate(kuf: *mut kuf, request: *const kuf_populat
 
 /// Starts recording which pages are demanded, in which order, for kuf_replay at the next start from the same memory:
 /// the working set. Demanded is what a fault, kuf_vcpu_fault or kuf_ensure asks for, with the pages that are filled
-/// along with it; on a caller-driven handle what kuf_read is given. Each page is recorded once. What is present when it
+/// along with it; what was brought ahead of sequential access counts when access has come to its end. On a caller-driven
+/// handle it is what kuf_read is given. Each page is recorded once. What is present when it
 /// is first touched leaves no trace, so start before the guest runs, and let nothing fill ahead of it meanwhile
 /// (kuf_populate, kuf_replay, kuf_resolve of pages nobody asked for): only what somebody comes to wait for is recorded
 /// of that. Forked children's own copies are not recorded.

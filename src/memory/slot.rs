@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::mm::Advice;
 
 use super::shared::{exist, SharedFile};
+use crate::ahead::Streams;
 use crate::claims::{Claims, Owner, Terms, Waits};
 use crate::mechanism::kvm_bitmap::Bitmap;
 use crate::mechanism::userfaultfd::Marker;
@@ -101,8 +102,8 @@ pub struct Slot {
     pub complete: AtomicBool,
     /// 0, or the errno with which the memory or its process went away.
     pub gone: AtomicI32,
-    /// End of the last demand fill and the length of the run after it: sequential access asks for more at a time.
-    pub stride: (AtomicU64, AtomicU64),
+    /// Where access to it is sequential. Locked after `claims`.
+    pub streams: Mutex<Streams>,
     claims: Mutex<Claims<Waiter>>,
     settled: Condvar,
     extents: RwLock<Vec<Extent>>,
@@ -141,7 +142,7 @@ impl Slot {
             pages: Pages::new(len / granule),
             complete: AtomicBool::new(false),
             gone: AtomicI32::new(0),
-            stride: (AtomicU64::new(u64::MAX), AtomicU64::new(1)),
+            streams: Mutex::default(),
             claims: Mutex::new(Claims::new(granule)),
             settled: Condvar::new(),
             extents: RwLock::new(extents),
@@ -219,7 +220,7 @@ impl Slot {
 
     /// The terms on which a thread of the library claims pages here. `demand`: somebody waits.
     pub fn fill_terms(&self, demand: bool) -> Terms {
-        Terms { owner: Owner::Fill, in_place: self.in_place(), demand }
+        Terms { owner: Owner::Fill, in_place: self.in_place(), demand, ahead: false }
     }
 
     /// Drops what a fill that is not used may have left in the place of `pages`, where fills write in place.

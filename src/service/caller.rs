@@ -68,7 +68,7 @@ impl Service {
         let in_place = slot.in_place();
         {
             let mut claims = slot.claims();
-            let terms = Terms { owner: Owner::Host, in_place, demand: true };
+            let terms = Terms { owner: Owner::Host, in_place, demand: true, ahead: false };
             let claimed = claims.claim(&slot.pages, page, 1, State::Absent, terms);
             self.record_joined(slot, page, &mut claims);
             let stray = claims.join(waiter).err();

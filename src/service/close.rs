@@ -30,6 +30,7 @@ impl Service {
             refuse_inside_callbacks("kuf_remove_memory with KUF_CLOSE_POPULATE")?;
             self.populate_before_end(Some((slot.gpa, slot.len)), flags)?;
         }
+        self.ahead.forget(slot);
         while self.check_open().is_ok() && slot.claims().installing(&(0..slot.pages.total())) {
             // Through the kernel in a moment: its toucher may have gone on already.
             std::thread::yield_now();

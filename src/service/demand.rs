@@ -1,27 +1,28 @@
 //! Whose page is it? What a fault, a vCPU exit or a host thread finds, and what it does about it.
 
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use super::fill::Run;
 use super::host::refuse_inside_callbacks;
 use super::{deadline, Fault, Service};
+use crate::ahead::{Plan, Reach, Rest, NEAR};
 use crate::capi::types::*;
 use crate::claims::{Id, Owner};
 use crate::error::{Error, Result};
 use crate::mechanism::{Content, Stop};
 use crate::memory::{Slot, Waiter};
 use crate::pages::State;
+use crate::sync::lock;
 use crate::uapi::kvm::KVM_MEMORY_EXIT_FLAG_USERFAULT;
 
 /// What a thread has to do for a page.
 enum Task {
     /// Nothing: it is there, or somebody else is at it.
     Nothing,
-    /// Ask for this run.
-    Fill(Id, Range<u64>),
+    /// Ask for this run, and later for the rest.
+    Fill(Id, Range<u64>, Rest),
     /// The guest gave it back: zero.
     Zero(Id),
     /// It has its bytes already, but this toucher's mapping may not show them.
@@ -43,9 +44,12 @@ impl Service {
         }
         match self.task_for(fault) {
             Task::Nothing => {}
-            Task::Fill(id, pages) => {
+            Task::Fill(id, pages, rest) => {
                 // A failure has poisoned the page and told the host.
-                let _ = self.fill(&Run { slot, id, pages, wanted: Some(page), since });
+                let run = Run { slot, id, pages, wanted: Some(page), ahead: false, since };
+                if self.fill(&run).is_ok() {
+                    self.bring_later(&run.slot, rest);
+                }
             }
             Task::Zero(id) => self.zero(&slot, id, page..page + 1),
             Task::Map(id) => self.map(&slot, id, page),
@@ -86,12 +90,11 @@ impl Service {
                 Task::Nothing
             }
             State::Absent => {
-                let max = self.stride(&slot, page);
-                match self.claim_from(&mut claims, &slot, page, max, waiter) {
+                let (run, rest) = self.plan(&slot, page, thread);
+                match self.claim_from(&mut claims, &slot, run.start, run.end - run.start, waiter) {
                     Some((id, pages)) => {
                         self.record(&slot, &pages);
-                        self.strode(&slot, &pages);
-                        Task::Fill(id, pages)
+                        Task::Fill(id, pages, rest)
                     }
                     None => Task::Nothing,
                 }
@@ -135,20 +138,13 @@ impl Service {
         claimed
     }
 
-    /// How many pages to ask for at a fault: more with each fault that goes on where the last fill ended.
-    fn stride(&self, slot: &Slot, page: u64) -> u64 {
-        let max = (self.config.demand_run / slot.granule).max(1);
-        if slot.stride.0.load(Ordering::Relaxed) == page {
-            slot.stride.1.load(Ordering::Relaxed).saturating_mul(2).clamp(1, max)
-        } else {
-            1
-        }
-    }
-
-    /// A demand fill of this run is about to begin.
-    fn strode(&self, slot: &Slot, pages: &Range<u64>) {
-        slot.stride.0.store(pages.end, Ordering::Relaxed);
-        slot.stride.1.store(pages.end - pages.start, Ordering::Relaxed);
+    /// What a fault at `page`, which is absent, brings: at once, and afterwards. The claims are locked.
+    fn plan(&self, slot: &Slot, page: u64, thread: u32) -> (Range<u64>, Rest) {
+        let reach = Reach::new(self.config.demand_run, slot.granule);
+        let Plan { run, rest, passed } = lock(&slot.streams).plan(&slot.pages, reach, page, thread);
+        // What was brought ahead is of the working set when it turns out to have been.
+        self.record(slot, &passed);
+        (run, rest)
     }
 
     /// Pages that the guest gave back are touched again.
@@ -360,19 +356,25 @@ impl Service {
                     self.ask(slot, page, Waiter { page, read_at, thread: 0, flags: 0, fork: None });
                 }
                 State::Absent => {
-                    let max = match (one_by_one, ahead) {
-                        (true, _) => 1,
-                        (false, true) => self.stride(slot, page),
-                        (false, false) => (self.config.demand_run / slot.granule).clamp(1, pages.end - page),
+                    let (run, rest) = match (one_by_one, ahead) {
+                        (true, _) => (page..page + 1, Rest::Nothing),
+                        (false, true) => self.plan(slot, page, 0),
+                        // All of it is waited for.
+                        (false, false) => {
+                            let max = self.config.demand_run.min(self.config.populate_run.max(NEAR)) / slot.granule;
+                            (page..page + max.clamp(1, pages.end - page), Rest::Nothing)
+                        }
                     };
                     let terms = slot.fill_terms(true);
-                    let claimed = claims.claim(&slot.pages, page, max, State::Absent, terms);
+                    let claimed = claims.claim(&slot.pages, run.start, run.end - run.start, State::Absent, terms);
                     drop(claims);
                     if let Some((id, pages)) = claimed {
                         self.record(slot, &pages);
-                        self.strode(slot, &pages);
-                        let run = Run { slot: slot.clone(), id, pages, wanted: Some(page), since: Instant::now() };
-                        one_by_one = self.fill(&run).is_err();
+                        one_by_one = self.fill(&Run::demand(slot, id, pages, page)).is_err();
+                        if !one_by_one && rest != Rest::Nothing {
+                            self.bring_later(slot, rest);
+                            self.wake_lead();
+                        }
                     }
                 }
             }

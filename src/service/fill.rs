@@ -11,6 +11,7 @@ use super::install::Failed;
 use super::resolve::check_not_unresolved;
 use super::zero::Bytes;
 use super::Service;
+use crate::ahead::NEAR;
 use crate::capi::types::*;
 use crate::claims::{Early, Id, Waiters};
 use crate::mechanism::Content;
@@ -27,8 +28,17 @@ pub struct Run {
     pub pages: Range<u64>,
     /// The page somebody waits for; None when nobody does.
     pub wanted: Option<u64>,
+    /// Nobody has asked for it: it is brought ahead of a toucher.
+    pub ahead: bool,
     /// When this began.
     pub since: Instant,
+}
+
+impl Run {
+    /// For somebody who waits for `page`, from now on.
+    pub fn demand(slot: &Arc<Slot>, id: Id, pages: Range<u64>, page: u64) -> Self {
+        Self { slot: slot.clone(), id, pages, wanted: Some(page), ahead: false, since: Instant::now() }
+    }
 }
 
 /// Where the bytes are written.
@@ -67,7 +77,7 @@ impl Service {
     }
 
     fn fill_once(&self, run: &Run) -> Result<(), i32> {
-        let Run { slot, id, pages, wanted, since } = run;
+        let Run { slot, id, pages, wanted, ahead, since } = run;
         let (id, demand) = (*id, wanted.is_some());
         let mut place = None;
         let asked = match &slot.source {
@@ -85,6 +95,10 @@ impl Service {
         let since = Some(now);
         if demand {
             self.crew.took(took);
+        } else if *ahead {
+            // As if it were no longer than what is demanded.
+            let bytes = (pages.end - pages.start) * slot.granule;
+            self.crew.took(took / (bytes / NEAR).max(1) as u32);
         }
         if !matches!(answer, Answer::Deferred) {
             self.stats.filling.record(took);
@@ -220,12 +234,14 @@ impl Service {
 
     /// The first `n` pages are there; the rest was not to be had this time.
     fn filled(&self, run: &Run, n: u64, bytes: Bytes<'_>) -> Result<(), i32> {
-        let Run { slot, id, pages, wanted, .. } = run;
+        let Run { slot, id, pages, wanted, ahead, .. } = run;
         let id = *id;
         let done = pages.start..pages.start + n;
         let (opened, result) = self.install_bytes(slot, id, done.clone(), bytes);
-        if wanted.is_none() {
-            self.stats.bytes_populated.add(opened * slot.granule);
+        match (wanted, ahead) {
+            (None, true) => self.stats.bytes_ahead.add(opened * slot.granule),
+            (None, false) => self.stats.bytes_populated.add(opened * slot.granule),
+            _ => {}
         }
         if n < pages.end - pages.start {
             self.abandon(slot, id, done.end..pages.end);
@@ -333,7 +349,7 @@ impl Service {
             };
             if let Some((id, pages)) = claimed {
                 // One page: it is filled or poisoned.
-                let _ = self.fill(&Run { slot: slot.clone(), id, pages, wanted: Some(page), since: Instant::now() });
+                let _ = self.fill(&Run::demand(slot, id, pages, page));
             }
         }
         Err(errno)

@@ -4,6 +4,7 @@
 //! → `install` (open the page). What the host brings unasked enters at `resolve`; what nobody waits for, at `populate` (and
 //! `replay`). What was demanded is written down in `record`.
 
+mod ahead;
 mod caller;
 mod close;
 pub mod config;
@@ -121,6 +122,7 @@ pub struct Service {
     ready: Ready,
     populate: populate::Queue,
     recorder: record::Recorder,
+    ahead: ahead::Ahead,
     buffers: Pool,
     life: AtomicU8,
     opened: Instant,
@@ -163,6 +165,7 @@ impl Service {
             ready: Ready::new()?,
             populate: populate::Queue::default(),
             recorder: record::Recorder::default(),
+            ahead: ahead::Ahead::default(),
             buffers: Pool::default(),
             life: AtomicU8::new(OPEN),
             opened: Instant::now(),
@@ -233,7 +236,14 @@ impl Service {
         self.send(work);
         if self.config.direct {
             self.ready.signal();
-        } else if !self.crew.call() && self.lead_asleep.load(Ordering::SeqCst) {
+        } else if !self.crew.call() {
+            self.wake_lead();
+        }
+    }
+
+    /// Wakes the thread that watches the kernel, if it sleeps.
+    fn wake_lead(&self) {
+        if self.lead_asleep.load(Ordering::SeqCst) {
             self.waking.wake();
         }
     }

@@ -1,8 +1,9 @@
 //! `kuf_record_start`, `kuf_record_stop`: which pages are demanded, in which order.
 //!
 //! What is recorded is the run that a demand claims, not the faulting page alone: pages that came along may have been
-//! touched since without a fault, and nobody can tell. A run is longer than a page only where access was sequential, so
-//! little of it is in vain.
+//! touched since without a fault, and nobody can tell. A run is longer than a page only where access was sequential or the
+//! place dense, so little of it is in vain. What is brought ahead of a stream is recorded when the stream has gone
+//! through it; what fills up a dense place, when it is claimed.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

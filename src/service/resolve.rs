@@ -66,7 +66,8 @@ impl Service {
                     }
                 }
             }
-            self.stats.bytes_populated.add(taken.ahead * slot.granule);
+            self.stats.bytes_populated.add(taken.populated * slot.granule);
+            self.stats.bytes_ahead.add(taken.ahead * slot.granule);
             for run in taken.early {
                 let bytes = self.early(slot, &run, pages.start, how)?;
                 let stashed = slot.claims().stash(run.clone(), bytes);

@@ -161,6 +161,8 @@ impl Service {
         }
         // Without a callback one of them may still be inside an event callback.
         let threads = if self.serviced() { self.config.fill_threads + 1 } else { 2 };
+        // One more may be bringing what nobody has asked for.
+        let threads = threads + usize::from(self.goes_ahead());
         for n in 0..threads {
             self.spawn(format!("kuf-serve-{n}"), |service| service.serve_loop())?;
         }
@@ -201,7 +203,7 @@ impl Service {
         }
     }
 
-    fn running(&self) -> bool {
+    pub(super) fn running(&self) -> bool {
         self.life.load(Ordering::Acquire) == OPEN
     }
 
@@ -210,7 +212,7 @@ impl Service {
             self.work_off(None);
             match self.crew.take_lead() {
                 Some(lead) => self.watch(lead),
-                None => self.crew.rest(|| self.running() && !self.can_work()),
+                None => self.crew.rest(|| self.running() && !self.can_work() && !self.can_go_ahead(false)),
             }
         }
     }
@@ -249,6 +251,9 @@ impl Service {
     }
 
     fn next_events(&self, spin: &mut Spin) -> Events {
+        if self.can_go_ahead(true) {
+            return self.waking.wait(0);
+        }
         if let Some(until) = spin.until() {
             loop {
                 let events = self.waking.wait(0);
@@ -293,6 +298,7 @@ impl Service {
             }
             self.pump_starved();
         }
+        self.go_ahead(lead);
     }
 
     fn work_as(&self, lead: Option<Lead>, work: Work) {

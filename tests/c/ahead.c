@@ -1,0 +1,367 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * What a fault brings besides its own page: what follows where access is sequential, what is missing where it is dense, and
+ * nothing elsewhere. What is brought ahead of touchers keeps nobody waiting, and failing there costs nothing.
+ */
+#include "harness.h"
+
+#define BASE UINT64_C(0x40000000)
+#define FAR_AWAY 8000
+enum { PAGES = 8192 };
+
+static size_t page;
+static struct source source;
+static unsigned char *ram;
+
+/* What the callback saw, by whether somebody waited. */
+static atomic_uint demanded, ahead;
+static _Atomic uint64_t demanded_bytes, ahead_bytes, longest_demanded, longest_ahead;
+/* Runs that nobody waits for: held up, or failing. */
+static atomic_bool hold_ahead, fail_ahead;
+static atomic_int held;
+/* The page whose fills are held up. */
+static _Atomic uint64_t hold_gpa = NO_GPA;
+static atomic_int demand_held;
+
+static void longest(_Atomic uint64_t *of, uint64_t length)
+{
+    uint64_t before = atomic_load(of);
+    while (before < length && !atomic_compare_exchange_weak(of, &before, length))
+        ;
+}
+
+static int fill(void *opaque, struct kuf_fill *fill)
+{
+    bool waits = fill->flags & KUF_FILL_DEMAND;
+    longest(waits ? &longest_demanded : &longest_ahead, fill->len);
+    if (waits) {
+        atomic_fetch_add(&demanded, 1);
+        atomic_fetch_add(&demanded_bytes, fill->len);
+        uint64_t gpa = atomic_load(&hold_gpa);
+        if (gpa >= fill->gpa && gpa - fill->gpa < fill->len) {
+            atomic_fetch_add(&demand_held, 1);
+            while (atomic_load(&hold_gpa) == gpa)
+                sleep_ms(1);
+        }
+    } else {
+        atomic_fetch_add(&ahead, 1);
+        atomic_fetch_add(&held, 1);
+        while (atomic_load(&hold_ahead))
+            sleep_ms(1);
+        atomic_fetch_sub(&held, 1);
+        if (atomic_load(&fail_ahead))
+            return -EIO;
+        atomic_fetch_add(&ahead_bytes, fill->len);
+    }
+    return source_fill(opaque, fill);
+}
+
+static struct kuf *begin_part(struct kuf_options options)
+{
+    source = (struct source)SOURCE_INIT;
+    demanded = ahead = 0;
+    demanded_bytes = ahead_bytes = longest_demanded = longest_ahead = 0;
+    options.fill = fill;
+    options.event = source_event;
+    options.release = source_release;
+    options.opaque = &source;
+    struct kuf *kuf = open_with(options);
+    ram = map_anonymous(PAGES * page);
+    add(kuf, BASE, ram, PAGES * page);
+    return kuf;
+}
+
+static void end_part(struct kuf *kuf)
+{
+    close_with(kuf, KUF_CLOSE_POISON);
+    munmap(ram, PAGES * page);
+}
+
+static uint64_t gpa_of(uint64_t n)
+{
+    return BASE + n * page;
+}
+
+static bool good(uint64_t n)
+{
+    return holds_content(ram + n * page, gpa_of(n), page, 1);
+}
+
+static uint64_t present(struct kuf *kuf)
+{
+    return progress_of(kuf, BASE).present / page;
+}
+
+/* A thread that touches one page. */
+static void *touch_page(void *argument)
+{
+    return (void *)(uintptr_t)good((uintptr_t)argument);
+}
+
+static bool joins(pthread_t thread)
+{
+    void *result;
+    pthread_join(thread, &result);
+    return result != NULL;
+}
+
+static unsigned faults_of(struct kuf *kuf)
+{
+    return (unsigned)stats_of(kuf).faults;
+}
+
+/* ---- Sequential ---------------------------------------------------------------------------------------------------- */
+
+/* Goes through `count` pages from each start in turn, and lets what is brought ahead come. */
+static void walk(struct kuf *kuf, const uint64_t *starts, unsigned streams, uint64_t count)
+{
+    uint64_t window[4] = {0}, here[4] = {0}, expected = present(kuf);
+    bool right = true;
+    for (uint64_t n = 0; n < count; n++)
+        for (unsigned s = 0; s < streams; s++) {
+            right = right && good(starts[s] + n);
+            if (n == here[s]) {
+                window[s] = window[s] == 0 ? 1 : window[s] * 2 * page > 2 << 20 ? window[s] : window[s] * 2;
+                here[s] += window[s];
+                expected += window[s];
+            }
+            wait_until(present(kuf) >= expected);
+        }
+    ok(right, "%u streams of %" PRIu64 " pages: each page has its own bytes", streams, count);
+    comes_to(present(kuf), expected, "and no more came than the windows hold");
+}
+
+static void sequential(void)
+{
+    if (page != 4096) {
+        skip_part("windows are counted in pages of 4096 bytes here");
+        return;
+    }
+    struct kuf *kuf = begin_part((struct kuf_options){.size = 0});
+    walk(kuf, (uint64_t[]){0}, 1, 7000);
+    unsigned faults = faults_of(kuf);
+    ok(faults <= 7000 / 100, "sequential: %u faults for 7000 pages", faults);
+    is(atomic_load(&longest_demanded), 64 << 10, "the longest run that somebody waits for");
+    ok(atomic_load(&longest_ahead) <= 256 << 10, "and the longest that nobody waits for, %" PRIu64, longest_ahead);
+    comes_to(stats_of(kuf).bytes_ahead, atomic_load(&ahead_bytes), "what nobody waited for is counted");
+    is(stats_of(kuf).bytes_populated, 0, "and is not taken for populated");
+    end_part(kuf);
+
+    kuf = begin_part((struct kuf_options){.size = 0});
+    walk(kuf, (uint64_t[]){0, 3000, 6000}, 3, 2000);
+    faults = faults_of(kuf);
+    ok(faults <= 3 * 2000 / 100, "three streams of one thread: %u faults for 6000 pages", faults);
+    end_part(kuf);
+
+    kuf = begin_part((struct kuf_options){.demand_run = 64 << 10});
+    bool right = true;
+    for (uint64_t n = 0; n < 4096; n++)
+        right = right && good(n);
+    ok(right, "demand_run of 64 KiB: pages in order");
+    is(atomic_load(&ahead), 0, "nothing is left to be brought later");
+    is(faults_of(kuf), 4 + 4096 / 16, "a fault each 64 KiB");
+    end_part(kuf);
+}
+
+/* ---- Neither sequential nor dense ---------------------------------------------------------------------------------- */
+
+static void sparse(void)
+{
+    struct kuf *kuf = begin_part((struct kuf_options){.size = 0});
+    uint64_t touched = 0;
+    bool right = true;
+    /* 37 and 213 have no common factor with what is gone round. */
+    for (uint64_t i = 0; i < 213; i++, touched++)
+        right = right && good(i * 37 % 213 * 37);
+    ok(right, "far apart and in no order: each page has its own bytes");
+    is(atomic_load(&demanded_bytes) + atomic_load(&ahead_bytes), touched * page, "and nothing else was asked for");
+    comes_to(present(kuf), touched, "or came");
+    end_part(kuf);
+
+    kuf = begin_part((struct kuf_options){.demand_run = page});
+    for (uint64_t n = 0; n < 600; n++)
+        right = right && good(n);
+    for (uint64_t n = 0; n < 600; n++)
+        right = right && good(1000 + n * 37 % 600);
+    ok(right, "demand_run of one page: pages in order, and all of a place in no order");
+    is(atomic_load(&demanded), 1200, "each by itself");
+    is(atomic_load(&ahead), 0, "and none ahead");
+    is(atomic_load(&longest_demanded), (long long)page, "one page a run");
+    end_part(kuf);
+}
+
+/* ---- Dense --------------------------------------------------------------------------------------------------------- */
+
+static void dense(void)
+{
+    if (page != 4096) {
+        skip_part("places of 32 pages of 4096 bytes");
+        return;
+    }
+    static const uint8_t order[] = {0, 5, 9, 14, 18, 24, 29};
+    struct kuf *kuf = begin_part((struct kuf_options){.size = 0});
+    bool right = true;
+    for (unsigned i = 0; i < sizeof(order); i++)
+        right = right && good(320 + order[i]);
+    comes_to(present(kuf), sizeof(order), "below a quarter, each page comes by itself");
+    right = right && good(320 + 20);
+    is(atomic_load(&longest_demanded), 5 * (long long)page, "the eighth of 32 brings its neighbours, up to those that are there");
+    right = right && good(352 + 3);
+    for (unsigned n = 0; n < 32; n++)
+        right = right && good(320 + n * 13 % 32);
+    ok(right, "each page has its own bytes");
+    ok(faults_of(kuf) <= sizeof(order) + 2 + 10, "%u faults for 33 pages", faults_of(kuf));
+    wait_until(present(kuf) == 33 && progress_of(kuf, BASE).filling == 0);
+    is(atomic_load(&demanded_bytes) + atomic_load(&ahead_bytes), 33 * page, "each is asked for once, and none beyond");
+    end_part(kuf);
+}
+
+/* ---- Who waits for what -------------------------------------------------------------------------------------------- */
+
+/* Windows of 1, 2, 4, 8 and 16 pages, and one of 32: pages 47 to 62 are being brought ahead, and are held up. */
+static void walk_until_held(void)
+{
+    atomic_store(&hold_ahead, true);
+    for (uint64_t n = 0; n < 32; n++)
+        must(good(n), "page %" PRIu64 " comes", n);
+    wait_until(atomic_load(&held) == 1);
+}
+
+static void nobody_waits(void)
+{
+    if (page != 4096) {
+        skip_part("pages of 4096 bytes");
+        return;
+    }
+    struct kuf *kuf = begin_part((struct kuf_options){.fill_threads = 1});
+    walk_until_held();
+    ok(joins(start(touch_page, (void *)(uintptr_t)FAR_AWAY)), "a page is filled while what is brought ahead is held up");
+    ok(good(FAR_AWAY - 100) && good(FAR_AWAY - 200), "and others");
+
+    /* The only place for demand is taken too: events are read all the same. */
+    atomic_store(&hold_gpa, gpa_of(FAR_AWAY + 50));
+    pthread_t waits = start(touch_page, (void *)(uintptr_t)(FAR_AWAY + 50));
+    wait_until(atomic_load(&demand_held) == 1);
+    is(madvise(ram + FAR_AWAY * page, page, MADV_DONTNEED), 0, "memory is given back with both held up");
+    wait_until(stats_of(kuf).events_remove == 1);
+    atomic_store(&hold_gpa, NO_GPA);
+    ok(joins(waits), "the demanded page comes");
+    ok(holds_zeroes(ram + FAR_AWAY * page, page), "what was given back is zero");
+
+    /* Who comes to what is held up waits for it; discarded meanwhile, it is asked for anew. */
+    pthread_t catches_up = start(touch_page, (void *)(uintptr_t)50);
+    wait_until(stats_of(kuf).faults_joined >= 1);
+    is(kuf_discard(kuf, gpa_of(48), 8 * page, 0), 0, "pages that are being brought ahead are discarded");
+    is(kuf_discard(kuf, gpa_of(56), 2 * page, KUF_DISCARD_REMOVED), 0, "and some are given back");
+    atomic_store(&hold_ahead, false);
+    ok(joins(catches_up), "who waited gets its page");
+    ok(holds_zeroes(ram + 56 * page, 2 * page), "what was given back is zero");
+    ok(good(49) && good(55) && good(60), "the rest has its bytes");
+    is(atomic_load(&source.events[poison_event()]), 0, "nothing was poisoned");
+    end_part(kuf);
+}
+
+static void ends(void)
+{
+    if (page != 4096)
+        return;
+    struct kuf *kuf = begin_part((struct kuf_options){.size = 0});
+    walk_until_held();
+    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON), -EBUSY, "a slot is not taken off while its pages are brought: %s",
+       kuf_error());
+    atomic_store(&hold_ahead, false);
+    int got;
+    while ((got = kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON)) == -EBUSY)
+        sleep_ms(1);
+    is(got, 0, "and is when they have come");
+    uint64_t asked = atomic_load(&ahead_bytes);
+    sleep_ms(20);
+    is(atomic_load(&ahead_bytes), asked, "no more is asked for");
+    munmap(ram, PAGES * page);
+    ram = map_anonymous(PAGES * page);
+    add(kuf, BASE, ram, PAGES * page);
+    walk_until_held();
+    is(kuf_close(&kuf, KUF_CLOSE_POISON | KUF_CLOSE_NOWAIT), 0, "a handle is closed without waiting");
+    is(atomic_load(&source.released), 0, "the callback is running still");
+    atomic_store(&hold_ahead, false);
+    wait_until(atomic_load(&source.released) == 1);
+    is(touch(ram + 60 * page), poison_signal(), "what it brought too late is not seen");
+    munmap(ram, PAGES * page);
+}
+
+static void fails(void)
+{
+    if (page != 4096)
+        return;
+    struct kuf *kuf = begin_part((struct kuf_options){.fill_threads = 1});
+    atomic_store(&fail_ahead, true);
+    bool right = true;
+    for (uint64_t n = 0; n < 1000; n++)
+        right = right && good(n);
+    ok(right, "all that is brought ahead fails: each page is asked for again when it is touched");
+    ok(stats_of(kuf).fills_failed > 0 && atomic_load(&ahead) > 0, "it did fail");
+    is(atomic_load(&source.events[poison_event()]), 0, "nothing is poisoned");
+    comes_to(progress_of(kuf, BASE).poisoned, 0, "at all");
+
+    atomic_store(&fail_ahead, false);
+    atomic_store(&source.bad_answer, -EIO);
+    atomic_store(&source.bad_gpa, gpa_of(2048 + 40));
+    for (uint64_t n = 2048; n < 2048 + 40; n++)
+        right = right && good(n);
+    ok(right, "up to a page that is bad, all are good");
+    is(touch(ram + (2048 + 40) * page), poison_signal(), "the bad one is not");
+    ok(good(2048 + 41) && good(2048 + 47), "those behind it are");
+    comes_to(progress_of(kuf, BASE).poisoned, page, "one page is poisoned");
+    atomic_store(&source.bad_gpa, NO_GPA);
+    end_part(kuf);
+}
+
+/* ---- Deferred ------------------------------------------------------------------------------------------------------ */
+
+static int defer(void *opaque, struct kuf_fill *fill)
+{
+    (void)opaque;
+    if (!(fill->flags & KUF_FILL_DEMAND))
+        return KUF_DEFERRED;
+    write_content(fill->buf, fill->gpa, fill->len, 1);
+    return KUF_FILLED;
+}
+
+static void deferred(void)
+{
+    if (page != 4096)
+        return;
+    struct kuf *kuf = open_with((struct kuf_options){.fill = defer, .fill_threads = 1});
+    ram = map_anonymous(PAGES * page);
+    add(kuf, BASE, ram, PAGES * page);
+    bool right = true;
+    for (uint64_t n = 0; n < 32; n++)
+        right = right && good(n);
+    ok(right, "the pages that somebody waits for come at once");
+    wait_until(progress_of(kuf, BASE).deferred == 16 * page);
+    struct kuf_fault owed = {0};
+    is(kuf_pending(kuf, &owed, 1), 1, "those that nobody waits for are owed");
+    ok(owed.gpa == gpa_of(47) && owed.len == 16 * page && !(owed.flags & KUF_FAULT_DEMAND), "as such");
+    unsigned char *bytes = map_anonymous(owed.len);
+    write_content(bytes, owed.gpa, owed.len, 1);
+    is(kuf_resolve(kuf, owed.gpa, bytes, owed.len, 0), (long long)owed.len, "and are resolved");
+    is(stats_of(kuf).bytes_ahead, (long long)owed.len, "they count as brought ahead");
+    is(stats_of(kuf).bytes_populated, 0, "and not as populated");
+    ok(good(47) && good(62), "with their bytes");
+    munmap(bytes, owed.len);
+    end_part(kuf);
+}
+
+int main(void)
+{
+    begin();
+    page = page_size();
+    sequential();
+    sparse();
+    dense();
+    nobody_waits();
+    ends();
+    fails();
+    deferred();
+    return done();
+}
