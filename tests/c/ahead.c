@@ -316,6 +316,32 @@ static void fails(void)
     end_part(kuf);
 }
 
+/* ---- Recorded ------------------------------------------------------------------------------------------------------ */
+
+static void recorded(void)
+{
+    if (page != 4096)
+        return;
+    struct kuf *kuf = begin_part((struct kuf_options){.size = 0});
+    is(kuf_record_start(kuf, 0), 0, "recording starts");
+    walk(kuf, (uint64_t[]){0}, 1, 3000);
+    int fd = memfd_create("recording", MFD_CLOEXEC);
+    is(kuf_record_stop(kuf, fd), 0, "and ends");
+    end_part(kuf);
+    kuf = begin_part((struct kuf_options){.size = 0});
+    lseek(fd, 0, SEEK_SET);
+    is(kuf_replay(kuf, fd, 0), 0, "it is replayed");
+    wait_until(atomic_load(&source.events[KUF_EVENT_REPLAYED]) == 1);
+    /* Faults at 0, 1, 3, ... 511, 1023, 1535, 2047 and 2559. */
+    is(present(kuf), 2559 + 16, "what was gone through up to the last fault, and what that one waited for");
+    bool right = true;
+    for (uint64_t n = 0; n < 2559; n++)
+        right = right && good(n);
+    ok(right && faults_of(kuf) == 0, "without another fault");
+    close(fd);
+    end_part(kuf);
+}
+
 /* ---- Deferred ------------------------------------------------------------------------------------------------------ */
 
 static int defer(void *opaque, struct kuf_fill *fill)
@@ -362,6 +388,7 @@ int main(void)
     nobody_waits();
     ends();
     fails();
+    recorded();
     deferred();
     return done();
 }

@@ -267,7 +267,7 @@ ROW(kuf_stats, "kuf is NULL", EINVAL, "kuf NULL", stats_sized(NULL, sizeof(struc
 ROW(kuf_stats, "closed handle", EBADF, "closed", stats_sized(f.closed, sizeof(struct kuf_stats)))
 ROW(kuf_stats, "out is NULL", EINVAL, "out NULL", kuf_stats(f.served, NULL))
 ROW(kuf_stats, "out->size is 0", EINVAL, "size", stats_sized(f.served, 0))
-ROW(kuf_stats, "out->size is below the first version's", EINVAL, "size", stats_sized(f.served, sizeof(struct kuf_stats) - 8))
+ROW(kuf_stats, "out->size is below the first version's", EINVAL, "size", stats_sized(f.served, offsetof(struct kuf_stats, bytes_ahead) - 8))
 ROW(kuf_stats, "out->size is larger than the library knows", 0, "", stats_sized(f.served, sizeof(struct kuf_stats) + TAIL))
 ROW(kuf_block_times, "kuf is NULL", EINVAL, "kuf NULL", kuf_block_times(NULL, f.times, 4))
 ROW(kuf_block_times, "closed handle", EBADF, "closed", kuf_block_times(f.closed, f.times, 4))

@@ -39,6 +39,13 @@ static void new_source(void)
     source = (struct source)SOURCE_INIT;
 }
 
+/* With so little brought besides what is asked for that what is recorded is what was touched. */
+static struct kuf *open_for_guest(void)
+{
+    return open_with((struct kuf_options){.fill = source_fill, .event = source_event, .release = source_release,
+                                          .opaque = &source, .demand_run = 32 << 10});
+}
+
 static uint64_t gpa_of(unsigned page)
 {
     return BASE + page * (uint64_t)page_size();
@@ -112,7 +119,7 @@ static void record(void)
 {
     new_source();
     unsigned char *memory = map_anonymous(PAGES * page_size());
-    struct kuf *kuf = open_serviced(&source);
+    struct kuf *kuf = open_for_guest();
     add(kuf, BASE, memory, PAGES * page_size());
     int readable = open("/dev/null", O_RDONLY | O_CLOEXEC), full = open("/dev/full", O_WRONLY | O_CLOEXEC);
     is(kuf_record_stop(kuf, -1), -EINVAL, "nothing is being recorded: %s", kuf_error());
@@ -151,7 +158,7 @@ static void replay_same_layout(void)
 {
     new_source();
     unsigned char *memory = map_anonymous(PAGES * page_size());
-    struct kuf *kuf = open_serviced(&source);
+    struct kuf *kuf = open_for_guest();
     add(kuf, BASE, memory, PAGES * page_size());
     is(replay(kuf, file, file_length), 0, "a recording is replayed");
     wait_replayed(1);
@@ -184,7 +191,7 @@ static void replay_other_layout(void)
     unsigned char *first = map_anonymous(SPLIT * page);
     unsigned char *second = map_shared((HOLE_FROM - SPLIT) * page, &fd);
     unsigned char *third = map_anonymous((PAGES - HOLE_TO) * page);
-    struct kuf *kuf = open_serviced(&source);
+    struct kuf *kuf = open_for_guest();
     add(kuf, gpa_of(HOLE_TO), third, (PAGES - HOLE_TO) * page);
     add(kuf, BASE, first, SPLIT * page);
     add_shared(kuf, gpa_of(SPLIT), second, (HOLE_FROM - SPLIT) * page, fd, 0);
@@ -231,7 +238,7 @@ static void replay_huge(void)
         skip_part("replay in huge pages: there are none");
         return;
     }
-    struct kuf *kuf = open_serviced(&source);
+    struct kuf *kuf = open_for_guest();
     struct kuf_memory slot = {.size = sizeof(slot), .gpa = BASE, .len = 2 * huge, .hva = (uintptr_t)memory};
     if (kuf_add_memory(kuf, &slot) != 0) {
         skip_part("replay in huge pages: %s", kuf_error());
@@ -305,7 +312,7 @@ static void refuse_bad_files(void)
     new_source();
     size_t page = page_size();
     unsigned char *memory = map_anonymous(SMALL * page), bytes[4096];
-    struct kuf *kuf = open_serviced(&source), *driven = open_driven(NULL);
+    struct kuf *kuf = open_for_guest(), *driven = open_driven(NULL);
     const struct run two[] = {{(int64_t)(BASE / page), 1}, {1, 2}};
     size_t length = forge(bytes, KUF_RECORD_VERSION, two, 2);
     is(replay(kuf, bytes, length), -ENOENT, "a handle without memory: %s", kuf_error());
@@ -386,7 +393,7 @@ static void among_others(void)
     new_source();
     size_t page = page_size();
     unsigned char *memory = map_anonymous(PAGES * page);
-    struct kuf *kuf = open_serviced(&source);
+    struct kuf *kuf = open_for_guest();
     add(kuf, BASE, memory, PAGES * page);
 
     atomic_store(&source.hold, true);
@@ -503,7 +510,7 @@ static void caller_driven(void)
 
     new_source();
     memory = map_anonymous(MANY * page);
-    kuf = open_serviced(&source);
+    kuf = open_for_guest();
     add(kuf, BASE, memory, MANY * page);
     is(replay(kuf, reader.bytes, reader.length), 0, "and is replayed on a serviced one (%zu bytes)", reader.length);
     wait_replayed(1);
@@ -518,7 +525,7 @@ static void nothing(void)
     new_source();
     size_t page = page_size();
     unsigned char *memory = map_anonymous(4 * page);
-    struct kuf *kuf = open_serviced(&source);
+    struct kuf *kuf = open_for_guest();
     add(kuf, BASE, memory, 4 * page);
     is(kuf_record_start(kuf, 0), 0, "recording starts");
     int fd = new_file();

@@ -16,8 +16,8 @@ static int fill(void *opaque, struct kuf_fill *fill)
     size_t page = page_size();
     atomic_fetch_add(&fills, 1);
     bool good = opaque == asked && fill->size == sizeof(*fill) && fill->granule == page && fill->filled == fill->len &&
-                fill->len > 0 && fill->len % page == 0 && fill->len <= 64 << 10 && fill->gpa % page == 0 &&
-                (fill->flags & KUF_FILL_DEMAND) && !(fill->flags & ~(uint32_t)(KUF_FILL_DEMAND | KUF_FILL_IN_PLACE)) &&
+                fill->len > 0 && fill->len % page == 0 && fill->len <= (fill->flags & KUF_FILL_DEMAND ? 64 << 10 : 256 << 10) && fill->gpa % page == 0 &&
+                !(fill->flags & ~(uint32_t)(KUF_FILL_DEMAND | KUF_FILL_IN_PLACE)) &&
                 (uintptr_t)fill->buf % page == 0;
     if (fill->memory_opaque == &ram_name) {
         char name[32] = "";

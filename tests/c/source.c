@@ -178,7 +178,7 @@ static void hands_over(uint64_t flags, bool shared)
     unsigned char *closed = map_anonymous(length);
     add(kuf, OTHER, closed, length);
     handed.from = closed;
-    is(kuf_ensure(kuf, BASE + 126 * page, page, 1000), -EHWPOISON, "%s: unresolved guest memory is refused", kind);
+    is(kuf_ensure(kuf, BASE + 150 * page, page, 1000), -EHWPOISON, "%s: unresolved guest memory is refused", kind);
     is(last_event(&callback, poison_event()).error, -EDEADLK, "%s: as a deadlock", kind);
     close_with(kuf, KUF_CLOSE_POISON);
     munmap(ram, length);
