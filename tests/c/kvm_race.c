@@ -523,7 +523,7 @@ int main(void)
 
     handle = open_with((struct kuf_options){.flags = KUF_OPEN_VM_FD, .vm_fd = vm, .fill = fill, .event = event,
                                             .fill_threads = 1 + (uint32_t)below(4), .queue_max = below(2) ? 2 : 0,
-                                            .demand_run = (uint64_t)PAGE << below(4), .populate_run = (uint64_t)PAGE << below(5)});
+                                            .demand_run = (uint64_t)PAGE << below(8), .populate_run = (uint64_t)PAGE << below(5)});
     for (unsigned i = 0; i < SLOTS; i++) {
         struct kuf_memory slot = {.size = sizeof(slot), .flags = i ? KUF_MEMORY_FD : 0, .gpa = slot_gpa[i],
                                   .len = PAGES * (uint64_t)PAGE, .hva = (uintptr_t)memory[i], .fd = i ? memory_fd : 0,

@@ -805,7 +805,7 @@ static void run_round(unsigned number, uint64_t until)
         .fill = fill, .event = event, .release = release,
         .fill_threads = 1 + (uint32_t)below(8),
         .queue_max = queues[below(6)],
-        .demand_run = page_bytes << below(5),
+        .demand_run = page_bytes << below(10),
         .populate_run = page_bytes << below(7),
         .populate_inflight = below(2) ? page_bytes * 4 : 0,
     };
