@@ -64,7 +64,7 @@ impl Slot {
     /// As `service::install`, without what only a real kernel does.
     fn install(&self, id: u64, range: Range<u64>, content: u32) {
         let _gate = self.gate.read().unwrap();
-        let runs = lock(&self.claims).begin_install(range, id);
+        let (runs, _) = lock(&self.claims).begin_install(range, id);
         for run in runs {
             for page in run.clone() {
                 let put =

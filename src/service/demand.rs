@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::fill::Run;
 use super::host::refuse_inside_callbacks;
-use super::{deadline, Fault, Service};
+use super::{deadline, huge, Fault, Service};
 use crate::capi::types::*;
 use crate::claims::{Id, Owner};
 use crate::error::{Error, Result};
@@ -363,7 +363,10 @@ impl Service {
                     let max = match (one_by_one, ahead) {
                         (true, _) => 1,
                         (false, true) => self.stride(slot, page),
-                        (false, false) => (self.config.demand_run / slot.granule).clamp(1, pages.end - page),
+                        (false, false) => {
+                            let max = (self.config.demand_run / slot.granule).clamp(1, pages.end - page);
+                            huge::claim_max(slot, &(page..pages.end), max)
+                        }
                     };
                     let terms = slot.fill_terms(true);
                     let claimed = claims.claim(&slot.pages, page, max, State::Absent, terms);

@@ -12,6 +12,7 @@ mod discard;
 mod fill;
 mod fork;
 mod host;
+pub mod huge;
 mod inlet;
 mod install;
 mod kvm;
@@ -43,7 +44,7 @@ use crate::mechanism::kvm_bitmap::KvmBitmap;
 use crate::mechanism::userfaultfd::Userfaultfd;
 use crate::mechanism::Mechanism;
 use crate::memory::buffer::Pool;
-use crate::memory::{Memory, Slot, Waiter};
+use crate::memory::{staging, Memory, Slot, Waiter};
 use crate::pages::State;
 use crate::probe;
 use crate::stats::Stats;
@@ -122,6 +123,7 @@ pub struct Service {
     populate: populate::Queue,
     recorder: record::Recorder,
     buffers: Pool,
+    staging: staging::Pool,
     life: AtomicU8,
     opened: Instant,
     /// Something is to be looked after now and then: another process, a queue whose signals may be lost.
@@ -164,6 +166,7 @@ impl Service {
             populate: populate::Queue::default(),
             recorder: record::Recorder::default(),
             buffers: Pool::default(),
+            staging: staging::Pool::default(),
             life: AtomicU8::new(OPEN),
             opened: Instant::now(),
             has_to_look: AtomicBool::new(false),
