@@ -11,6 +11,7 @@ use crate::mechanism::kvm_bitmap::set_memslot;
 use crate::mechanism::kvm_ioctl;
 use crate::mechanism::userfaultfd::open;
 use crate::memory::buffer::Buffer;
+use crate::memory::staging;
 use crate::service::duplicate_vm;
 use crate::uapi::kvm::*;
 use crate::uapi::userfaultfd::*;
@@ -169,6 +170,7 @@ pub fn has_feature(feature: u32) -> Result<bool> {
         KUF_FEATURE_THREAD_ID => offered(UFFD_FEATURE_THREAD_ID),
         KUF_FEATURE_KERNEL_FAULTS => open::open(false).is_ok(),
         KUF_FEATURE_USER_FAULTS => open::open(true).is_ok(),
+        KUF_FEATURE_HUGE => offered(UFFD_FEATURE_MOVE) && staging::works(),
         other => return Err(Error::new(libc::EINVAL, format!("feature {other} is unknown to this version"))),
     })
 }

@@ -43,16 +43,17 @@ const FORBIDDEN: i32 = 78;
 // ---- The document ---------------------------------------------------------------------------------------------------
 
 /// Parts of the list: while the service runs; what adding, removing and closing add to that; what following forks adds;
-/// what sources add.
+/// what sources add; what huge pages add.
 const SERVES: usize = 0;
 const CHANGES: usize = 1;
 const FORKS: usize = 2;
 const SOURCES: usize = 3;
+const HUGE: usize = 4;
 
 /// One system call, or one with one value of one argument.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 struct Entry {
-    /// SERVES, CHANGES, FORKS or SOURCES.
+    /// SERVES, CHANGES, FORKS, SOURCES or HUGE.
     part: usize,
     call: String,
     /// (index, value), as in struct seccomp_data.
@@ -79,6 +80,7 @@ fn documented() -> Vec<Entry> {
             "## Calls that kuf_add_memory, kuf_remove_memory and kuf_close add" => CHANGES,
             "## Calls that KUF_OPEN_FOLLOW_FORK adds while the service runs" => FORKS,
             "## Calls that kuf_memory.source and kuf_fill.src add while the service runs" => SOURCES,
+            "## Calls that KUF_MEMORY_HUGE adds while the service runs" => HUGE,
             other => {
                 assert!(!other.starts_with("## "), "a heading that says nothing about its table: {other}");
                 part
@@ -104,7 +106,7 @@ fn documented() -> Vec<Entry> {
         entries.extend(values.map(|hex| entry(Some((index, u64::from_str_radix(hex, 16).expect("hexadecimal"))))));
         assert!(entries.len() > before, "{call}: `{arguments}` gives no value");
     }
-    for part in [SERVES, CHANGES, FORKS, SOURCES] {
+    for part in [SERVES, CHANGES, FORKS, SOURCES, HUGE] {
         assert!(entries.iter().any(|e| e.part == part), "a table of part {part}");
     }
     entries
@@ -148,6 +150,12 @@ fn number(call: &str) -> Option<i64> {
         };
         (mincore) => {
             libc::SYS_mincore
+        };
+        (get_mempolicy) => {
+            libc::SYS_get_mempolicy
+        };
+        (mbind) => {
+            libc::SYS_mbind
         };
         (process_vm_readv) => {
             libc::SYS_process_vm_readv
@@ -255,7 +263,7 @@ fn number(call: &str) -> Option<i64> {
     numbers!(read write ioctl futex epoll_pwait epoll_pwait2 epoll_ctl ppoll madvise fallocate mincore process_vm_readv
         getpid sched_yield clock_nanosleep nanosleep clock_gettime userfaultfd mmap munmap mremap mprotect brk getrandom restart_syscall rseq
         set_robust_list prctl sched_getaffinity sigaltstack rt_sigprocmask gettid exit close openat fcntl fstat fstatfs
-        statx lseek pread64 readlinkat kcmp)
+        statx lseek pread64 readlinkat kcmp get_mempolicy mbind)
 }
 
 fn filter(part: usize, without: Option<&str>, otherwise: SeccompAction) -> BpfProgram {
@@ -300,7 +308,7 @@ fn the_documented_system_calls_are_enough_and_none_too_many() {
         let error = std::io::Error::last_os_error();
         return println!("SKIP: this process may set no seccomp filter that kills: {error}");
     }
-    for part in [SERVES, CHANGES, FORKS, SOURCES] {
+    for part in [SERVES, CHANGES, FORKS, SOURCES, HUGE] {
         let (code, signal, said) = run(part, None, false);
         if code == Some(SKIPPED) {
             println!("{}", said.lines().find(|line| line.starts_with("SKIP")).unwrap_or("SKIP"));
@@ -644,6 +652,7 @@ fn child(part: usize) -> ! {
     if part == SOURCES {
         setup.later.iter().zip(&setup.sources).for_each(|(ram, source)| ram.add_with(setup.serviced, source));
     }
+    let huge = if part == HUGE { add_huge(&setup) } else { 0 };
     setup.touch.give(|| ());
     setup.call.give(|| ());
     setup.touch.wait();
@@ -683,6 +692,7 @@ fn child(part: usize) -> ! {
         }
         FORKS => forks(&setup),
         SOURCES => sources(&setup),
+        HUGE => populated_huge(&setup, huge),
         _ => {}
     }
     say("# done\n");
@@ -916,6 +926,39 @@ fn sources(setup: &Setup) {
         setup.touch.wait();
     }
     ELSEWHERE.store(null_mut(), SeqCst);
+}
+
+const HUGE_PAGE: u64 = 2 << 20;
+const HUGE_GPA: u64 = 1 << 40;
+
+/// A slot of two huge pages; returns where.
+fn add_huge(setup: &Setup) -> u64 {
+    if kuf_has_feature(KUF_FEATURE_HUGE) != 1 {
+        println!("SKIP: no huge pages to move on this machine");
+        std::process::exit(SKIPPED);
+    }
+    let mut memory = kuf_memory { size: size_of::<kuf_memory>() as u32, flags: KUF_MEMORY_HUGE, ..zeroed() };
+    // SAFETY: a new mapping, a handle and a struct.
+    unsafe {
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let at = libc::mmap(null_mut(), 3 * HUGE_PAGE as usize, prot, flags, -1, 0);
+        check(at != libc::MAP_FAILED, "a mapping");
+        (memory.gpa, memory.len, memory.hva) = (HUGE_GPA, 2 * HUGE_PAGE, (at as u64).next_multiple_of(HUGE_PAGE));
+        check(kuf_add_memory(setup.serviced.0, &memory) == 0, "kuf_add_memory with huge pages");
+    }
+    memory.hva
+}
+
+fn populated_huge(setup: &Setup, at: u64) {
+    let before = POPULATED.load(SeqCst);
+    let mut request = kuf_populate { size: size_of::<kuf_populate>() as u32, ..zeroed() };
+    (request.gpa, request.len) = (HUGE_GPA, 2 * HUGE_PAGE);
+    // SAFETY: a handle and a struct.
+    check(unsafe { kuf_populate(setup.serviced.0, &request) } == 0, "kuf_populate of huge pages");
+    wait_until(|| POPULATED.load(SeqCst) > before);
+    let ram = Ram { at, gpa: HUGE_GPA, fd: -1 };
+    touches(setup, ram, 0..2 * HUGE_PAGE / PAGE, word);
+    setup.touch.wait();
 }
 
 /// UFFDIO_API done, no features.

@@ -37,6 +37,7 @@ static const struct {
     { KUF_FEATURE_KERNEL_FAULTS, "kernel-faults", "userfaultfd serves KVM guests for this process" },
     { KUF_FEATURE_POISON, "poison", "touching a page that could not be filled raises SIGBUS" },
     { KUF_FEATURE_MINOR, "minor", "shared memory is filled in place, without a copy" },
+    { KUF_FEATURE_HUGE, "huge", "anonymous memory can be filled on huge pages" },
     { KUF_FEATURE_THREAD_ID, "thread-id", "waiting times are known thread by thread" },
 };
 

@@ -280,7 +280,12 @@ fn source(s: &kuf_source, len: u64) -> Result<NewSource> {
 
 /// A slot of `kuf_add_memory`, with its source.
 pub fn memory(m: &kuf_memory, s: Option<&kuf_source>) -> Result<NewMemory> {
-    const KNOWN: u32 = KUF_MEMORY_FD | KUF_MEMORY_UFFD | KUF_MEMORY_REMOTE | KUF_MEMORY_FILL_ALL | KUF_MEMORY_MEMSLOT;
+    const KNOWN: u32 = KUF_MEMORY_FD
+        | KUF_MEMORY_UFFD
+        | KUF_MEMORY_REMOTE
+        | KUF_MEMORY_FILL_ALL
+        | KUF_MEMORY_MEMSLOT
+        | KUF_MEMORY_HUGE;
     check_flags("memory->flags", m.flags.into(), KNOWN.into())?;
     let has = |flag| m.flags & flag != 0;
     if !has(KUF_MEMORY_FD) {
@@ -321,6 +326,7 @@ pub fn memory(m: &kuf_memory, s: Option<&kuf_source>) -> Result<NewMemory> {
         uffd: has(KUF_MEMORY_UFFD).then_some(m.uffd),
         remote: has(KUF_MEMORY_REMOTE),
         fill_all: has(KUF_MEMORY_FILL_ALL),
+        huge: has(KUF_MEMORY_HUGE),
         kvm_attributes: m.kvm_attributes,
         memslot: has(KUF_MEMORY_MEMSLOT).then_some(Memslot { id: m.memslot, flags: m.memslot_flags }),
         opaque: Opaque(m.opaque),

@@ -145,6 +145,28 @@ pub const KUF_MEMORY_FILL_ALL: u32 = 1 << 3;
 /// kuf_remove_memory and kuf_close on such a slot do, and may be called neither by a thread that resolves pages nor
 /// with a lock held that resolving pages needs.
 pub const KUF_MEMORY_MEMSLOT: u32 = 1 << 4;
+/// Huge pages are wanted: guest memory that is filled ahead of demand (kuf_populate, kuf_replay, kuf_ensure of a large
+/// range, KUF_CLOSE_POPULATE) shall end on transparent huge pages, where the guest's later accesses are faster. A wish:
+/// where it cannot be had, pages are filled as without it, and a KUF_LOG_INFO record says so.
+///
+/// For private anonymous memory of this process, with a granule of 4 KiB, under userfaultfd. A stretch of 2 MiB (of host
+/// addresses, aligned) that is wholly absent is asked for in one fill, also where populate_run or demand_run are less,
+/// and moved to the guest as one page if all of it was filled. Single pages are what demand has filled before, what is
+/// filled in part or with KUF_ZERO, what kuf_resolve brings, and stretches in which KUF_OPEN_DETECT_ZERO finds zeroes.
+/// Whoever touches a page of a stretch that is being filled waits for all of it.
+///
+/// Needs UFFDIO_MOVE (Linux 6.8) and huge pages for this process (/sys/kernel/mm/transparent_hugepage/enabled is not
+/// "never"). Memory that is locked is left on single pages, unless all of the process is (MCL_FUTURE). The NUMA policy
+/// of the mapping is followed, but one that interleaves leaves it on single pages. For KVM to map a huge page, gpa and
+/// hva have to agree modulo 2 MiB.
+///
+/// madvise(MADV_HUGEPAGE) on the guest memory is not needed, and makes demand slower: the kernel then zeroes 2 MiB before
+/// it announces the first write to a stretch that has no page yet. What demand has filled page by page, the host can put
+/// on huge pages once it is present: with that advice, which khugepaged follows in its own time, or with
+/// madvise(MADV_COLLAPSE) (Linux 6.1), while which no page fault of the process goes on.
+///
+/// Kernel: UFFDIO_MOVE; madvise(MADV_HUGEPAGE) on memory of the library's own. See KUF_FEATURE_HUGE.
+pub const KUF_MEMORY_HUGE: u32 = 1 << 5;
 
 /// A write caused the fault.
 pub const KUF_FAULT_WRITE: u32 = 1 << 0;
@@ -268,6 +290,8 @@ pub const KUF_FEATURE_THREAD_ID: u32 = 3;
 pub const KUF_FEATURE_KERNEL_FAULTS: u32 = 4;
 /// userfaultfd works for this process at least for user-mode faults (KUF_OPEN_USER_MODE_ONLY).
 pub const KUF_FEATURE_USER_FAULTS: u32 = 5;
+/// Memory can be filled on huge pages (KUF_MEMORY_HUGE): the kernel has UFFDIO_MOVE and a huge page to give.
+pub const KUF_FEATURE_HUGE: u32 = 6;
 
 /// One VM's fault service. Opaque; made by kuf_open, ended by kuf_close.
 ///
@@ -437,7 +461,7 @@ pub struct kuf_options {
     /// kuf_ensure asks for the range it is given in runs of at most demand_run and populate_run (or 64 KiB if that is more).
     pub demand_run: u64,
     /// Longest run, in bytes, that is asked for when nobody waits, by kuf_populate or ahead of touchers: 0 for 256 KiB,
-    /// at most 64 MiB. Rounded as above.
+    /// at most 64 MiB. Rounded as above. See also KUF_MEMORY_HUGE.
     pub populate_run: u64,
     /// Bytes of deferred kuf_populate runs that may be outstanding at once: 0 for 16 MiB.
     pub populate_inflight: u64,

@@ -67,6 +67,9 @@ pub enum Message {
 pub enum Content {
     /// A buffer that holds the whole run. It may be unreadable: then the install stops with [`Stop::BadSource`].
     Data(*const u8),
+    /// The same in memory of the library's that may be moved to its place instead, if it is one huge page
+    /// ([`Mechanism::moves`]). What cannot be moved stops with [`Stop::Unsupported`], and can be opened as `Data`.
+    Staged(*const u8),
     /// Zeroes.
     Zero,
     /// They are where [`Mechanism::place`] pointed.
@@ -190,6 +193,11 @@ pub trait Mechanism: Send + Sync {
     /// Opens pages from the start of `pages`, which the caller has claimed, and wakes who waits for them. The caller
     /// holds the gate shared.
     fn install(&self, slot: &Slot, pages: &Range<u64>, content: Content) -> Installed;
+
+    /// Whether pages can be moved into private memory of this process ([`Content::Staged`]).
+    fn moves(&self) -> bool {
+        false
+    }
 
     /// How to let somebody go on who touched a page that is present. None: nothing is to be done.
     fn reveal(&self, slot: &Slot) -> Option<Content> {

@@ -5,6 +5,7 @@ pub mod maps;
 pub mod outside;
 pub mod shared;
 mod slot;
+pub mod staging;
 
 use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock};

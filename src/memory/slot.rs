@@ -18,6 +18,7 @@ use crate::mechanism::kvm_bitmap::Bitmap;
 use crate::mechanism::userfaultfd::Marker;
 use crate::mechanism::Mechanism;
 use crate::pages::{Pages, State};
+use crate::service::huge::Huge;
 use crate::source::Source;
 use crate::sync::{lock, Condvar, Mutex, MutexGuard};
 
@@ -96,6 +97,8 @@ pub struct Slot {
     pub parent: Option<Arc<Slot>>,
     /// What KVM mechanisms keep of it.
     pub kvm: ForKvm,
+    /// Its pages may be huge ones.
+    pub huge: Huge,
     /// States: read freely, changed with `claims` locked.
     pub pages: Pages,
     /// What the host has been told about completion.
@@ -121,13 +124,14 @@ pub struct Parts {
     pub source: Option<Arc<dyn Source>>,
     pub parent: Option<Arc<Slot>>,
     pub kvm: ForKvm,
+    pub huge: bool,
     pub extents: Vec<Extent>,
 }
 
 impl Slot {
     /// A slot with every page absent.
     pub fn new(parts: Parts) -> Self {
-        let Parts { gpa, len, granule, opaque, mechanism, private, shared, source, parent, kvm, extents } = parts;
+        let Parts { gpa, len, granule, opaque, mechanism, private, shared, source, parent, kvm, huge, extents } = parts;
         Self {
             gpa,
             len,
@@ -139,6 +143,7 @@ impl Slot {
             source,
             parent,
             kvm,
+            huge: Huge::new(huge),
             pages: Pages::new(len / granule),
             complete: AtomicBool::new(false),
             gone: AtomicI32::new(0),
@@ -163,6 +168,7 @@ impl Slot {
             source: slot.source.clone(),
             parent: Some(slot.parent.clone().unwrap_or_else(|| slot.clone())),
             kvm: ForKvm::default(),
+            huge: false,
             extents: slot.extents(),
         });
         if slot.shared.is_none() {

@@ -63,6 +63,8 @@ pub struct NewMemory {
     pub uffd: Option<i32>,
     pub remote: bool,
     pub fill_all: bool,
+    /// Huge pages, where they are possible.
+    pub huge: bool,
     pub kvm_attributes: u64,
     /// The memslot, when the library is to set it.
     pub memslot: Option<Memslot>,

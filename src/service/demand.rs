@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::fill::Run;
 use super::host::refuse_inside_callbacks;
-use super::{deadline, Fault, Service};
+use super::{deadline, huge, Fault, Service};
 use crate::ahead::{Plan, Reach, Rest, NEAR};
 use crate::capi::types::*;
 use crate::claims::{Id, Owner};
@@ -362,7 +362,8 @@ impl Service {
                         // All of it is waited for.
                         (false, false) => {
                             let max = self.config.demand_run.min(self.config.populate_run.max(NEAR)) / slot.granule;
-                            (page..page + max.clamp(1, pages.end - page), Rest::Nothing)
+                            let max = huge::claim_max(slot, &(page..pages.end), max.clamp(1, pages.end - page));
+                            (page..page + max, Rest::Nothing)
                         }
                     };
                     let terms = slot.fill_terms(true);

@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::host::Answer;
+use super::huge::is_stretch;
 use super::install::Failed;
 use super::resolve::check_not_unresolved;
 use super::zero::Bytes;
@@ -17,6 +18,7 @@ use crate::claims::{Early, Id, Waiters};
 use crate::mechanism::Content;
 use crate::memory::buffer::Buffer;
 use crate::memory::outside::{bring_in, read_host};
+use crate::memory::staging::Staging;
 use crate::memory::{Slot, Waiter};
 use crate::pages::State;
 use crate::source::{Found, Source, Wanted};
@@ -42,6 +44,8 @@ impl Run {
 }
 
 /// Where the bytes are written.
+// "In place" is the term everywhere.
+#[allow(clippy::enum_variant_names)]
 enum Place {
     InPlace {
         at: NonNull<u8>,
@@ -49,6 +53,8 @@ enum Place {
         since: Instant,
     },
     Buffer(Buffer),
+    /// A huge page for all of the run.
+    Staged(Staging),
 }
 
 impl Place {
@@ -56,6 +62,7 @@ impl Place {
         match self {
             Self::InPlace { at, .. } => *at,
             Self::Buffer(buffer) => buffer.at(),
+            Self::Staged(staging) => staging.at(),
         }
     }
 }
@@ -103,13 +110,19 @@ impl Service {
         if !matches!(answer, Answer::Deferred) {
             self.stats.filling.record(took);
         }
+        let mut moved = false;
         let result = match (answer, &place) {
             (Answer::Filled(n), Some(place)) => {
+                let zeroes = &self.zeroes(slot, id, &(pages.start..pages.start + n), place.at());
                 let content = match place {
                     Place::InPlace { .. } => Content::InPlace,
-                    Place::Buffer(buffer) => Content::Data(buffer.at().as_ptr()),
+                    // A huge page has room for no other page: neither one of zeroes nor one that comes later.
+                    Place::Staged(staging) if zeroes.is_empty() && n == pages.end - pages.start => {
+                        moved = true;
+                        Content::Staged(staging.at().as_ptr())
+                    }
+                    Place::Buffer(_) | Place::Staged(_) => Content::Data(place.at().as_ptr()),
                 };
-                let zeroes = &self.zeroes(slot, id, &(pages.start..pages.start + n), place.at());
                 self.filled(run, n, Bytes { content, base: pages.start, zeroes, wanted: *wanted, since })
             }
             // What was filled has a place.
@@ -132,8 +145,10 @@ impl Service {
                 Err(errno)
             }
         };
-        if let Some(Place::Buffer(buffer)) = place {
-            self.buffers.put(buffer);
+        match place {
+            Some(Place::Buffer(buffer)) => self.buffers.put(buffer),
+            Some(Place::Staged(staging)) => self.staging.put(staging, moved),
+            Some(Place::InPlace { .. }) | None => {}
         }
         result
     }
@@ -151,7 +166,7 @@ impl Service {
         self.stats.fills.add(1);
         let granule = slot.granule;
         let bytes = slot.bytes_of(pages);
-        let copied = !slot.in_place() && !self.detects(slot);
+        let copied = !slot.in_place() && !self.detects(slot) && !is_stretch(slot, pages);
         match source.find(&Wanted { bytes: bytes.clone(), granule, copied, demand: wanted.is_some() }) {
             Found::Zero(len) => Answer::Zero(len / granule),
             Found::Memory(len, at) => Answer::Elsewhere(len / granule, at),
@@ -177,7 +192,10 @@ impl Service {
         if let Err(error) = check_not_unresolved(&self.memory.map(), src, len) {
             return Answer::Failed(error.errno());
         }
-        if !slot.in_place() && !self.detects(slot) {
+        if place.is_none() {
+            *place = self.stage(slot, &part).map(Place::Staged);
+        }
+        if !slot.in_place() && !self.detects(slot) && !matches!(place, Some(Place::Staged(_))) {
             return bring_in(src, len as usize).map_or_else(Answer::Failed, |()| Answer::Elsewhere(n, src));
         }
         let to = match place {
@@ -260,6 +278,9 @@ impl Service {
         match self.place_in(slot, pages)? {
             Some(at) => Ok(Place::InPlace { at, since: Instant::now() }),
             None => {
+                if let Some(staging) = self.stage(slot, pages) {
+                    return Ok(Place::Staged(staging));
+                }
                 let len = (pages.end - pages.start) * slot.granule;
                 self.buffers.take(len as usize).map(Place::Buffer).map_err(|e| e.errno())
             }

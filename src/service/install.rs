@@ -62,7 +62,11 @@ impl Service {
         let started = bytes.since.unwrap_or_else(Instant::now);
         // Marks are taken off a run in one go, whatever its length.
         let stretch = if slot.mechanism.marks() { u64::MAX } else { (STRETCH / slot.granule).max(1) };
-        let (mut done, mut at) = (Done::default(), pages.start);
+        let (mut done, mut at, mut bytes) = (Done::default(), pages.start, bytes);
+        if let Content::Staged(from) = bytes.content {
+            at = self.install_staged(slot, id, pages.clone(), bytes, &mut done);
+            bytes.content = Content::Data(from);
+        }
         let mut result = Ok(());
         while at < pages.end && result.is_ok() {
             let part = at..pages.end.min(at.saturating_add(stretch));
@@ -75,6 +79,18 @@ impl Service {
             self.work_on(work);
         }
         (done.opened, result)
+    }
+
+    /// Moves a huge page to its place. Returns the first page that could not be moved, which is still where it was, to be
+    /// copied.
+    fn install_staged(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, bytes: Bytes<'_>, done: &mut Done) -> u64 {
+        if slot.claims().held(pages.clone(), id)[..] != [pages.clone()] {
+            // Part of it was resolved or given back meanwhile.
+            return pages.start;
+        }
+        let result = self.install_stretch(slot, id, pages.clone(), bytes, done);
+        self.tried_huge(slot, result.is_ok(), "it could not be moved there");
+        result.map_or_else(|failed| failed.page, |()| pages.end)
     }
 
     fn install_stretch(
@@ -322,7 +338,7 @@ impl Service {
     fn count_opened(&self, slot: &Slot, content: Content, pages: u64) {
         let bytes = pages * slot.granule;
         match content {
-            Content::Data(_) => self.stats.bytes_copied.add(bytes),
+            Content::Data(_) | Content::Staged(_) => self.stats.bytes_copied.add(bytes),
             Content::Zero | Content::ZeroInPlace => self.stats.bytes_zeroed.add(bytes),
             Content::Shown => {}
             Content::InPlace => self.stats.bytes_in_place.add(bytes),

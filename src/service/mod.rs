@@ -13,6 +13,7 @@ mod discard;
 mod fill;
 mod fork;
 mod host;
+pub mod huge;
 mod inlet;
 mod install;
 mod kvm;
@@ -44,7 +45,7 @@ use crate::mechanism::kvm_bitmap::KvmBitmap;
 use crate::mechanism::userfaultfd::Userfaultfd;
 use crate::mechanism::Mechanism;
 use crate::memory::buffer::Pool;
-use crate::memory::{Memory, Slot, Waiter};
+use crate::memory::{staging, Memory, Slot, Waiter};
 use crate::pages::State;
 use crate::probe;
 use crate::stats::Stats;
@@ -124,6 +125,7 @@ pub struct Service {
     recorder: record::Recorder,
     ahead: ahead::Ahead,
     buffers: Pool,
+    staging: staging::Pool,
     life: AtomicU8,
     opened: Instant,
     /// Something is to be looked after now and then: another process, a queue whose signals may be lost.
@@ -167,6 +169,7 @@ impl Service {
             recorder: record::Recorder::default(),
             ahead: ahead::Ahead::default(),
             buffers: Pool::default(),
+            staging: staging::Pool::default(),
             life: AtomicU8::new(OPEN),
             opened: Instant::now(),
             has_to_look: AtomicBool::new(false),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::config::NewPopulate;
 use super::fill::Run;
 use super::host::refuse_inside_quiet;
-use super::{replay, Service, Work};
+use super::{huge, replay, Service, Work};
 use crate::capi::types::*;
 use crate::error::{Error, Result};
 use crate::memory::{Map, Slot};
@@ -314,8 +314,11 @@ impl Service {
     fn claim_ahead(&self, slot: &Arc<Slot>, pages: Range<u64>, max: u64) -> Option<Run> {
         let terms = slot.fill_terms(false);
         let mut claims = slot.claims();
-        let run = slot.pages.first_run(pages, State::Absent, max)?;
-        let (id, pages) = claims.claim(&slot.pages, run.start, run.end - run.start, State::Absent, terms)?;
+        let first = slot.pages.first_run(pages.clone(), State::Absent, 1)?.start;
+        // Page by page after a failure.
+        let max = if max > 1 { huge::claim_max(slot, &(first..pages.end), max) } else { max };
+        let max = max.min(pages.end - first);
+        let (id, pages) = claims.claim(&slot.pages, first, max, State::Absent, terms)?;
         Some(Run { slot: slot.clone(), id, pages, wanted: None, ahead: false, since: Instant::now() })
     }
 

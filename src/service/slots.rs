@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 
 use super::config::NewMemory;
 use super::host::refuse_inside_callbacks;
-use super::Service;
+use super::{huge, Service};
 use crate::capi::types::*;
 use crate::error::{Error, Result};
 use crate::mechanism::userfaultfd::{open, Userfaultfd};
@@ -24,9 +24,9 @@ impl Service {
         self.check_open()?;
         self.check_source(&new)?;
         let file = new.file.map(|(fd, offset)| Ok::<_, Error>((shared_file(fd)?, offset))).transpose()?;
-        let huge = file.as_ref().and_then(|(file, _)| huge_page_size(file));
+        let huge_file = file.as_ref().and_then(|(file, _)| huge_page_size(file));
         let mappings = if new.remote { Vec::new() } else { maps::covering(new.hva..new.hva + new.len)? };
-        let granule = granule(&new, huge, &mappings)?;
+        let granule = granule(&new, huge_file, &mappings)?;
         let marks = self.own.as_ref().is_some_and(|own| own.marks());
         for (what, value) in
             [("gpa", new.gpa), ("len", new.len), ("hva", new.hva), ("fd_offset", file.as_ref().map_or(0, |f| f.1))]
@@ -55,7 +55,7 @@ impl Service {
             (Some(_), None) => false,
             (None, first) => first.is_none_or(|mapping| !mapping.shared),
         };
-        let in_place = file.filter(|_| marks || minor_works(huge.is_some()));
+        let in_place = file.filter(|_| marks || minor_works(huge_file.is_some()));
         let shared = in_place.map(|(file, offset)| SharedFile::new(file, offset, new.len).map(Arc::new)).transpose()?;
         let present = match &shared {
             Some(shared) if !new.fill_all => shared.data()?,
@@ -70,6 +70,7 @@ impl Service {
         let kvm = self.for_kvm(&new, granule)?;
         let source = new.source.map(|source| source::open(source, new.len)).transpose()?;
         let (mechanism, fresh) = self.mechanism_for(&new)?;
+        let huge = new.huge && huge::possible(granule, private) && mechanism.moves();
         let slot = Arc::new(Slot::new(Parts {
             gpa: new.gpa,
             len: new.len,
@@ -81,6 +82,7 @@ impl Service {
             source,
             parent: None,
             kvm,
+            huge,
             extents: vec![Extent { offset: 0, len: new.len, hva: new.hva }],
         }));
         for range in present {
@@ -126,7 +128,11 @@ impl Service {
             mechanism.wake(&slot, &(0..slot.pages.total()));
         }
         self.config.host.log(KUF_LOG_INFO, || {
-            let how = if slot.in_place() { "filled in place" } else { "filled by copy" };
+            let how = match (slot.in_place(), huge) {
+                (true, _) => "filled in place",
+                (false, true) => "filled by copy, or by moving huge pages",
+                (false, false) => "filled by copy",
+            };
             format!("memory slot {:#x}..{:#x}, granule {granule:#x}, {how}", new.gpa, new.gpa + new.len)
         });
         if let Some(work) = self.completion(&slot) {

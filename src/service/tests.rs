@@ -185,6 +185,7 @@ fn memory(hva: usize) -> NewMemory {
         uffd: None,
         remote: false,
         fill_all: false,
+        huge: false,
         kvm_attributes: 0,
         memslot: None,
         opaque: Opaque(std::ptr::null_mut()),

@@ -347,6 +347,7 @@ fn rig_of(drain: bool, direct: bool, detect_zero: bool) -> Rig {
         uffd: None,
         remote: false,
         fill_all: false,
+        huge: false,
         kvm_attributes: PRIVATE,
         memslot: None,
         opaque: Opaque(std::ptr::null_mut()),

@@ -51,6 +51,7 @@ impl<'a> Bytes<'a> {
         let page = run.start;
         let content = match self.content {
             Content::Data(bytes) => Content::Data(bytes.wrapping_add(((page - self.base) * slot.granule) as usize)),
+            Content::Staged(bytes) => Content::Staged(bytes.wrapping_add(((page - self.base) * slot.granule) as usize)),
             other => other,
         };
         let next = self.zeroes.get(self.zeroes.partition_point(|zero| zero.end <= page));
@@ -74,7 +75,7 @@ impl<'a> Bytes<'a> {
 
     fn present_zero(&self) -> Content {
         match self.content {
-            Content::Data(_) | Content::Zero => Content::Zero,
+            Content::Data(_) | Content::Staged(_) | Content::Zero => Content::Zero,
             _ => Content::ZeroInPlace,
         }
     }

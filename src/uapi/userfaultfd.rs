@@ -20,6 +20,7 @@ pub const UFFD_FEATURE_THREAD_ID: u64 = 1 << 8;
 pub const UFFD_FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
 pub const UFFD_FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 pub const UFFD_FEATURE_POISON: u64 = 1 << 14;
+pub const UFFD_FEATURE_MOVE: u64 = 1 << 16;
 
 pub const UFFDIO_REGISTER_MODE_MISSING: u64 = 1 << 0;
 pub const UFFDIO_REGISTER_MODE_MINOR: u64 = 1 << 2;
@@ -66,6 +67,16 @@ pub struct uffdio_copy {
     pub copy: i64,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct uffdio_move {
+    pub dst: u64,
+    pub src: u64,
+    pub len: u64,
+    pub mode: u64,
+    pub done: i64,
+}
+
 /// `uffdio_zeropage`, `uffdio_continue` and `uffdio_poison` have one layout; `done` is the field that each names its
 /// own way.
 #[repr(C)]
@@ -96,6 +107,7 @@ pub const UFFDIO_UNREGISTER: u32 = ioc(IOC_READ, 0xAA, 0x01, size_of::<uffdio_ra
 pub const UFFDIO_WAKE: u32 = ioc(IOC_READ, 0xAA, 0x02, size_of::<uffdio_range>());
 pub const UFFDIO_COPY: u32 = ioc(IOC_READ | IOC_WRITE, 0xAA, 0x03, size_of::<uffdio_copy>());
 pub const UFFDIO_ZEROPAGE: u32 = ioc(IOC_READ | IOC_WRITE, 0xAA, 0x04, size_of::<uffdio_span>());
+pub const UFFDIO_MOVE: u32 = ioc(IOC_READ | IOC_WRITE, 0xAA, 0x05, size_of::<uffdio_move>());
 pub const UFFDIO_CONTINUE: u32 = ioc(IOC_READ | IOC_WRITE, 0xAA, 0x07, size_of::<uffdio_span>());
 pub const UFFDIO_POISON: u32 = ioc(IOC_READ | IOC_WRITE, 0xAA, 0x08, size_of::<uffdio_span>());
 
@@ -104,6 +116,7 @@ const _: () = {
     assert!(offset_of!(uffd_msg, a) == 8);
     assert!(offset_of!(uffdio_copy, copy) == 32);
     assert!(offset_of!(uffdio_span, done) == 24);
+    assert!(offset_of!(uffdio_move, done) == 32);
     assert!(USERFAULTFD_IOC_NEW == 0x0000_AA00);
     assert!(UFFDIO_API == 0xC018_AA3F);
     assert!(UFFDIO_REGISTER == 0xC020_AA00);
@@ -111,6 +124,7 @@ const _: () = {
     assert!(UFFDIO_WAKE == 0x8010_AA02);
     assert!(UFFDIO_COPY == 0xC028_AA03);
     assert!(UFFDIO_ZEROPAGE == 0xC020_AA04);
+    assert!(UFFDIO_MOVE == 0xC028_AA05);
     assert!(UFFDIO_CONTINUE == 0xC020_AA07);
     assert!(UFFDIO_POISON == 0xC020_AA08);
 };

@@ -38,6 +38,13 @@ pub fn copy(fd: BorrowedFd<'_>, dst: u64, src: u64, len: u64) -> Done {
     done(result, copy.copy, len)
 }
 
+/// UFFDIO_MOVE: bytes whose pages are at `dst` now and no longer at `src`, and why it stopped.
+pub fn move_pages(fd: BorrowedFd<'_>, dst: u64, src: u64, len: u64) -> Done {
+    let mut moved = uffdio_move { dst, src, len, mode: 0, done: 0 };
+    let result = call(fd, UFFDIO_MOVE, &mut moved);
+    done(result, moved.done, len)
+}
+
 /// UFFDIO_ZEROPAGE.
 pub fn zeropage(fd: BorrowedFd<'_>, start: u64, len: u64) -> Done {
     span(fd, UFFDIO_ZEROPAGE, start, len)

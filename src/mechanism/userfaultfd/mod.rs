@@ -20,6 +20,7 @@ use super::{next_id, Address, Content, Installed, Left, Mechanism, Message, Stop
 use crate::capi::types::{KUF_FAULT_MINOR, KUF_FAULT_WRITE};
 use crate::error::{Error, Result};
 use crate::memory::buffer::Buffer;
+use crate::memory::staging::HUGE;
 use crate::memory::Slot;
 use crate::uapi::userfaultfd::*;
 
@@ -82,6 +83,7 @@ impl Userfaultfd {
     fn install_at(&self, slot: &Slot, hva: u64, len: u64, content: Content) -> (u64, Option<Errno>) {
         match content {
             Content::Data(from) => ioctl::copy(self.fd(), hva, from as u64, len),
+            Content::Staged(from) => self.move_huge(hva, from as u64, len),
             Content::InPlace | Content::ZeroInPlace | Content::Shown => ioctl::cont(self.fd(), hva, len),
             Content::Poison | Content::PoisonAtEnd => ioctl::poison(self.fd(), hva, len),
             Content::Zero if slot.granule == rustix::param::page_size() as u64 => ioctl::zeropage(self.fd(), hva, len),
@@ -91,6 +93,16 @@ impl Userfaultfd {
                 Err(_) => (0, Some(Errno::NOMEM)),
             },
         }
+    }
+
+    /// Only a whole huge page is worth moving. Whatever is in the way, the pages that were not moved are where they were,
+    /// to be copied; that no event is unread is true of a copy too.
+    fn move_huge(&self, hva: u64, from: u64, len: u64) -> (u64, Option<Errno>) {
+        if len != HUGE || hva % HUGE != 0 || from % HUGE != 0 {
+            return (0, Some(Errno::INVAL));
+        }
+        let (bytes, errno) = ioctl::move_pages(self.fd(), hva, from, len);
+        (bytes, errno.map(|errno| if errno == Errno::AGAIN { errno } else { Errno::INVAL }))
     }
 
     /// Whether a private huge page that was said to be there is not: the kernel says so too when it has no page to give
@@ -222,6 +234,11 @@ impl Mechanism for Userfaultfd {
     fn place(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<Option<NonNull<u8>>, i32> {
         let Some(shared) = &slot.shared else { return Ok(None) };
         shared.place(slot.bytes_of(pages)).map(Some).map_err(|e| e.raw_os_error())
+    }
+
+    fn moves(&self) -> bool {
+        // A handler that may not open a userfaultfd itself, and adopts one, cannot ask: it finds out.
+        !self.remote && open::offered(true).map_or(true, |(features, _)| features & UFFD_FEATURE_MOVE != 0)
     }
 
     fn install(&self, slot: &Slot, pages: &Range<u64>, content: Content) -> Installed {
