@@ -313,6 +313,10 @@
  * kuf_close, kuf_remove_memory: poison what is still unresolved, so that touching it raises SIGBUS. What a shared file
  * holds there is dropped, in all its mappings; the poison itself is on the slot's own mapping. End the vCPUs: one that
  * is inside KVM may leave it with KVM_EXIT_MMIO at an address in RAM (see KUF_RESOLVE_POISON).
+ *
+ * In the own process, runs of 1 GiB and more are made PROT_NONE instead (KUF_EVENT_CLOSED_OFF; touching them raises
+ * SIGSEGV, and KVM_RUN fails with EFAULT): to poison a terabyte takes many seconds and 2 GiB of page tables. Undone by
+ * mprotect(2).
  */
 #define KUF_CLOSE_POISON (1 << 0)
 
@@ -352,8 +356,9 @@
 #define KUF_EVENT_POISONED 1
 
 /*
- * Pages gpa..gpa+len could not be filled and the kernel cannot poison them (before Linux 6.6). In the own process they
- * were made PROT_NONE (touching raises SIGSEGV); in another process whoever touches them stays blocked.
+ * Pages gpa..gpa+len could not be filled and the kernel cannot poison them (before Linux 6.6), or there are too many for
+ * that (KUF_CLOSE_POISON). In the own process they were made PROT_NONE (touching raises SIGSEGV); in another process
+ * whoever touches them stays blocked.
  */
 #define KUF_EVENT_CLOSED_OFF 2
 
@@ -1115,7 +1120,8 @@ int kuf_ensure(struct kuf *kuf, uint64_t gpa, uint64_t len, int timeout_ms);
 /*
  * Fills a range in the background, behind all demand, in address order, at no more than a given rate. Requests queue
  * up. KUF_EVENT_POPULATED ends each one; a fill that fails ends it early and poisons nothing, for nobody has touched
- * those pages.
+ * those pages. While more is demanded than fill_threads can serve it waits, but not for ever: it keeps about a
+ * sixteenth of its pace.
  *
  * request: request->size set by the caller.
  *

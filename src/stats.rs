@@ -118,6 +118,11 @@ impl Stats {
         }
     }
 
+    /// Faults and vCPU exits so far: changes while there is demand.
+    pub fn demanded(&self) -> u64 {
+        self.faults.get() + self.vcpu_faults.get()
+    }
+
     /// Block times, longest sum first. Fills `out` as far as it goes and returns how many there are.
     pub fn block_times(&self, out: &mut [std::mem::MaybeUninit<kuf_block_time>]) -> usize {
         let mut all: Vec<_> = lock(&self.threads).iter().map(|(thread, blocked)| (*thread, *blocked)).collect();

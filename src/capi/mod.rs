@@ -372,7 +372,8 @@ pub unsafe extern "C" fn kuf_ensure(kuf: *mut kuf, gpa: u64, len: u64, timeout_m
 
 /// Fills a range in the background, behind all demand, in address order, at no more than a given rate. Requests queue
 /// up. KUF_EVENT_POPULATED ends each one; a fill that fails ends it early and poisons nothing, for nobody has touched
-/// those pages.
+/// those pages. While more is demanded than fill_threads can serve it waits, but not for ever: it keeps about a
+/// sixteenth of its pace.
 ///
 /// request: request->size set by the caller.
 ///

@@ -204,6 +204,10 @@ pub const KUF_POPULATE_STOP: u32 = 1 << 0;
 /// kuf_close, kuf_remove_memory: poison what is still unresolved, so that touching it raises SIGBUS. What a shared file
 /// holds there is dropped, in all its mappings; the poison itself is on the slot's own mapping. End the vCPUs: one that
 /// is inside KVM may leave it with KVM_EXIT_MMIO at an address in RAM (see KUF_RESOLVE_POISON).
+///
+/// In the own process, runs of 1 GiB and more are made PROT_NONE instead (KUF_EVENT_CLOSED_OFF; touching them raises
+/// SIGSEGV, and KVM_RUN fails with EFAULT): to poison a terabyte takes many seconds and 2 GiB of page tables. Undone by
+/// mprotect(2).
 pub const KUF_CLOSE_POISON: u32 = 1 << 0;
 /// kuf_close, kuf_remove_memory: fill what is still unresolved first. A page that cannot be filled makes the call fail
 /// with -EIO and leaves the handle open, unless KUF_CLOSE_POISON is given too.
@@ -228,8 +232,9 @@ pub const KUF_PROGRESS_GONE: u32 = 1 << 1;
 
 /// Pages gpa..gpa+len could not be filled (error says why) and are poisoned: touching them raises SIGBUS.
 pub const KUF_EVENT_POISONED: u32 = 1;
-/// Pages gpa..gpa+len could not be filled and the kernel cannot poison them (before Linux 6.6). In the own process they
-/// were made PROT_NONE (touching raises SIGSEGV); in another process whoever touches them stays blocked.
+/// Pages gpa..gpa+len could not be filled and the kernel cannot poison them (before Linux 6.6), or there are too many for
+/// that (KUF_CLOSE_POISON). In the own process they were made PROT_NONE (touching raises SIGSEGV); in another process
+/// whoever touches them stays blocked.
 pub const KUF_EVENT_CLOSED_OFF: u32 = 2;
 /// Every page of the slot gpa..gpa+len is present or removed: the time for kuf_remove_memory without flags. Not raised
 /// for a slot with poisoned pages, which kuf_close and kuf_remove_memory do accept.

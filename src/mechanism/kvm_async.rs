@@ -13,12 +13,12 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{fence, AtomicBool, Ordering};
-use std::sync::RwLock;
 use std::time::{Duration, Instant};
 
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 
+use super::gate::Gate;
 use super::{kvm_ioctl, next_id, Address, Content, Installed, Left, Mechanism, Message, Stop};
 use crate::capi::types::KUF_FAULT_KVM;
 use crate::error::{Error, Result};
@@ -133,7 +133,7 @@ impl Queue {
 pub struct KvmAsync {
     id: u32,
     calls: Box<dyn Calls>,
-    gate: RwLock<()>,
+    gate: Gate,
     queue: Mutex<Queue>,
     /// Reading an empty queue is answered with ENOENT, so one may look without a signal.
     drain: bool,
@@ -157,7 +157,7 @@ impl KvmAsync {
 
     /// Over calls that may be a test's.
     pub fn over(calls: Box<dyn Calls>, drain: bool) -> Self {
-        let (gate, queue, keep) = (RwLock::new(()), Mutex::default(), AtomicBool::new(false));
+        let (gate, queue, keep) = (Gate::default(), Mutex::default(), AtomicBool::new(false));
         Self { id: next_id(), calls, gate, queue, drain, keep }
     }
 
@@ -176,7 +176,7 @@ impl Mechanism for KvmAsync {
         self.id
     }
 
-    fn gate(&self) -> &RwLock<()> {
+    fn gate(&self) -> &Gate {
         &self.gate
     }
 

@@ -6,11 +6,11 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::RwLock;
 
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
+use super::gate::Gate;
 use super::userfaultfd::Userfaultfd;
 use super::{kvm_ioctl, Content, Installed, Left, Mechanism, Message};
 use crate::error::{Error, Result};
@@ -171,7 +171,7 @@ impl Mechanism for KvmBitmap {
         self.under.id()
     }
 
-    fn gate(&self) -> &RwLock<()> {
+    fn gate(&self) -> &Gate {
         self.under.gate()
     }
 

@@ -4,6 +4,7 @@
 //! what the service has to do, the trait has a question: [`Mechanism::marks`], [`Mechanism::vcpu_exits`],
 //! [`Mechanism::reveal`].
 
+pub mod gate;
 pub mod kvm_async;
 pub mod kvm_bitmap;
 pub mod kvm_ioctl;
@@ -13,10 +14,11 @@ use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 
 use crate::error::Result;
 use crate::memory::Slot;
+use gate::Gate;
 
 /// A number for [`Mechanism::id`].
 fn next_id() -> u32 {
@@ -136,7 +138,7 @@ pub trait Mechanism: Send + Sync {
     fn id(&self) -> u32;
 
     /// Held shared while installing, exclusively while reading events and applying them.
-    fn gate(&self) -> &RwLock<()>;
+    fn gate(&self) -> &Gate;
 
     /// Readable when there is something to [`Mechanism::read`]. None when faults arrive by other ways only.
     fn inlet(&self) -> Option<BorrowedFd<'_>>;

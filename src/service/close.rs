@@ -7,11 +7,17 @@ use std::sync::{Arc, PoisonError};
 use super::host::{refuse_inside_callbacks, refuse_inside_fill};
 use super::{Service, Work, DEAD};
 use crate::capi::types::*;
-use crate::claims::Claims;
+use crate::claims::{Claims, Id};
 use crate::error::{Error, Result};
 use crate::mechanism::Content;
 use crate::memory::{Slot, Waiter};
 use crate::pages::State;
+
+/// Runs of pages from this length on, in bytes, are not poisoned at the end but made inaccessible: poison goes page by
+/// page through the kernel and makes page tables, 17 ms and 2 MiB for each GiB. Few enough mappings come of it.
+const CLOSE_OFF: u64 = 1 << 30;
+
+const UNFILLED: &str = "was not filled before the end of its service";
 
 impl Service {
     /// `kuf_remove_memory`.
@@ -215,10 +221,41 @@ impl Service {
         drop(waiters);
         if slot.gone().is_none() {
             for run in runs {
-                let why = "was not filled before the end of its service";
-                self.poison_with(slot, id, run, Content::PoisonAtEnd, libc::ECANCELED, why);
+                if !self.close_off_at_end(slot, id, &run) {
+                    self.poison_with(slot, id, run, Content::PoisonAtEnd, libc::ECANCELED, UNFILLED);
+                }
             }
         }
+        true
+    }
+
+    /// Makes a long run that the claim `id` owns inaccessible, which takes no time and no page tables. False: it is to be
+    /// poisoned.
+    fn close_off_at_end(&self, slot: &Arc<Slot>, id: Id, run: &Range<u64>) -> bool {
+        let (gpa, len) = slot.gpa_of(run);
+        if len < CLOSE_OFF || slot.mechanism.marks() || slot.mechanism.remote() {
+            return false;
+        }
+        {
+            let _gate = slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner);
+            if slot.gone().is_some() {
+                return false;
+            }
+            let (mine, _) = slot.claims().begin_install(run.clone(), id);
+            // The host may have resolved or discarded pages of it since.
+            let whole = mine.first() == Some(run);
+            if whole && slot.in_place() {
+                // What a failed fill has left there is nobody's.
+                slot.scrub(run);
+            }
+            if !whole || !slot.mechanism.close_off(slot, run) {
+                slot.claims().suspend(run.clone(), id);
+                return false;
+            }
+            self.closed_off(slot, id, run);
+        }
+        let text = format!("guest memory {gpa:#x}..{:#x} {UNFILLED}: made inaccessible", gpa + len);
+        self.config.host.event(KUF_EVENT_CLOSED_OFF, gpa, len, libc::ECANCELED, &text);
         true
     }
 }

@@ -407,15 +407,18 @@ impl Service {
         let rest = failed.page..pages.end;
         let held = slot.claims().held(rest.clone(), id);
         let closed = self.close_off(slot, &held);
-        {
-            let mut claims = slot.claims();
-            claims.poison(rest.clone(), id);
-            slot.wake_sleepers(&claims);
-        }
-        self.stats.bytes_poisoned.add((rest.end - rest.start) * slot.granule);
+        self.closed_off(slot, id, &rest);
         let how = if closed { "made inaccessible" } else { "left closed: whoever touches it stays blocked" };
         self.config.host.event(KUF_EVENT_CLOSED_OFF, gpa, len, errno, &format!("{text}: {how}"));
         poisoned + (rest.end - rest.start)
+    }
+
+    /// Books that the claim `id` has closed `pages` for good without poison.
+    pub(super) fn closed_off(&self, slot: &Slot, id: Id, pages: &Range<u64>) {
+        let mut claims = slot.claims();
+        claims.poison(pages.clone(), id);
+        slot.wake_sleepers(&claims);
+        self.stats.bytes_poisoned.add((pages.end - pages.start) * slot.granule);
     }
 
     /// Makes touching `pages` fail where they could not be poisoned. False: there is no way.

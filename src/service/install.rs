@@ -13,9 +13,6 @@ use crate::mechanism::{Content, Installed, Stop};
 use crate::memory::{Slot, Waiter};
 use crate::pages::State;
 
-/// Longest stretch opened under one hold of the gate: reading the kernel's events waits that long at most.
-const STRETCH: u64 = 256 << 10;
-
 /// How long an install is tried again for want of memory: guests are stopped meanwhile, but a page given up is lost.
 const MEMORY_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -60,15 +57,18 @@ impl Service {
         bytes: Bytes<'_>,
     ) -> (u64, Result<(), Failed>) {
         let started = bytes.since.unwrap_or_else(Instant::now);
-        // Marks are taken off a run in one go, whatever its length.
-        let stretch = if slot.mechanism.marks() { u64::MAX } else { (STRETCH / slot.granule).max(1) };
         let (mut done, mut at, mut bytes) = (Done::default(), pages.start, bytes);
         if let Content::Staged(from) = bytes.content {
             at = self.install_staged(slot, id, pages.clone(), bytes, &mut done);
             bytes.content = Content::Data(from);
         }
+        let since_open = started.saturating_duration_since(self.opened);
+        let stretch = self.stretch(slot, pages.end - at, bytes.content, since_open);
         let mut result = Ok(());
         while at < pages.end && result.is_ok() {
+            if at > pages.start {
+                slot.mechanism.gate().let_pass();
+            }
             let part = at..pages.end.min(at.saturating_add(stretch));
             at = part.end;
             result = self.install_stretch(slot, id, part, bytes, &mut done);

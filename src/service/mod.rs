@@ -5,6 +5,7 @@
 //! `replay`). What was demanded is written down in `record`.
 
 mod ahead;
+mod behind;
 mod caller;
 mod close;
 pub mod config;
@@ -122,6 +123,7 @@ pub struct Service {
     waking: threads::Waking,
     ready: Ready,
     populate: populate::Queue,
+    lately: behind::Lately,
     recorder: record::Recorder,
     ahead: ahead::Ahead,
     buffers: Pool,
@@ -166,6 +168,7 @@ impl Service {
             waking: threads::Waking::new(!config.direct)?,
             ready: Ready::new()?,
             populate: populate::Queue::default(),
+            lately: behind::Lately::default(),
             recorder: record::Recorder::default(),
             ahead: ahead::Ahead::default(),
             buffers: Pool::default(),

@@ -19,6 +19,9 @@ use crate::sync::{lock, Condvar, Mutex};
 /// How often populate looks again for what it waits for: demand to be served, deferred runs to come back.
 const LOOK: Duration = Duration::from_micros(200);
 
+/// How many times as long as its last run took populate waits at most for demand to be served.
+const SHARE: u32 = 16;
+
 /// How often a range is gone through for pages that became absent behind the scan.
 const ROUNDS: u32 = 8;
 
@@ -106,6 +109,8 @@ struct Ahead<'a> {
     on_failure: OnFailure,
     /// Recordings that come meanwhile go first.
     gives_way: bool,
+    /// What the last run took.
+    took: Duration,
 }
 
 /// What a request may do without asking again.
@@ -118,8 +123,10 @@ struct Pace {
 
 impl Pace {
     fn due(&self) -> Duration {
-        let due = if self.rate == 0 { 0.0 } else { self.bytes as f64 / self.rate as f64 };
-        Duration::from_secs_f64(due).saturating_sub(self.started.elapsed())
+        if self.rate == 0 {
+            return Duration::ZERO;
+        }
+        Duration::from_secs_f64(self.bytes as f64 / self.rate as f64).saturating_sub(self.started.elapsed())
     }
 }
 
@@ -168,7 +175,7 @@ impl Service {
         let stop =
             |service: &Service| service.check_open().is_err() || !sweep && lock(&service.populate.state).era != era;
         let on_failure = if sweep { OnFailure::Poison } else { OnFailure::End };
-        let mut ahead = Ahead { pace, stop: &stop, on_failure, gives_way: !sweep };
+        let mut ahead = Ahead { pace, stop: &stop, on_failure, gives_way: !sweep, took: LOOK };
         let result = self.fill_target(&Target::Runs(self.runs(request.range)), &mut ahead);
         if self.check_open().is_ok() && !sweep {
             self.push(populated(request.range, result.err().unwrap_or(0)));
@@ -178,7 +185,7 @@ impl Service {
     fn work_on_replay(&self, recording: &Recording, era: u64) {
         let pace = Pace { started: Instant::now(), rate: 0, bytes: 0 };
         let stop = |service: &Service| service.check_open().is_err() || lock(&service.populate.state).era != era;
-        let mut ahead = Ahead { pace, stop: &stop, on_failure: OnFailure::End, gives_way: false };
+        let mut ahead = Ahead { pace, stop: &stop, on_failure: OnFailure::End, gives_way: false, took: LOOK };
         let result = self.fill_target(&Target::Recording(recording, self.memory.map()), &mut ahead);
         if self.check_open().is_ok() {
             self.push(replayed(result.err().unwrap_or(0)));
@@ -206,7 +213,7 @@ impl Service {
     pub(super) fn populate_now(&self, range: Option<(u64, u64)>) -> Step {
         let pace = Pace { started: Instant::now(), rate: 0, bytes: 0 };
         let stop = |service: &Service| service.check_open().is_err();
-        let mut ahead = Ahead { pace, stop: &stop, on_failure: OnFailure::Leave, gives_way: false };
+        let mut ahead = Ahead { pace, stop: &stop, on_failure: OnFailure::Leave, gives_way: false, took: LOOK };
         self.fill_target(&Target::Runs(self.runs(range)), &mut ahead)
     }
 
@@ -264,7 +271,9 @@ impl Service {
                 run.wanted = Some(run.pages.start);
             }
             from = run.pages.start;
-            if let Err(errno) = self.fill(&run) {
+            let filled = self.fill(&run);
+            ahead.took = run.since.elapsed();
+            if let Err(errno) = filled {
                 failed = Err(errno);
                 if ahead.on_failure == OnFailure::End {
                     return failed;
@@ -297,12 +306,16 @@ impl Service {
 
     /// Demand first, and no more ahead of the source than was agreed.
     fn let_demand_pass(&self, slot: &Arc<Slot>, ahead: &Ahead<'_>) {
+        let mut since = None;
+        // Demand that never ends does not keep a request from ending.
+        let patience = ahead.took.saturating_mul(SHARE);
         loop {
             self.give_way(ahead);
             let deferred = slot.claims().tally().deferred * slot.granule;
             let due = ahead.pace.due();
-            if (ahead.stop)(self) || self.work.1.is_empty() && deferred < self.config.populate_inflight && due.is_zero()
-            {
+            let demanded = !self.work.1.is_empty() && since.get_or_insert_with(Instant::now).elapsed() < patience;
+            if (ahead.stop)(self) || !demanded && deferred < self.config.populate_inflight && due.is_zero() {
+                slot.mechanism.gate().let_pass();
                 return;
             }
             let state = lock(&self.populate.state);

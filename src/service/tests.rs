@@ -5,13 +5,14 @@ use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::config::{Config, Host, NewMemory, Resolution, Which};
 use super::Service;
 use crate::capi::types::*;
 use crate::error::Result;
+use crate::mechanism::gate::Gate;
 use crate::mechanism::userfaultfd::Userfaultfd;
 use crate::mechanism::{Content, Installed, Left, Mechanism, Message, Stop};
 use crate::memory::{Opaque, Slot};
@@ -32,7 +33,7 @@ impl Mechanism for Faulty {
     fn id(&self) -> u32 {
         self.real.id()
     }
-    fn gate(&self) -> &RwLock<()> {
+    fn gate(&self) -> &Gate {
         self.real.gate()
     }
     fn inlet(&self) -> Option<BorrowedFd<'_>> {

@@ -235,6 +235,41 @@ static void handing_over(void)
     close(uffd);
 }
 
+/* A terabyte that was hardly touched: to poison it page by page would take many seconds and 2 GiB of page tables. */
+static void long_runs(void)
+{
+    const uint64_t size = UINT64_C(1) << 40, near_end = size - 4 * page;
+    const struct {
+        uint64_t at;
+        int raises;
+    } looks[] = {{page, SIGSEGV}, {size / 2 + page, SIGSEGV}, {near_end - page, SIGSEGV},
+                 {near_end + page, poison_signal()}, {size - page, poison_signal()}};
+    for (int remove = 0; remove < 2; remove++) {
+        struct source source = SOURCE_INIT;
+        struct kuf *kuf = open_with((struct kuf_options){.fill = source_fill, .event = source_event, .opaque = &source,
+                                                         .demand_run = page});
+        unsigned char *ram = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        must(ram != MAP_FAILED, "a terabyte of address space");
+        add(kuf, BASE, ram, size);
+        const uint64_t touched[] = {0, size / 2, near_end};
+        for (size_t i = 0; i < sizeof(touched) / sizeof(touched[0]); i++)
+            ok(holds_content(ram + touched[i], BASE + touched[i], page, 1), "page %#" PRIx64 " is touched", touched[i]);
+        if (remove)
+            is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON), 0, "kuf_remove_memory with KUF_CLOSE_POISON");
+        close_with(kuf, KUF_CLOSE_POISON);
+        is(source.events[KUF_EVENT_CLOSED_OFF], 2 + (poison_event() == KUF_EVENT_CLOSED_OFF),
+           "long runs are made inaccessible, and it is said");
+        is(source.last[KUF_EVENT_CLOSED_OFF].error, -ECANCELED, "and why");
+        is(source.events[KUF_EVENT_POISONED], poison_event() == KUF_EVENT_POISONED, "a short one is poisoned");
+        for (size_t i = 0; i < sizeof(touched) / sizeof(touched[0]); i++)
+            ok(holds_content(ram + touched[i], BASE + touched[i], page, 1), "page %#" PRIx64 " stays", touched[i]);
+        for (size_t i = 0; i < sizeof(looks) / sizeof(looks[0]); i++)
+            is(touch(ram + looks[i].at), looks[i].raises, "page %#" PRIx64 " shows no zeroes", looks[i].at);
+        ok(!is_registered(ram), "no registration is left");
+        munmap(ram, size);
+    }
+}
+
 int main(void)
 {
     begin();
@@ -244,5 +279,6 @@ int main(void)
     while_fills_run();
     while_calls_wait();
     handing_over();
+    long_runs();
     return done();
 }

@@ -26,6 +26,42 @@ static void drop(uint64_t gpa)
     is(kuf_discard(kuf, gpa, PAGES * page_size(), 0), 0, "pages are dropped");
 }
 
+static atomic_bool demand_is_stuck;
+
+static int fill_unless_stuck(void *opaque, struct kuf_fill *fill)
+{
+    while ((fill->flags & KUF_FILL_DEMAND) != 0 && atomic_load(&demand_is_stuck))
+        sleep_ms(1);
+    return source_fill(opaque, fill);
+}
+
+/* More demand than there are places for, all the while. */
+static void under_steady_demand(size_t page, size_t length)
+{
+    static struct source other = SOURCE_INIT;
+    static struct toucher touchers[3];
+    struct kuf *busy = open_with((struct kuf_options){.fill = fill_unless_stuck, .event = source_event, .opaque = &other,
+                                                      .fill_threads = 1, .demand_run = page});
+    unsigned char *filled = map_anonymous(length), *touched = map_anonymous(length);
+    add(busy, LOW, filled, length);
+    add(busy, HIGH, touched, length);
+    atomic_store(&demand_is_stuck, true);
+    for (uint64_t i = 0; i < 3; i++) {
+        touchers[i] = (struct toucher){.memory = touched + 8 * i * page, .gpa = HIGH + 8 * i * page, .length = page,
+                                       .generation = 1};
+        start_toucher(&touchers[i]);
+    }
+    comes_to(stats_of(busy).faults, 3, "three pages are waited for, and one can be filled at a time");
+    struct kuf_populate request = {.size = sizeof(request), .gpa = LOW, .len = length};
+    is(kuf_populate(busy, &request), 0, "a request is taken");
+    comes_to(progress_of(busy, LOW).present, length, "demand that does not end does not keep it from being filled");
+    is(progress_of(busy, HIGH).present, 0, "and nothing of the demand was");
+    atomic_store(&demand_is_stuck, false);
+    for (int i = 0; i < 3; i++)
+        ok(join_toucher(&touchers[i]), "a toucher goes on");
+    close_with(busy, KUF_CLOSE_POISON);
+}
+
 int main(void)
 {
     begin();
@@ -113,5 +149,6 @@ int main(void)
     is(last_event(&source, KUF_EVENT_POPULATED).error, 0, "then the request ends");
     close_with(kuf, KUF_CLOSE_POISON);
     is(atomic_load(&source.released), 1, "released once");
+    under_steady_demand(page, length);
     return done();
 }

@@ -12,10 +12,11 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::gate::Gate;
 use super::{next_id, Address, Content, Installed, Left, Mechanism, Message, Stop};
 use crate::capi::types::{KUF_FAULT_MINOR, KUF_FAULT_WRITE};
 use crate::error::{Error, Result};
@@ -31,7 +32,7 @@ const BATCH: usize = 64;
 pub struct Userfaultfd {
     id: u32,
     fd: OwnedFd,
-    gate: RwLock<()>,
+    gate: Gate,
     adopted: bool,
     /// Its memory is another process's.
     remote: bool,
@@ -72,7 +73,7 @@ impl Userfaultfd {
     }
 
     fn new(fd: OwnedFd, adopted: bool, remote: bool) -> Self {
-        Self { id: next_id(), fd, gate: RwLock::new(()), adopted, remote }
+        Self { id: next_id(), fd, gate: Gate::default(), adopted, remote }
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
@@ -171,7 +172,7 @@ impl Mechanism for Userfaultfd {
         self.id
     }
 
-    fn gate(&self) -> &RwLock<()> {
+    fn gate(&self) -> &Gate {
         &self.gate
     }
 
