@@ -89,4 +89,6 @@ pub enum Resolution {
     Zero,
     InPlace,
     Poison,
+    /// Nothing: the pages hold their bytes already.
+    Present,
 }

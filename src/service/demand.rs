@@ -37,7 +37,7 @@ impl Service {
     pub(super) fn serve(&self, fault: Fault) {
         let since = Instant::now();
         self.stats.queueing.record(since.saturating_duration_since(fault.read_at));
-        let (slot, page, flags) = (fault.slot.clone(), fault.page, fault.flags);
+        let (slot, page, flags, thread) = (fault.slot.clone(), fault.page, fault.flags, fault.thread);
         if slot.gone().is_some() {
             return;
         }
@@ -45,7 +45,7 @@ impl Service {
             Task::Nothing => {}
             Task::Fill(id, pages) => {
                 // A failure has poisoned the page and told the host.
-                let _ = self.fill(&Run { slot, id, pages, wanted: Some(page), since });
+                let _ = self.fill(&Run { slot, id, pages, wanted: Some(page), thread, since });
             }
             Task::Zero(id) => self.zero(&slot, id, page..page + 1),
             Task::Map(id) => self.map(&slot, id, page),
@@ -238,7 +238,9 @@ impl Service {
                 let content = if self.check_open().is_ok() { Content::Poison } else { Content::PoisonAtEnd };
                 let marked = slot.mechanism.install(slot, &pages, content);
                 let mut claims = slot.claims();
-                claims.poison(pages.clone(), id);
+                for waiter in claims.poison(pages.clone(), id) {
+                    self.stats.overlap.end(waiter.thread, Instant::now());
+                }
                 slot.wake_sleepers(&claims);
                 marked.stop
             };
@@ -371,7 +373,8 @@ impl Service {
                     if let Some((id, pages)) = claimed {
                         self.record(slot, &pages);
                         self.strode(slot, &pages);
-                        let run = Run { slot: slot.clone(), id, pages, wanted: Some(page), since: Instant::now() };
+                        let (slot, wanted, since) = (slot.clone(), Some(page), Instant::now());
+                        let run = Run { slot, id, pages, wanted, thread: 0, since };
                         one_by_one = self.fill(&run).is_err();
                     }
                 }

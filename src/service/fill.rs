@@ -27,6 +27,8 @@ pub struct Run {
     pub pages: Range<u64>,
     /// The page somebody waits for; None when nobody does.
     pub wanted: Option<u64>,
+    /// The thread that touched it first, or 0.
+    pub thread: u32,
     /// When this began.
     pub since: Instant,
 }
@@ -67,7 +69,7 @@ impl Service {
     }
 
     fn fill_once(&self, run: &Run) -> Result<(), i32> {
-        let Run { slot, id, pages, wanted, since } = run;
+        let Run { slot, id, pages, wanted, since, .. } = run;
         let (id, demand) = (*id, wanted.is_some());
         let mut place = None;
         let asked = match &slot.source {
@@ -128,7 +130,7 @@ impl Service {
         let in_place = if matches!(place, Place::InPlace { .. }) { KUF_FILL_IN_PLACE } else { 0 };
         let demand = if run.wanted.is_some() { KUF_FILL_DEMAND } else { 0 };
         self.stats.fills.add(1);
-        self.config.host.fill(&run.slot, run.id, &run.pages, place.at(), in_place | demand)
+        self.config.host.fill(run, place.at(), in_place | demand)
     }
 
     /// Asks a built-in source, and has it read into a place if that is what it takes.
@@ -323,6 +325,7 @@ impl Service {
                 waiters = others;
                 mine
             };
+            let thread = mine.first().map_or(0, |waiter| waiter.thread);
             let claimed = {
                 let mut claims = slot.claims();
                 let terms = slot.fill_terms(true);
@@ -333,7 +336,8 @@ impl Service {
             };
             if let Some((id, pages)) = claimed {
                 // One page: it is filled or poisoned.
-                let _ = self.fill(&Run { slot: slot.clone(), id, pages, wanted: Some(page), since: Instant::now() });
+                let (slot, wanted, since) = (slot.clone(), Some(page), Instant::now());
+                let _ = self.fill(&Run { slot, id, pages, wanted, thread, since });
             }
         }
         Err(errno)

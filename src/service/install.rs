@@ -67,8 +67,10 @@ impl Service {
             at = part.end;
             result = self.install_stretch(slot, id, part, bytes, &mut done);
         }
-        let ended = done.ended.unwrap_or_else(Instant::now);
-        self.stats.installing.record(ended.saturating_duration_since(started));
+        if done.opened > 0 || result.is_ok() {
+            let ended = done.ended.unwrap_or_else(Instant::now);
+            self.stats.installing.record(ended.saturating_duration_since(started));
+        }
         if let Some(work) = self.completion(slot) {
             self.work_on(work);
         }
@@ -294,7 +296,8 @@ impl Service {
         match content {
             Content::Data(_) => self.stats.bytes_copied.add(bytes),
             Content::Zero | Content::ZeroInPlace => self.stats.bytes_zeroed.add(bytes),
-            Content::Shown => {}
+            // Counted when its bytes came, or nobody here has brought them.
+            Content::Shown | Content::There => {}
             Content::InPlace => self.stats.bytes_in_place.add(bytes),
             Content::Poison | Content::PoisonAtEnd => self.stats.bytes_poisoned.add(bytes),
         }

@@ -156,7 +156,8 @@ impl Service {
             let claimed = slot.claims().claim(&slot.pages, page, 1, State::Absent, terms);
             if let Some((id, pages)) = claimed {
                 // A failure has poisoned the page and told the host.
-                let _ = self.fill(&Run { slot: slot.clone(), id, pages, wanted: Some(page), since: Instant::now() });
+                let (slot, wanted, since) = (slot.clone(), Some(page), Instant::now());
+                let _ = self.fill(&Run { slot, id, pages, wanted, thread: 0, since });
             }
         }
     }

@@ -316,7 +316,7 @@ impl Service {
         let mut claims = slot.claims();
         let run = slot.pages.first_run(pages, State::Absent, max)?;
         let (id, pages) = claims.claim(&slot.pages, run.start, run.end - run.start, State::Absent, terms)?;
-        Some(Run { slot: slot.clone(), id, pages, wanted: None, since: Instant::now() })
+        Some(Run { slot: slot.clone(), id, pages, wanted: None, thread: 0, since: Instant::now() })
     }
 
     /// The pages of every slot that a guest physical range touches.
