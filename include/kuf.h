@@ -298,6 +298,20 @@
 #define KUF_RESOLVE_POISON (1 << 2)
 
 /*
+ * kuf_resolve: src is NULL, and the library looks which pages of the range hold their bytes already: private memory of
+ * this process that was filled before kuf_add_memory, or by the host's own UFFDIO_COPY on a userfaultfd that it brought.
+ * These become present, and who waits for them is woken; the others stay what they were and are no error. It takes two
+ * looks at the page tables for 256 KiB. (KUF_RESOLVE_ZERO, which does not replace a page that is there, takes a system
+ * call for each page, and makes a page of zeroes where there is none.)
+ *
+ * A page is there when touching it raises no fault that the library would hear of: it is mapped (the kernel's page of
+ * zeroes too, which memory holds that was only read) or swapped out. Of what is swapped out these pages are not found:
+ * write-protected ones (UFFDIO_WRITEPROTECT), shared ones, and any if /proc/self/pagemap cannot be opened. A page that
+ * was marked with UFFDIO_POISON before the slot was added may be found: touching it raises SIGBUS as before.
+ */
+#define KUF_RESOLVE_PRESENT (1 << 3)
+
+/*
  * kuf_discard: the guest gave the range back (balloon, free page reporting): it reads as zero from now on. Without
  * it, the range refills from the source.
  */
@@ -518,6 +532,13 @@ struct kuf_fill {
      * was truncated) is a fill that failed with -EFAULT, guest memory that is not present itself one with -EDEADLK.
      */
     const void *src;
+    /*
+     * With KUF_FILL_DEMAND: thread id of the first toucher, where the kernel names it (KUF_FEATURE_THREAD_ID). 0: not
+     * known, or nobody waits, or it is the calling thread itself (kuf_ensure, kuf_vcpu_fault).
+     */
+    uint32_t thread;
+    /* Zero. */
+    uint32_t reserved;
 };
 
 /*
@@ -529,9 +550,9 @@ struct kuf_fill {
  * kuf_vcpu_fault, or kuf_close or kuf_remove_memory with KUF_CLOSE_POPULATE; by several threads at once for different
  * runs. No lock is held. It may block and take its time: other pages are served while a fill thread is free. It may
  * call kuf_resolve (also for its own run, then return KUF_DEFERRED), kuf_discard, kuf_pending, kuf_populate,
- * kuf_record_start, kuf_record_stop, kuf_replay, kuf_kvm_owned, kuf_kvm_bitmap, kuf_progress, kuf_stats and
- * kuf_block_times. Calls that could wait for it return -EDEADLK, on any handle: kuf_close, kuf_add_memory,
- * kuf_remove_memory, kuf_poll, kuf_read, kuf_ensure, kuf_vcpu_fault, kuf_quiesce; and, on a slot with
+ * kuf_record_start, kuf_record_stop, kuf_replay, kuf_kvm_owned, kuf_kvm_bitmap, kuf_progress, kuf_stats,
+ * kuf_watch_threads and kuf_block_times. Calls that could wait for it return -EDEADLK, on any handle: kuf_close,
+ * kuf_add_memory, kuf_remove_memory, kuf_poll, kuf_read, kuf_ensure, kuf_vcpu_fault, kuf_quiesce; and, on a slot with
  * KUF_MEMORY_MEMSLOT, kuf_discard. It must not touch unresolved guest memory (it would wait for itself). A Rust panic
  * is caught and counts as -ENOTRECOVERABLE; a C++ exception or longjmp must not leave it.
  */
@@ -863,6 +884,8 @@ struct kuf_stats {
     struct kuf_histogram blocked;
     /* Of all bytes made present, those that were brought ahead of a toucher, with nobody waiting (kuf_options.demand_run). */
     uint64_t bytes_ahead;
+    /* Time, from the reading of a fault each, during which all threads of kuf_watch_threads waited at once, up to now. */
+    uint64_t blocked_all_ns;
 };
 
 /* How long one thread was kept waiting by page faults. */
@@ -1053,8 +1076,8 @@ ssize_t kuf_read(struct kuf *kuf,
  * guest has given back stay given back.
  *
  * gpa, len: multiples of the granule, len not 0, within one slot.
- * src: len readable bytes, any alignment, not unresolved guest memory; NULL with KUF_RESOLVE_ZERO, _IN_PLACE or
- * _POISON. Not kept.
+ * src: len readable bytes, any alignment, not unresolved guest memory; NULL with KUF_RESOLVE_ZERO, _IN_PLACE, _POISON
+ * or _PRESENT. Not kept.
  * flags: 0 or one KUF_RESOLVE_*.
  *
  * Never waits for host code: a page whose fill callback is running at this moment in place takes the bytes when the
@@ -1062,15 +1085,17 @@ ssize_t kuf_read(struct kuf *kuf,
  * count in what is returned, which may be 0 as for a page that is there already (kuf_progress tells the two apart).
  *
  * Returns the bytes that this call made present (or poisoned); bytes that were present, given back, or are being made
- * present by another thread do not count. Any thread, also from callbacks.
+ * present by another thread do not count, nor do those that KUF_RESOLVE_PRESENT has not found. Any thread, also from
+ * callbacks.
  * -EINVAL: kuf is NULL, src is NULL or not as flags say, an unknown flag or two of them, misaligned, len is 0,
- *   overflow; KUF_RESOLVE_IN_PLACE on a slot that is not filled in place. -ENOENT: gpa is in no slot. -ERANGE: the
- *   range leaves its slot.
+ *   overflow; KUF_RESOLVE_IN_PLACE on a slot that is not filled in place, KUF_RESOLVE_PRESENT on one that is.
+ *   -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot. -ENOTSUP: KUF_RESOLVE_PRESENT on memory of another
+ *   process.
  * -EFAULT: src is not readable over len bytes; what could be read up to there may be present (the call can be
  *   repeated).
  * -EDEADLK: src is itself guest memory that is not present. -ENOMEM: the kernel has no memory for the pages. -ESRCH:
  *   the process behind the slot is gone. -EIO: the service is dead.
- * Kernel: UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE.
+ * Kernel: UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE; /proc/self/pagemap, mincore.
  */
 ssize_t kuf_resolve(struct kuf *kuf, uint64_t gpa, const void *src, size_t len, uint32_t flags);
 
@@ -1296,6 +1321,22 @@ int kuf_progress(struct kuf *kuf, uint64_t gpa, struct kuf_progress *out);
  * -EINVAL: kuf or out is NULL, size below that of the first version.
  */
 int kuf_stats(struct kuf *kuf, struct kuf_stats *out);
+
+/*
+ * Names the threads for which kuf_stats.blocked_all_ns is kept: the vCPUs, whose common wait is time that the guest does
+ * not run at all. Replaces those of the last call and keeps the time counted so far. A thread that waits already counts
+ * from its next fault on.
+ *
+ * threads: n thread ids as in gettid(2), in the pid namespace of the process that opened the userfaultfd; may be NULL
+ * when n is 0, which ends it. Copied; one that is named twice counts once.
+ *
+ * Where the kernel does not name threads (KUF_FEATURE_THREAD_ID) the time stays 0, and so for those who wait in
+ * kuf_ensure and kuf_vcpu_fault.
+ *
+ * Returns 0. Any thread, also from callbacks.
+ * -EINVAL: kuf is NULL, threads is NULL and n is not 0, n is above 65536, a thread id is 0.
+ */
+int kuf_watch_threads(struct kuf *kuf, const uint32_t *threads, size_t n);
 
 /*
  * How long each thread was kept waiting, longest sum first; empty where the kernel does not name threads

@@ -16,7 +16,7 @@
 //! | `mechanism` | what differs between kernels, behind one trait: `userfaultfd`, `kvm_bitmap`, `kvm_async` |
 //! | `source` | built-in page sources: files, memory, zero |
 //! | `uapi` | the kernel's constants and structs; no logic |
-//! | `probe`, `stats`, `error`, `panics`, `sync` | this host; counters; failures in words; panics kept inside; std or loom |
+//! | `probe`, `stats`, `overlap`, `error`, `panics`, `sync` | this host; counters; who stood still at once; failures in words; panics kept inside; std or loom |
 //!
 //! `docs/architecture.md` follows one fault through them.
 
@@ -37,6 +37,8 @@ mod error;
 mod mechanism;
 #[cfg(not(loom))]
 mod memory;
+#[cfg(not(loom))]
+mod overlap;
 #[doc(hidden)]
 pub mod pages;
 #[cfg(not(loom))]

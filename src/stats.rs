@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::capi::types::{kuf_block_time, kuf_histogram, kuf_stats, KUF_HISTOGRAM_BUCKETS};
+use crate::overlap::Overlap;
 use crate::sync::{lock, Mutex};
 
 /// A log2 histogram of nanoseconds.
@@ -24,7 +25,7 @@ impl Default for Histogram {
 impl Histogram {
     /// Counts one value.
     pub fn record(&self, value: Duration) {
-        let ns = u64::try_from(value.as_nanos()).unwrap_or(u64::MAX);
+        let ns = nanoseconds(value);
         self.buckets[bucket(ns)].fetch_add(1, Ordering::Relaxed);
         self.sum.fetch_add(ns, Ordering::Relaxed);
         if self.max.load(Ordering::Relaxed) < ns {
@@ -41,6 +42,10 @@ impl Histogram {
         // Summed from what was read, so that count and buckets agree whatever is recorded meanwhile.
         kuf_histogram { count: bucket.iter().sum(), sum_ns, max_ns, bucket }
     }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn bucket(ns: u64) -> usize {
@@ -72,6 +77,7 @@ macro_rules! stats {
             $(pub $counter: Counter,)*
             $(pub $histogram: Histogram,)*
             threads: Mutex<BTreeMap<u32, Blocked>>,
+            pub overlap: Overlap,
         }
 
         impl Stats {
@@ -82,6 +88,7 @@ macro_rules! stats {
                     reserved: 0,
                     $($counter: self.$counter.get(),)*
                     $($histogram: self.$histogram.to_c(),)*
+                    blocked_all_ns: nanoseconds(self.overlap.total()),
                 }
             }
         }
@@ -110,6 +117,7 @@ impl Stats {
         let waited = now.saturating_duration_since(read_at);
         self.blocked.record(waited);
         if thread != 0 {
+            self.overlap.end(thread, now);
             let mut threads = lock(&self.threads);
             let blocked = threads.entry(thread).or_default();
             blocked.faults += 1;
@@ -127,9 +135,8 @@ impl Stats {
     pub fn block_times(&self, out: &mut [std::mem::MaybeUninit<kuf_block_time>]) -> usize {
         let mut all: Vec<_> = lock(&self.threads).iter().map(|(thread, blocked)| (*thread, *blocked)).collect();
         all.sort_by_key(|(thread, blocked)| (std::cmp::Reverse(blocked.total), *thread));
-        let ns = |d: Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
         for (to, (thread, b)) in out.iter_mut().zip(&all) {
-            let (total_ns, max_ns) = (ns(b.total), ns(b.max));
+            let (total_ns, max_ns) = (nanoseconds(b.total), nanoseconds(b.max));
             to.write(kuf_block_time { thread: *thread, reserved: 0, faults: b.faults, total_ns, max_ns });
         }
         all.len()

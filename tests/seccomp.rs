@@ -770,6 +770,10 @@ fn resolved(setup: &Setup) {
         touches(setup, *ram, 24..25, |_| 0);
         setup.touch.wait();
     }
+    let gpa = setup.rams[0].gpa(20);
+    // SAFETY: a handle.
+    let found = unsafe { kuf_resolve(setup.serviced.0, gpa, null(), 8 * PAGE as usize, KUF_RESOLVE_PRESENT) };
+    check(found == 0, "kuf_resolve of what is there: all of it was known");
 }
 
 fn discarded(setup: &Setup) {

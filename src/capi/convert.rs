@@ -42,7 +42,7 @@ sized! {
     kuf_populate: 32,
     kuf_probe: 2088,
     kuf_progress: 72,
-    kuf_stats: 1600,
+    kuf_stats: 1616,
 }
 
 const _: () = assert!(size_of::<kuf_fault>() == 64);
@@ -117,6 +117,26 @@ pub unsafe fn room<'a, T>(at: *mut T, name: &str, n: usize) -> Result<&'a mut [M
     }
     // SAFETY: the caller's promise.
     Ok(unsafe { std::slice::from_raw_parts_mut(at.cast(), n) })
+}
+
+/// The ids of `kuf_watch_threads`.
+///
+/// # Safety
+/// `at` is NULL or points to `n` ids that nobody writes meanwhile.
+pub unsafe fn threads<'a>(at: *const u32, n: usize) -> Result<&'a [u32]> {
+    const MOST: usize = 1 << 16;
+    if n == 0 {
+        return Ok(&[]);
+    }
+    if at.is_null() || n > MOST {
+        return invalid(format!("threads is NULL, or n is {n} and more than {MOST}"));
+    }
+    // SAFETY: the caller's promise.
+    let threads = unsafe { std::slice::from_raw_parts(at, n) };
+    if threads.contains(&0) {
+        return invalid("threads holds 0, which is no thread id".into());
+    }
+    Ok(threads)
 }
 
 fn invalid<T>(text: String) -> Result<T> {
@@ -357,12 +377,13 @@ pub fn populate(p: &kuf_populate) -> Result<NewPopulate> {
 
 /// What `kuf_resolve` was given.
 pub fn resolution(src: *const c_void, flags: u32) -> Result<Resolution> {
-    check_flags("flags", flags.into(), (KUF_RESOLVE_ZERO | KUF_RESOLVE_IN_PLACE | KUF_RESOLVE_POISON).into())?;
+    const KNOWN: u32 = KUF_RESOLVE_ZERO | KUF_RESOLVE_IN_PLACE | KUF_RESOLVE_POISON | KUF_RESOLVE_PRESENT;
+    check_flags("flags", flags.into(), KNOWN.into())?;
     let without_src = |how| {
         if src.is_null() {
             Ok(how)
         } else {
-            invalid("src has to be NULL with KUF_RESOLVE_ZERO, _IN_PLACE and _POISON".into())
+            invalid("src has to be NULL with KUF_RESOLVE_ZERO, _IN_PLACE, _POISON and _PRESENT".into())
         }
     };
     match flags {
@@ -371,6 +392,7 @@ pub fn resolution(src: *const c_void, flags: u32) -> Result<Resolution> {
         KUF_RESOLVE_ZERO => without_src(Resolution::Zero),
         KUF_RESOLVE_IN_PLACE => without_src(Resolution::InPlace),
         KUF_RESOLVE_POISON => without_src(Resolution::Poison),
+        KUF_RESOLVE_PRESENT => without_src(Resolution::Present),
         _ => invalid("flags has more than one KUF_RESOLVE_*".into()),
     }
 }

@@ -277,8 +277,8 @@ pub unsafe extern "C" fn kuf_read(kuf: *mut kuf, faults: *mut kuf_fault, n: usiz
 /// guest has given back stay given back.
 ///
 /// gpa, len: multiples of the granule, len not 0, within one slot.
-/// src: len readable bytes, any alignment, not unresolved guest memory; NULL with KUF_RESOLVE_ZERO, _IN_PLACE or
-/// _POISON. Not kept.
+/// src: len readable bytes, any alignment, not unresolved guest memory; NULL with KUF_RESOLVE_ZERO, _IN_PLACE, _POISON
+/// or _PRESENT. Not kept.
 /// flags: 0 or one KUF_RESOLVE_*.
 ///
 /// Never waits for host code: a page whose fill callback is running at this moment in place takes the bytes when the
@@ -286,15 +286,17 @@ pub unsafe extern "C" fn kuf_read(kuf: *mut kuf, faults: *mut kuf_fault, n: usiz
 /// count in what is returned, which may be 0 as for a page that is there already (kuf_progress tells the two apart).
 ///
 /// Returns the bytes that this call made present (or poisoned); bytes that were present, given back, or are being made
-/// present by another thread do not count. Any thread, also from callbacks.
+/// present by another thread do not count, nor do those that KUF_RESOLVE_PRESENT has not found. Any thread, also from
+/// callbacks.
 /// -EINVAL: kuf is NULL, src is NULL or not as flags say, an unknown flag or two of them, misaligned, len is 0,
-///   overflow; KUF_RESOLVE_IN_PLACE on a slot that is not filled in place. -ENOENT: gpa is in no slot. -ERANGE: the
-///   range leaves its slot.
+///   overflow; KUF_RESOLVE_IN_PLACE on a slot that is not filled in place, KUF_RESOLVE_PRESENT on one that is.
+///   -ENOENT: gpa is in no slot. -ERANGE: the range leaves its slot. -ENOTSUP: KUF_RESOLVE_PRESENT on memory of another
+///   process.
 /// -EFAULT: src is not readable over len bytes; what could be read up to there may be present (the call can be
 ///   repeated).
 /// -EDEADLK: src is itself guest memory that is not present. -ENOMEM: the kernel has no memory for the pages. -ESRCH:
 ///   the process behind the slot is gone. -EIO: the service is dead.
-/// Kernel: UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE.
+/// Kernel: UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE; /proc/self/pagemap, mincore.
 ///
 /// # Safety
 /// `kuf` came from kuf_open; `src` is NULL or an address whose `len` bytes nobody writes meanwhile (they may be
@@ -649,6 +651,32 @@ pub unsafe extern "C" fn kuf_stats(kuf: *mut kuf, out: *mut kuf_stats) -> c_int 
         let door = unsafe { Door::enter(kuf) }?;
         // SAFETY: the caller promises out->size writable bytes.
         unsafe { write_struct(out, "out", |size| Ok(kuf_stats { size, ..door.service().stats() })) }
+    })
+}
+
+/// Names the threads for which kuf_stats.blocked_all_ns is kept: the vCPUs, whose common wait is time that the guest does
+/// not run at all. Replaces those of the last call and keeps the time counted so far. A thread that waits already counts
+/// from its next fault on.
+///
+/// threads: n thread ids as in gettid(2), in the pid namespace of the process that opened the userfaultfd; may be NULL
+/// when n is 0, which ends it. Copied; one that is named twice counts once.
+///
+/// Where the kernel does not name threads (KUF_FEATURE_THREAD_ID) the time stays 0, and so for those who wait in
+/// kuf_ensure and kuf_vcpu_fault.
+///
+/// Returns 0. Any thread, also from callbacks.
+/// -EINVAL: kuf is NULL, threads is NULL and n is not 0, n is above 65536, a thread id is 0.
+///
+/// # Safety
+/// `kuf` came from kuf_open; `threads` is NULL or points to `n` ids.
+#[no_mangle]
+pub unsafe extern "C" fn kuf_watch_threads(kuf: *mut kuf, threads: *const u32, n: usize) -> c_int {
+    guard(|| {
+        // SAFETY: the caller promises that it came from kuf_open.
+        let door = unsafe { Door::enter(kuf) }?;
+        // SAFETY: the caller promises n ids.
+        door.service().watch_threads(unsafe { convert::threads(threads, n) }?);
+        Ok(0)
     })
 }
 

@@ -193,6 +193,17 @@ pub const KUF_RESOLVE_IN_PLACE: u32 = 1 << 1;
 /// slot: KVM takes memory that it cannot read for a device. Do not answer it as one: kuf_ensure says -EHWPOISON for it.
 /// With KUF_MECHANISM_KVM_ASYNC it waits instead (KUF_EVENT_PARKED).
 pub const KUF_RESOLVE_POISON: u32 = 1 << 2;
+/// kuf_resolve: src is NULL, and the library looks which pages of the range hold their bytes already: private memory of
+/// this process that was filled before kuf_add_memory, or by the host's own UFFDIO_COPY on a userfaultfd that it brought.
+/// These become present, and who waits for them is woken; the others stay what they were and are no error. It takes two
+/// looks at the page tables for 256 KiB. (KUF_RESOLVE_ZERO, which does not replace a page that is there, takes a system
+/// call for each page, and makes a page of zeroes where there is none.)
+///
+/// A page is there when touching it raises no fault that the library would hear of: it is mapped (the kernel's page of
+/// zeroes too, which memory holds that was only read) or swapped out. Of what is swapped out these pages are not found:
+/// write-protected ones (UFFDIO_WRITEPROTECT), shared ones, and any if /proc/self/pagemap cannot be opened. A page that
+/// was marked with UFFDIO_POISON before the slot was added may be found: touching it raises SIGBUS as before.
+pub const KUF_RESOLVE_PRESENT: u32 = 1 << 3;
 
 /// kuf_discard: the guest gave the range back (balloon, free page reporting): it reads as zero from now on. Without
 /// it, the range refills from the source.
@@ -357,6 +368,11 @@ pub struct kuf_fill {
     /// returned (with KUF_CLOSE_NOWAIT, until kuf_options.release is called). What turns out unreadable (a mapped file that
     /// was truncated) is a fill that failed with -EFAULT, guest memory that is not present itself one with -EDEADLK.
     pub src: *const c_void,
+    /// With KUF_FILL_DEMAND: thread id of the first toucher, where the kernel names it (KUF_FEATURE_THREAD_ID). 0: not
+    /// known, or nobody waits, or it is the calling thread itself (kuf_ensure, kuf_vcpu_fault).
+    pub thread: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// A page fault, as given by kuf_read and kuf_pending. Always 64 bytes.
@@ -412,9 +428,9 @@ pub struct kuf_event {
 /// kuf_vcpu_fault, or kuf_close or kuf_remove_memory with KUF_CLOSE_POPULATE; by several threads at once for different
 /// runs. No lock is held. It may block and take its time: other pages are served while a fill thread is free. It may
 /// call kuf_resolve (also for its own run, then return KUF_DEFERRED), kuf_discard, kuf_pending, kuf_populate,
-/// kuf_record_start, kuf_record_stop, kuf_replay, kuf_kvm_owned, kuf_kvm_bitmap, kuf_progress, kuf_stats and
-/// kuf_block_times. Calls that could wait for it return -EDEADLK, on any handle: kuf_close, kuf_add_memory,
-/// kuf_remove_memory, kuf_poll, kuf_read, kuf_ensure, kuf_vcpu_fault, kuf_quiesce; and, on a slot with
+/// kuf_record_start, kuf_record_stop, kuf_replay, kuf_kvm_owned, kuf_kvm_bitmap, kuf_progress, kuf_stats,
+/// kuf_watch_threads and kuf_block_times. Calls that could wait for it return -EDEADLK, on any handle: kuf_close,
+/// kuf_add_memory, kuf_remove_memory, kuf_poll, kuf_read, kuf_ensure, kuf_vcpu_fault, kuf_quiesce; and, on a slot with
 /// KUF_MEMORY_MEMSLOT, kuf_discard. It must not touch unresolved guest memory (it would wait for itself). A Rust panic
 /// is caught and counts as -ENOTRECOVERABLE; a C++ exception or longjmp must not leave it.
 pub type kuf_fill_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void, fill: *mut kuf_fill) -> c_int>;
@@ -686,6 +702,8 @@ pub struct kuf_stats {
     pub blocked: kuf_histogram,
     /// Of all bytes made present, those that were brought ahead of a toucher, with nobody waiting (kuf_options.demand_run).
     pub bytes_ahead: u64,
+    /// Time, from the reading of a fault each, during which all threads of kuf_watch_threads waited at once, up to now.
+    pub blocked_all_ns: u64,
 }
 
 /// How long one thread was kept waiting by page faults.

@@ -301,7 +301,7 @@ impl Mechanism for KvmAsync {
             // The callback's buffer is the page itself: poisoned by `detach`.
             Content::PoisonAtEnd => None,
             // Everything is written in place here.
-            Content::Data(_) | Content::Staged(_) | Content::Zero => Some(Stop::Unsupported),
+            Content::Data(_) | Content::Staged(_) | Content::Zero | Content::There => Some(Stop::Unsupported),
         };
         Installed { pages: if stop.is_none() { all } else { 0 }, stop }
     }

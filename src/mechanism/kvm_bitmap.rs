@@ -230,6 +230,10 @@ impl Mechanism for KvmBitmap {
         self.under.install(slot, pages, content)
     }
 
+    fn there(&self, slot: &Slot, pages: &Range<u64>) -> Option<Vec<Range<u64>>> {
+        self.under.there(slot, pages)
+    }
+
     fn wake(&self, slot: &Slot, pages: &Range<u64>) {
         self.under.wake(slot, pages);
     }

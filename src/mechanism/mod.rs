@@ -80,6 +80,9 @@ pub enum Content {
     ZeroInPlace,
     /// The page is present; this mapping of it does not show it yet.
     Shown,
+    /// The pages were there before anybody asked. What is not there after all ends the install with
+    /// [`Stop::BadSource`].
+    There,
     /// There are none: touching the pages is to be a memory error.
     Poison,
     /// The same at the end of a service, which does not wait for host code that may still be writing in place.
@@ -199,6 +202,12 @@ pub trait Mechanism: Send + Sync {
     /// Whether pages can be moved into private memory of this process ([`Content::Staged`]).
     fn moves(&self) -> bool {
         false
+    }
+
+    /// The pages of `pages` that hold bytes already, in this process's memory. The caller holds the gate shared. None:
+    /// that cannot be found out here.
+    fn there(&self, _slot: &Slot, _pages: &Range<u64>) -> Option<Vec<Range<u64>>> {
+        None
     }
 
     /// How to let somebody go on who touched a page that is present. None: nothing is to be done.

@@ -3,6 +3,7 @@
 pub mod buffer;
 pub mod maps;
 pub mod outside;
+pub mod pagemap;
 pub mod shared;
 mod slot;
 pub mod staging;
@@ -36,6 +37,18 @@ struct Placed {
     mechanism: u32,
     extent: Extent,
     slot: Arc<Slot>,
+}
+
+impl Placed {
+    /// The pages of the slot that are in `hva`.
+    fn within(&self, hva: &Range<u64>) -> Option<Range<u64>> {
+        let Extent { offset, len, hva: here } = self.extent;
+        let (start, end) = (here.max(hva.start), (here + len).min(hva.end));
+        (start < end).then(|| {
+            let granule = self.slot.granule;
+            (offset + (start - here)) / granule..(offset + (end - here)).div_ceil(granule)
+        })
+    }
 }
 
 impl Memory {
@@ -139,19 +152,14 @@ impl Map {
 
     /// The parts of `hva..hva+len` that slots of `mechanism` have mapped: slot and page range.
     pub fn within_hva(&self, mechanism: u32, hva: Range<u64>) -> Vec<(Arc<Slot>, Range<u64>)> {
-        self.index
-            .iter()
-            .filter(|p| p.mechanism == mechanism)
-            .filter_map(|p| {
-                let start = p.extent.hva.max(hva.start);
-                let end = (p.extent.hva + p.extent.len).min(hva.end);
-                (start < end).then(|| {
-                    let first = (p.extent.offset + (start - p.extent.hva)) / p.slot.granule;
-                    let last = (p.extent.offset + (end - p.extent.hva)).div_ceil(p.slot.granule);
-                    (p.slot.clone(), first..last)
-                })
-            })
-            .collect()
+        let here = self.index.iter().filter(|placed| placed.mechanism == mechanism);
+        here.filter_map(|placed| Some((placed.slot.clone(), placed.within(&hva)?))).collect()
+    }
+
+    /// The same of all slots that this process has mapped, for a look.
+    pub fn mapped_here(&self, hva: Range<u64>) -> impl Iterator<Item = (&Arc<Slot>, Range<u64>)> {
+        let overlapping = self.index.iter().filter_map(move |placed| Some((&placed.slot, placed.within(&hva)?)));
+        overlapping.filter(|(slot, _)| !slot.mechanism.remote())
     }
 
     /// Adds a slot, unless it overlaps another in guest physical or host virtual addresses.

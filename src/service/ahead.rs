@@ -165,7 +165,7 @@ impl Service {
         if task.record {
             self.record(slot, &pages);
         }
-        Some(Run { slot: slot.clone(), id, pages, wanted: None, ahead: true, since: Instant::now() })
+        Some(Run { slot: slot.clone(), id, pages, wanted: None, thread: 0, ahead: true, since: Instant::now() })
     }
 }
 

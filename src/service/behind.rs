@@ -8,6 +8,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::zero::Bytes;
 use super::Service;
 use crate::mechanism::Content;
 use crate::memory::Slot;
@@ -45,13 +46,13 @@ impl Lately {
 }
 
 impl Service {
-    /// How many of `pages` are opened with `content` under one hold of the gate, from `now` after the handle was opened.
-    pub(super) fn stretch(&self, slot: &Slot, pages: u64, content: Content, now: Duration) -> u64 {
+    /// How many of `pages` are opened under one hold of the gate, from `now` after the handle was opened.
+    pub(super) fn stretch(&self, slot: &Slot, pages: u64, bytes: &Bytes<'_>, now: Duration) -> u64 {
         // Marks are taken off a run in one go, whatever its length.
         if pages == 1 || slot.mechanism.marks() {
             pages
-        } else if self.lately.seen(self.stats.demanded(), now) {
-            if matches!(content, Content::Data(_)) {
+        } else if bytes.behind && self.lately.seen(self.stats.demanded(), now) {
+            if matches!(bytes.content, Content::Data(_)) {
                 SHORT_COPY
             } else {
                 SHORT_OTHER

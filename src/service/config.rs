@@ -91,4 +91,6 @@ pub enum Resolution {
     Zero,
     InPlace,
     Poison,
+    /// Nothing: the pages hold their bytes already.
+    Present,
 }

@@ -38,7 +38,7 @@ impl Service {
     pub(super) fn serve(&self, fault: Fault) {
         let since = Instant::now();
         self.stats.queueing.record(since.saturating_duration_since(fault.read_at));
-        let (slot, page, flags) = (fault.slot.clone(), fault.page, fault.flags);
+        let (slot, page, flags, thread) = (fault.slot.clone(), fault.page, fault.flags, fault.thread);
         if slot.gone().is_some() {
             return;
         }
@@ -46,7 +46,7 @@ impl Service {
             Task::Nothing => {}
             Task::Fill(id, pages, rest) => {
                 // A failure has poisoned the page and told the host.
-                let run = Run { slot, id, pages, wanted: Some(page), ahead: false, since };
+                let run = Run { slot, id, pages, wanted: Some(page), thread, ahead: false, since };
                 if self.fill(&run).is_ok() {
                     self.bring_later(&run.slot, rest);
                 }
@@ -234,7 +234,9 @@ impl Service {
                 let content = if self.check_open().is_ok() { Content::Poison } else { Content::PoisonAtEnd };
                 let marked = slot.mechanism.install(slot, &pages, content);
                 let mut claims = slot.claims();
-                claims.poison(pages.clone(), id);
+                for waiter in claims.poison(pages.clone(), id) {
+                    self.stats.overlap.end(waiter.thread, Instant::now());
+                }
                 slot.wake_sleepers(&claims);
                 marked.stop
             };
@@ -371,7 +373,7 @@ impl Service {
                     drop(claims);
                     if let Some((id, pages)) = claimed {
                         self.record(slot, &pages);
-                        one_by_one = self.fill(&Run::demand(slot, id, pages, page)).is_err();
+                        one_by_one = self.fill(&Run::demand(slot, id, pages, page, 0)).is_err();
                         if !one_by_one && rest != Rest::Nothing {
                             self.bring_later(slot, rest);
                             self.wake_lead();

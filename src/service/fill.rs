@@ -30,6 +30,8 @@ pub struct Run {
     pub pages: Range<u64>,
     /// The page somebody waits for; None when nobody does.
     pub wanted: Option<u64>,
+    /// The thread that touched it first, or 0.
+    pub thread: u32,
     /// Nobody has asked for it: it is brought ahead of a toucher.
     pub ahead: bool,
     /// When this began.
@@ -37,9 +39,9 @@ pub struct Run {
 }
 
 impl Run {
-    /// For somebody who waits for `page`, from now on.
-    pub fn demand(slot: &Arc<Slot>, id: Id, pages: Range<u64>, page: u64) -> Self {
-        Self { slot: slot.clone(), id, pages, wanted: Some(page), ahead: false, since: Instant::now() }
+    /// For `thread` (0: unknown), which waits for `page`, from now on.
+    pub fn demand(slot: &Arc<Slot>, id: Id, pages: Range<u64>, page: u64, thread: u32) -> Self {
+        Self { slot: slot.clone(), id, pages, wanted: Some(page), thread, ahead: false, since: Instant::now() }
     }
 }
 
@@ -84,7 +86,7 @@ impl Service {
     }
 
     fn fill_once(&self, run: &Run) -> Result<(), i32> {
-        let Run { slot, id, pages, wanted, ahead, since } = run;
+        let Run { slot, id, pages, wanted, ahead, since, .. } = run;
         let (id, demand) = (*id, wanted.is_some());
         let mut place = None;
         let asked = match &slot.source {
@@ -123,7 +125,7 @@ impl Service {
                     }
                     Place::Buffer(_) | Place::Staged(_) => Content::Data(place.at().as_ptr()),
                 };
-                self.filled(run, n, Bytes { content, base: pages.start, zeroes, wanted: *wanted, since })
+                self.filled(run, n, Bytes { zeroes, wanted: *wanted, since, ..Bytes::plain(content, pages.start) })
             }
             // What was filled has a place.
             (Answer::Filled(_), None) => Err(libc::EPROTO),
@@ -157,7 +159,7 @@ impl Service {
         let in_place = if matches!(place, Place::InPlace { .. }) { KUF_FILL_IN_PLACE } else { 0 };
         let demand = if run.wanted.is_some() { KUF_FILL_DEMAND } else { 0 };
         self.stats.fills.add(1);
-        self.config.host.fill(&run.slot, run.id, &run.pages, place.at(), in_place | demand)
+        self.config.host.fill(run, place.at(), in_place | demand)
     }
 
     /// Asks a built-in source, and has it read into a place if that is what it takes.
@@ -255,6 +257,7 @@ impl Service {
         let Run { slot, id, pages, wanted, ahead, .. } = run;
         let id = *id;
         let done = pages.start..pages.start + n;
+        let bytes = Bytes { behind: wanted.is_none() && !ahead, ..bytes };
         let (opened, result) = self.install_bytes(slot, id, done.clone(), bytes);
         match (wanted, ahead) {
             (None, true) => self.stats.bytes_ahead.add(opened * slot.granule),
@@ -360,6 +363,7 @@ impl Service {
                 waiters = others;
                 mine
             };
+            let thread = mine.first().map_or(0, |waiter| waiter.thread);
             let claimed = {
                 let mut claims = slot.claims();
                 let terms = slot.fill_terms(true);
@@ -370,7 +374,7 @@ impl Service {
             };
             if let Some((id, pages)) = claimed {
                 // One page: it is filled or poisoned.
-                let _ = self.fill(&Run::demand(slot, id, pages, page));
+                let _ = self.fill(&Run::demand(slot, id, pages, page, thread));
             }
         }
         Err(errno)

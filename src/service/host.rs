@@ -3,11 +3,11 @@
 
 use std::cell::Cell;
 use std::ffi::{c_void, CString};
-use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
+use super::fill::Run;
 use crate::capi::types::*;
 use crate::claims::Id;
 use crate::error::{Error, Result};
@@ -101,9 +101,11 @@ fn call<T>(inside: Inside, body: impl FnOnce() -> T) -> Option<T> {
 }
 
 impl Host {
-    /// Asks for `pages`, which the caller has claimed as `id`, to be written at `buf`.
-    pub fn fill(&self, slot: &Arc<Slot>, id: Id, pages: &Range<u64>, buf: NonNull<u8>, flags: u32) -> Answer {
+    /// Asks for the pages of `run` to be written at `buf`.
+    pub fn fill(&self, run: &Run, buf: NonNull<u8>, flags: u32) -> Answer {
         let Some(callback) = self.fill else { return Answer::Failed(libc::ENOTSUP) };
+        let Run { slot, pages, thread, .. } = run;
+        let id = run.id;
         let (gpa, len) = slot.gpa_of(pages);
         let mut fill = kuf_fill {
             size: size_of::<kuf_fill>() as u32,
@@ -116,6 +118,8 @@ impl Host {
             memory_opaque: slot.opaque.0,
             memory_offset: pages.start * slot.granule,
             src: std::ptr::null(),
+            thread: *thread,
+            reserved: 0,
         };
         // SAFETY: the callback and its argument are as the header promises; `fill` and its buffer outlive the call.
         let answer =

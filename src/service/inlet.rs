@@ -224,6 +224,7 @@ impl Service {
             self.stats.faults_write.add(u64::from(flags & KUF_FAULT_WRITE != 0));
             match (map.at(id, at), at) {
                 (Some((slot, page)), _) => {
+                    self.stats.overlap.begin(thread, read_at);
                     work.push(Work::Fault(Fault { slot: slot.clone(), page, flags, thread, read_at }));
                 }
                 // Registered by the host, which may be about to add the slot: let it wait, not spin.
@@ -334,6 +335,7 @@ impl Service {
         lock(&inlet.parked).retain(|(hva, flags, thread, read_at)| match map.at_hva(mechanism, *hva) {
             Some((slot, page)) => {
                 let (flags, thread, read_at) = (*flags, *thread, *read_at);
+                self.stats.overlap.begin(thread, read_at);
                 found.push(Fault { slot: slot.clone(), page, flags, thread, read_at });
                 false
             }

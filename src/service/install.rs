@@ -63,7 +63,7 @@ impl Service {
             bytes.content = Content::Data(from);
         }
         let since_open = started.saturating_duration_since(self.opened);
-        let stretch = self.stretch(slot, pages.end - at, bytes.content, since_open);
+        let stretch = self.stretch(slot, pages.end - at, &bytes, since_open);
         let mut result = Ok(());
         while at < pages.end && result.is_ok() {
             if at > pages.start {
@@ -73,8 +73,10 @@ impl Service {
             at = part.end;
             result = self.install_stretch(slot, id, part, bytes, &mut done);
         }
-        let ended = done.ended.unwrap_or_else(Instant::now);
-        self.stats.installing.record(ended.saturating_duration_since(started));
+        if done.opened > 0 || result.is_ok() {
+            let ended = done.ended.unwrap_or_else(Instant::now);
+            self.stats.installing.record(ended.saturating_duration_since(started));
+        }
         if let Some(work) = self.completion(slot) {
             self.work_on(work);
         }
@@ -340,7 +342,8 @@ impl Service {
         match content {
             Content::Data(_) | Content::Staged(_) => self.stats.bytes_copied.add(bytes),
             Content::Zero | Content::ZeroInPlace => self.stats.bytes_zeroed.add(bytes),
-            Content::Shown => {}
+            // Counted when its bytes came, or nobody here has brought them.
+            Content::Shown | Content::There => {}
             Content::InPlace => self.stats.bytes_in_place.add(bytes),
             Content::Poison | Content::PoisonAtEnd => self.stats.bytes_poisoned.add(bytes),
         }

@@ -156,7 +156,7 @@ impl Service {
             let claimed = slot.claims().claim(&slot.pages, page, 1, State::Absent, terms);
             if let Some((id, pages)) = claimed {
                 // A failure has poisoned the page and told the host.
-                let _ = self.fill(&Run::demand(slot, id, pages, page));
+                let _ = self.fill(&Run::demand(slot, id, pages, page, 0));
             }
         }
     }

@@ -19,6 +19,7 @@ mod inlet;
 mod install;
 mod kvm;
 mod populate;
+mod present;
 mod record;
 mod replay;
 mod resolve;
@@ -291,6 +292,11 @@ impl Service {
     /// `kuf_stats`.
     pub fn stats(&self) -> kuf_stats {
         self.stats.to_c()
+    }
+
+    /// `kuf_watch_threads`.
+    pub fn watch_threads(&self, threads: &[u32]) {
+        self.stats.overlap.watch(threads);
     }
 
     /// `kuf_block_times`.

@@ -332,7 +332,7 @@ impl Service {
         let max = if max > 1 { huge::claim_max(slot, &(first..pages.end), max) } else { max };
         let max = max.min(pages.end - first);
         let (id, pages) = claims.claim(&slot.pages, first, max, State::Absent, terms)?;
-        Some(Run { slot: slot.clone(), id, pages, wanted: None, ahead: false, since: Instant::now() })
+        Some(Run { slot: slot.clone(), id, pages, wanted: None, thread: 0, ahead: false, since: Instant::now() })
     }
 
     /// The pages of every slot that a guest physical range touches.

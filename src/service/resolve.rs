@@ -29,9 +29,16 @@ impl Service {
         if let Some(errno) = slot.gone() {
             return Err(Error::new(errno, "the process behind this memory slot is gone"));
         }
+        // A single page that the kernel copies is copied as a whole or not at all: it says itself when src is too short.
+        let whole = pages.end - pages.start == 1 && !slot.in_place();
         if let Resolution::Data(src) = how {
-            check_mapped(src, len)?;
+            if !whole {
+                check_mapped(src, len)?;
+            }
             check_not_unresolved(&map, src, len)?;
+        }
+        if matches!(how, Resolution::Present) {
+            return Ok(self.resolve_present(slot, pages)? * slot.granule);
         }
         let opened = self.resolve_pages(slot, pages.clone(), how)?;
         if slot.shared.is_none() {
@@ -40,18 +47,19 @@ impl Service {
                 let _ = self.resolve_pages(fork, pages.clone(), how);
             }
         }
+        if let (0, true, Resolution::Data(src)) = (opened, whole, how) {
+            // Nothing was copied, and src not looked at.
+            check_mapped(src, len)?;
+        }
         Ok(opened * slot.granule)
     }
 
-    fn resolve_pages(&self, slot: &Arc<Slot>, pages: Range<u64>, how: Resolution) -> Result<u64> {
+    pub(super) fn resolve_pages(&self, slot: &Arc<Slot>, pages: Range<u64>, how: Resolution) -> Result<u64> {
         let mut opened = 0;
         let mut left = vec![pages.clone()];
         // A second round only for parts whose callback returned between the two looks.
         while let Some(part) = left.pop() {
             let taken = slot.claims().take(&slot.pages, part.clone(), slot.in_place(), filling_here(slot));
-            for asked in &taken.asked {
-                self.stats.filling.record(asked.elapsed());
-            }
             for (n, run) in taken.install.iter().enumerate() {
                 match self.resolve_run(slot, taken.id, run.clone(), pages.start, how) {
                     Ok(n) => opened += n,
@@ -65,6 +73,9 @@ impl Service {
                         return Err(failure(errno));
                     }
                 }
+            }
+            for asked in &taken.asked {
+                self.stats.filling.record(asked.elapsed());
             }
             self.stats.bytes_populated.add(taken.populated * slot.granule);
             self.stats.bytes_ahead.add(taken.ahead * slot.granule);
@@ -94,6 +105,7 @@ impl Service {
                 return Ok(self.poison(slot, id, run, libc::EIO, "was given up by the host"));
             }
             Resolution::InPlace => Content::InPlace,
+            Resolution::Present => return self.book_present(slot, id, run),
             Resolution::Zero => match place()? {
                 Some(at) => {
                     // SAFETY: `place` made these bytes writable, and the claim makes them this thread's.
@@ -156,6 +168,8 @@ impl Service {
             Resolution::Zero => Early::Zero,
             Resolution::InPlace => Early::InPlace,
             Resolution::Poison => Early::Poison,
+            // Only what is written in place is waited for, and that is refused before.
+            Resolution::Present => return Err(Error::new(libc::EINVAL, "the slot is filled in place")),
             Resolution::Data(src) => {
                 let mut bytes = vec![0_u8; ((run.end - run.start) * slot.granule) as usize];
                 let from = src.wrapping_add(((run.start - base) * slot.granule) as usize);
@@ -205,13 +219,9 @@ fn check_mapped(src: *const u8, len: u64) -> Result<()> {
 /// Refuses a source that is unresolved guest memory: reading it would wait for this very service.
 pub(super) fn check_not_unresolved(map: &Map, src: *const u8, len: u64) -> Result<()> {
     let src = src.addr() as u64;
-    for slot in map.slots().iter().filter(|slot| !slot.mechanism.remote()) {
-        for (slot, pages) in map.within_hva(slot.mechanism.id(), src..src.saturating_add(len)) {
-            if slot.pages.first_open(pages).is_some() {
-                let text = "src is guest memory that is not present itself: reading it would wait for this service";
-                return Err(Error::new(libc::EDEADLK, text));
-            }
-        }
+    if map.mapped_here(src..src.saturating_add(len)).any(|(slot, pages)| slot.pages.first_open(pages).is_some()) {
+        let text = "src is guest memory that is not present itself: reading it would wait for this service";
+        return Err(Error::new(libc::EDEADLK, text));
     }
     Ok(())
 }

@@ -29,6 +29,8 @@ pub(super) struct Bytes<'a> {
     pub zeroes: &'a [Range<u64>],
     /// The page that is to be present whatever it holds.
     pub wanted: Option<u64>,
+    /// Nobody is likely to touch them soon: whoever waits for others goes first.
+    pub behind: bool,
     /// When they were there, if somebody has looked at the clock.
     pub since: Option<Instant>,
 }
@@ -43,7 +45,7 @@ pub(super) enum Way {
 impl<'a> Bytes<'a> {
     /// `content` from `base` on, of which nothing else is known.
     pub fn plain(content: Content, base: u64) -> Self {
-        Self { content, base, zeroes: &[], wanted: None, since: None }
+        Self { content, base, zeroes: &[], wanted: None, behind: false, since: None }
     }
 
     /// The longest piece from the start of `run` that is opened in one way.

@@ -145,6 +145,7 @@ ROW(kuf_resolve, "src is NULL and no flag", EINVAL, "src", kuf_resolve(f.served,
 ROW(kuf_resolve, "src with KUF_RESOLVE_ZERO", EINVAL, "src", kuf_resolve(f.served, GPA_A + 8 * PAGE, f.page, PAGE, KUF_RESOLVE_ZERO))
 ROW(kuf_resolve, "src with KUF_RESOLVE_IN_PLACE", EINVAL, "src", kuf_resolve(f.served, GPA_C + 8 * PAGE, f.page, PAGE, KUF_RESOLVE_IN_PLACE))
 ROW(kuf_resolve, "src with KUF_RESOLVE_POISON", EINVAL, "src", kuf_resolve(f.served, GPA_A + 8 * PAGE, f.page, PAGE, KUF_RESOLVE_POISON))
+ROW(kuf_resolve, "src with KUF_RESOLVE_PRESENT", EINVAL, "src", kuf_resolve(f.served, GPA_A + 8 * PAGE, f.page, PAGE, KUF_RESOLVE_PRESENT))
 ROW(kuf_resolve, "an unknown flag", EINVAL, "flag", kuf_resolve(f.served, GPA_A + 8 * PAGE, NULL, PAGE, 1u << 31))
 ROW(kuf_resolve, "two flags", EINVAL, "flag", kuf_resolve(f.served, GPA_A + 8 * PAGE, NULL, PAGE, KUF_RESOLVE_ZERO | KUF_RESOLVE_POISON))
 ROW(kuf_resolve, "gpa misaligned", EINVAL, "gpa", kuf_resolve(f.served, GPA_A + 8 * PAGE + 8, f.page, PAGE, 0))
@@ -152,6 +153,8 @@ ROW(kuf_resolve, "len misaligned", EINVAL, "len", kuf_resolve(f.served, GPA_A + 
 ROW(kuf_resolve, "len is 0", EINVAL, "len", kuf_resolve(f.served, GPA_A + 8 * PAGE, f.page, 0, 0))
 ROW(kuf_resolve, "gpa + len overflows", EINVAL, "overflow", kuf_resolve(f.served, -(uint64_t)PAGE, f.page, 4 * PAGE, 0))
 ROW(kuf_resolve, "KUF_RESOLVE_IN_PLACE on memory that is not filled in place", EINVAL, "IN_PLACE", kuf_resolve(f.served, GPA_A + 8 * PAGE, NULL, PAGE, KUF_RESOLVE_IN_PLACE))
+ROW(kuf_resolve, "KUF_RESOLVE_PRESENT on memory that is filled in place", EINVAL, "IN_PLACE", kuf_resolve(f.served, GPA_C + 8 * PAGE, NULL, PAGE, KUF_RESOLVE_PRESENT))
+ROW(kuf_resolve, "KUF_RESOLVE_PRESENT where no page is there", 0, "", kuf_resolve(f.served, GPA_A + 8 * PAGE, NULL, PAGE, KUF_RESOLVE_PRESENT))
 ROW(kuf_resolve, "gpa outside every slot", ENOENT, "gpa", kuf_resolve(f.served, GPA_NONE, f.page, PAGE, 0))
 ROW(kuf_resolve, "the range leaves its slot", ERANGE, "slot", kuf_resolve(f.served, GPA_B + 15 * PAGE, f.page, 2 * PAGE, 0))
 ROW(kuf_resolve, "the range spans two slots", ERANGE, "slot", kuf_resolve(f.served, GPA_A + 15 * PAGE, f.page, 2 * PAGE, 0))
@@ -272,6 +275,11 @@ ROW(kuf_stats, "out->size is larger than the library knows", 0, "", stats_sized(
 ROW(kuf_block_times, "kuf is NULL", EINVAL, "kuf NULL", kuf_block_times(NULL, f.times, 4))
 ROW(kuf_block_times, "closed handle", EBADF, "closed", kuf_block_times(f.closed, f.times, 4))
 ROW(kuf_block_times, "times is NULL and n is not 0", EINVAL, "times NULL", kuf_block_times(f.served, NULL, 4))
+ROW(kuf_watch_threads, "kuf is NULL", EINVAL, "kuf NULL", kuf_watch_threads(NULL, (uint32_t[]){1}, 1))
+ROW(kuf_watch_threads, "closed handle", EBADF, "closed", kuf_watch_threads(f.closed, (uint32_t[]){1}, 1))
+ROW(kuf_watch_threads, "threads is NULL and n is not 0", EINVAL, "threads NULL", kuf_watch_threads(f.served, NULL, 4))
+ROW(kuf_watch_threads, "n is above 65536", EINVAL, "n", kuf_watch_threads(f.served, (uint32_t[]){1}, 65537))
+ROW(kuf_watch_threads, "a thread id is 0", EINVAL, "thread", kuf_watch_threads(f.served, (uint32_t[]){1, 0}, 2))
 
 /* Ending. */
 ROW(kuf_close, "kuf is NULL", EINVAL, "kuf NULL", kuf_close(NULL, 0))

@@ -200,19 +200,24 @@ class Migration:
         requests = at_source["ram"]["postcopy-requests"]
         if not requests:
             raise Failed("no page was asked for")
-        if case.smp == 1 and "postcopy-blocktime" not in here:
+        times = here["postcopy-vcpu-blocktime"]
+        if "postcopy-blocktime" not in here:
             raise Failed("no block time in query-migrate")
+        # Each is cut off to whole milliseconds.
+        still = here["postcopy-blocktime"]
+        if self.kuf and (still > min(times) + 1 or case.smp == 1 and still < times[0] - 1):
+            raise Failed(f"all vCPUs stood still for {still} ms, and each of them for {times}")
         return {
             "requests": requests,
             "demand": min(demand, moved),
             "push": max(moved - demand, 0),
             "faults": faults,
-            "block": sum(here["postcopy-vcpu-blocktime"]),
+            "block": sum(times),
             "seconds": done - self.resumed,
             "check": took,
             "downtime": at_source.get("downtime", 0),
             "slowest": int(during["slowest_us"]) / 1000,
-            "wait": sum(here["postcopy-vcpu-blocktime"]) / requests,
+            "wait": sum(times) / requests,
         }
 
 
@@ -306,6 +311,34 @@ class Suite:
         with Vm("kvm", QEMU, ["-machine", "pc", "-accel", "kvm", "-accel", "tcg", "-m", "64"], self.directory) as vm:
             if not vm.qmp("query-kvm")["enabled"]:
                 raise Skip(f"/dev/kvm does not work, the cases of migration-test ran emulated: {vm.log()}")
+
+    def source_silent(self, kuf):
+        """The source says nothing for a while: the guest waits, the destination can be asked how long, and then it goes on."""
+        case = Case(bandwidth=32, smp=1)
+        with Migration(case, kuf, self.directory) as migration:
+            migration.begin()
+            source, destination = migration.source, migration.destination
+            source.process.send_signal(signal.SIGSTOP)
+            try:
+                time.sleep(5)
+                before = destination.beats()
+                time.sleep(2)
+                if destination.status() != "postcopy-active":
+                    raise Failed(f"the destination is {destination.status()}: {destination.log()}")
+                if destination.beats() != before:
+                    raise Failed("the guest goes on without its memory")
+                text = destination.qmp("human-monitor-command", command_line="info migrate")
+                said = re.search(r"^libkuf: version .* (\d+) runs pending\r?$", text, re.MULTILINE)
+                if kuf and not (said and int(said.group(1))):
+                    raise Failed(f"info migrate does not say who waits: {text}")
+                if not re.search(r"^postcopy blocktime: \d+", text, re.MULTILINE) and kuf:
+                    raise Failed(f"info migrate has no block time: {text}")
+            finally:
+                source.process.send_signal(signal.SIGCONT)
+            migration.end()
+            still = destination.qmp("query-migrate").get("postcopy-blocktime", 0)
+            if kuf and still < 2000:
+                raise Failed(f"all vCPUs stood still for seconds, and {still} ms were counted")
 
     def source_killed(self, kuf):
         """The pages that were at the source only are gone. The guest waits for them: it is given nothing else."""
@@ -490,6 +523,8 @@ def main():
         suite.both("postcopy-hugetlb-half-precopied", lambda: Case(
             precopy=0.5, limit=128, backend="memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M"))
         suite.both("postcopy-2g", lambda: Case(memory=2304, mib=1900, step=8))
+        suite.run("source-silent/libkuf", suite.source_silent, True)
+        suite.run("source-silent/stock", suite.source_silent, False)
         suite.run("source-killed/libkuf", suite.source_killed, True)
         suite.run("source-killed/stock", suite.source_killed, False)
         suite.snapshots()

@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use once_cell::sync::OnceCell;
 use rustix::io::Errno;
 
 use super::gate::Gate;
@@ -21,6 +22,7 @@ use super::{next_id, Address, Content, Installed, Left, Mechanism, Message, Stop
 use crate::capi::types::{KUF_FAULT_MINOR, KUF_FAULT_WRITE};
 use crate::error::{Error, Result};
 use crate::memory::buffer::Buffer;
+use crate::memory::pagemap::Pagemap;
 use crate::memory::staging::HUGE;
 use crate::memory::Slot;
 use crate::uapi::userfaultfd::*;
@@ -36,6 +38,8 @@ pub struct Userfaultfd {
     adopted: bool,
     /// Its memory is another process's.
     remote: bool,
+    /// What this process has mapped, once somebody wanted to know.
+    pagemap: OnceCell<Pagemap>,
 }
 
 impl Userfaultfd {
@@ -73,7 +77,7 @@ impl Userfaultfd {
     }
 
     fn new(fd: OwnedFd, adopted: bool, remote: bool) -> Self {
-        Self { id: next_id(), fd, gate: Gate::default(), adopted, remote }
+        Self { id: next_id(), fd, gate: Gate::default(), adopted, remote, pagemap: OnceCell::new() }
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
@@ -93,6 +97,21 @@ impl Userfaultfd {
                 Ok(zeroes) => ioctl::copy(self.fd(), hva, zeroes.at().as_ptr() as u64, slot.granule),
                 Err(_) => (0, Some(Errno::NOMEM)),
             },
+            // Nothing to be put there: see `install`.
+            Content::There => (0, Some(Errno::INVAL)),
+        }
+    }
+
+    /// Looks once more which pages are there, now that nobody else may put any there or drop them unheard of, and wakes
+    /// who waits for those at the start.
+    fn confirm(&self, slot: &Slot, pages: &Range<u64>) -> Installed {
+        match self.there(slot, pages).as_deref() {
+            Some([first, ..]) if first.start == pages.start => {
+                self.wake(slot, first);
+                Installed { pages: first.end - first.start, stop: None }
+            }
+            Some(_) => Installed { pages: 0, stop: Some(Stop::BadSource) },
+            None => Installed { pages: 0, stop: Some(Stop::Unsupported) },
         }
     }
 
@@ -246,6 +265,9 @@ impl Mechanism for Userfaultfd {
         let Some((hva, mapped)) = slot.hva_of(pages.start) else {
             return Installed { pages: 0, stop: Some(Stop::Unmapped) };
         };
+        if let Content::There = content {
+            return self.confirm(slot, pages);
+        }
         let mut len = (pages.end - pages.start).min(mapped) * slot.granule;
         loop {
             let (bytes, errno) = self.install_at(slot, hva, len, content);
@@ -262,6 +284,10 @@ impl Mechanism for Userfaultfd {
             }
             return Installed { pages: bytes / slot.granule, stop };
         }
+    }
+
+    fn there(&self, slot: &Slot, pages: &Range<u64>) -> Option<Vec<Range<u64>>> {
+        (!self.remote).then(|| self.pagemap.get_or_init(Pagemap::open).there(slot, pages))
     }
 
     fn wake(&self, slot: &Slot, pages: &Range<u64>) {
