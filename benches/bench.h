@@ -792,8 +792,8 @@ static inline void guest_event(void *opaque, const struct kuf_event *event)
 
 /*
  * Opens with the options that the arguments name: fill=copy|resolve|src, fill_threads, demand_run, populate_run, spin
- * (us); close=0 leaves the end to the end of the process, where poisoning what was not touched is in the way. A fill in
- * `options` is used in place of these.
+ * (us), uffds; close=0 leaves the end to the end of the process, where poisoning what was not touched is in the way. A
+ * fill in `options` is used in place of these.
  */
 static inline void open_kuf(struct guest *guest, struct kuf_options options)
 {
@@ -819,6 +819,14 @@ static inline void open_kuf(struct guest *guest, struct kuf_options options)
             skip("spinning needs two CPUs");
 #else
         skip("this kuf.h has no kuf_options.spin_us");
+#endif
+    }
+    uint64_t uffds = argument("uffds", 0);
+    if (uffds != 0) {
+#ifdef KUF_USERFAULTFDS_MAX
+        options.userfaultfds = (uint32_t)uffds;
+#else
+        skip("this kuf.h has no kuf_options.userfaultfds");
 #endif
     }
     int got = kuf_open(&options, &guest->kuf);

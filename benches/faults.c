@@ -8,7 +8,7 @@
  *     window=BYTES     what is touched of it, in its middle (all)
  *     pages=N          how many pages, each once, spread evenly over the window (all)
  *     order=random|sequential   touchers=N   seed=N   pin=none|split|same   verify=quick|full
- *     fill=copy|resolve   fill_threads=N   demand_run=BYTES   spin=US     kuf only
+ *     fill=copy|resolve   fill_threads=N   demand_run=BYTES   spin=US   uffds=N   kuf only
  *     stats_hz=N       kuf: somebody asks for kuf_stats that often meanwhile
  *     dose=N           kuf: does the library's statistics of a fault N times more, see statistics_again
  */

@@ -3,7 +3,7 @@
  * limits.c - what the kernel and the machine can do at most: runs of 2 MiB with no fault at all
  *
  *     limits copy|zeropage|continue|place|memcpy|eager|scan image=FILE [size=BYTES run=BYTES zero=PERCENT
- *            cluster=PAGES verify=quick|full pin=...]
+ *            cluster=PAGES verify=quick|full pin=... waiting=N]
  *
  *     copy       UFFDIO_COPY from the image into anonymous memory
  *     zeropage   UFFDIO_ZEROPAGE over anonymous memory
@@ -12,6 +12,8 @@
  *     memcpy     the image copied into memory that is there already
  *     eager      read(2) of the whole image into fresh memory: a restore that is not lazy
  *     scan       every byte of the image looked at, nothing kept: what it takes at least to know which pages are zero
+ *
+ *     waiting=N  copy: so many threads wait for other pages of the same userfaultfd, and each call looks through them
  */
 #include "baseline.h"
 
@@ -55,6 +57,50 @@ static uint64_t scan(const uint8_t *at, uint64_t length)
     return all;
 }
 
+static uint64_t thread_cpu_ns(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
+}
+
+/* Threads that wait for a page each. */
+struct waiting {
+    int uffd;
+    unsigned threads;
+    uint8_t *memory;
+    pthread_t thread[1024];
+};
+
+static void *wait_for_page(void *page)
+{
+    (void)*(volatile uint8_t *)page;
+    return NULL;
+}
+
+static void start_waiting(struct waiting *waiting)
+{
+    if (waiting->threads == 0)
+        return;
+    waiting->memory = guest_memory(waiting->threads * PAGE, false);
+    register_memory(waiting->uffd, waiting->memory, waiting->threads * PAGE, UFFDIO_REGISTER_MODE_MISSING);
+    for (unsigned n = 0; n < waiting->threads; n++)
+        if (pthread_create(&waiting->thread[n], NULL, wait_for_page, waiting->memory + n * PAGE) != 0)
+            fail("no thread that waits");
+    for (unsigned n = 0; n < waiting->threads;) {
+        struct uffd_msg message;
+        n += read(waiting->uffd, &message, sizeof(message)) == sizeof(message);
+    }
+}
+
+static void stop_waiting(struct waiting *waiting)
+{
+    if (waiting->threads != 0)
+        zero_pages(waiting->uffd, waiting->memory, waiting->threads * PAGE);
+    for (unsigned n = 0; n < waiting->threads; n++)
+        pthread_join(waiting->thread[n], NULL);
+}
+
 int main(int argc, char **argv)
 {
     const char *side = begin(argc, argv);
@@ -69,7 +115,12 @@ int main(int argc, char **argv)
     bool thorough = verify_argument();
     enum pin pin = pin_argument();
     const char *path = text_argument("image", "");
+    static struct waiting waiting;
+    if (what == COPY)
+        waiting.threads = (unsigned)argument("waiting", 0);
     no_more_arguments();
+    if (waiting.threads > sizeof(waiting.thread) / sizeof(*waiting.thread))
+        fail("at most 1024 threads wait");
     if (size % run != 0 || image.size % run != 0)
         fail("size is not of whole runs");
     place_service(pin);
@@ -96,9 +147,11 @@ int main(int argc, char **argv)
             memset(memory, 1, size);
         }
     }
+    waiting.uffd = uffd;
+    start_waiting(&waiting);
     int file = what == EAGER ? open(path, O_RDONLY | O_CLOEXEC) : -1;
 
-    uint64_t seen = 0, began = now_ns();
+    uint64_t seen = 0, cpu = thread_cpu_ns(), began = now_ns();
     for (uint64_t at = 0; at < size; at += run) {
         switch (what) {
         case COPY:
@@ -131,6 +184,8 @@ int main(int argc, char **argv)
         }
     }
     uint64_t took = now_ns() - began;
+    cpu = thread_cpu_ns() - cpu;
+    stop_waiting(&waiting);
 
     if (what == ZEROPAGE)
         image.zero = 100;
@@ -143,6 +198,7 @@ int main(int argc, char **argv)
     put_number("seconds", seconds(took));
     put_number("bytes_per_second", (double)size / seconds(took));
     put_number("us_per_page", seconds(took) * 1e6 / ((double)size / PAGE));
+    put_number("cpu_us_per_page", seconds(cpu) * 1e6 / ((double)size / PAGE));
     put_count("faults", 0);
     end_result();
 }

@@ -166,6 +166,13 @@ def rows(scale, images, scratch):
              Measure(p99, "p99_us", us)],
             plots=("latency", "pages"), labels=("drain, one message a read", "libkuf")))
 
+        result.append(Row(
+            f"uffds-{touchers}", "", f"{touchers} touchers, random pages: one userfaultfd or four",
+            side("faults", "kuf", *sizes, "uffds=1"), side("faults", "kuf", *sizes, "uffds=4"),
+            [Measure("pages/s", "pages_per_second", rate), Measure("service CPU a page", "service_cpu_us_per_page", us),
+             Measure(p99, "p99_us", us)],
+            labels=("one", "four")))
+
     runs = ("UFFDIO_COPY in 2 MiB runs", "libkuf")
     copy = side("limits", "copy", f"size={whole}")
     for name, work, extra in (
@@ -303,6 +310,12 @@ def rows(scale, images, scratch):
         side("faults", "kuf", "stats_hz=1000", *touched),
         [Measure(p50, "p50_us", us, ("<=", 1.02))], labels=("not asked", "asked")))
 
+    for waiting in (16, 64):
+        result.append(Row(
+            f"waiting-{waiting}", "", f"UFFDIO_COPY page by page: nobody waits, or {waiting} threads for other pages",
+            side("limits", "copy", f"size={by('256M', '64M', '2M')}", "run=4K"),
+            side("limits", "copy", f"size={by('256M', '64M', '2M')}", "run=4K", f"waiting={waiting}"),
+            [Measure("CPU a page", "cpu_us_per_page", lambda v: f"{v:.3f} µs")], labels=("nobody", f"{waiting} threads")))
     for name, work in (("memcpy", "memcpy into memory that is there"), ("copy", "UFFDIO_COPY"),
                        ("zeropage", "UFFDIO_ZEROPAGE"), ("continue", "UFFDIO_CONTINUE"),
                        ("place", "memcpy into a shared file + UFFDIO_CONTINUE"),

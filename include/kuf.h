@@ -444,6 +444,9 @@
 /* Largest kuf_options.spin_us. */
 #define KUF_SPIN_MAX 10000
 
+/* Largest kuf_options.userfaultfds. */
+#define KUF_USERFAULTFDS_MAX 64
+
 /* Version of the file that kuf_record_stop writes (docs/record-format.md), and the newest that kuf_replay reads. */
 #define KUF_RECORD_VERSION 1
 
@@ -659,12 +662,34 @@ struct kuf_options {
     /*
      * Microseconds, at most KUF_SPIN_MAX, that the thread that watches for faults may go on looking for the next one
      * before it sleeps, and only while faults come that fast: 0 for not at all. It saves the time to wake up, which
-     * can be most of what a fault costs, and takes up to one CPU while faults come. Without effect when the process
-     * may use one CPU only.
+     * can be most of what a fault costs, and takes up to one CPU while faults come. Without effect where every
+     * thread of the process is kept on one and the same CPU at kuf_open, or the cgroup grants the time of one.
      */
     uint32_t spin_us;
-    /* Zero. */
-    uint32_t reserved;
+    /*
+     * How many userfaultfds share the memory of this handle, at most KUF_USERFAULTFDS_MAX. 0: one for each 8 CPUs
+     * that the calling thread may use, from 1 to 8; with KUF_OPEN_DIRECT and KUF_OPEN_FOLLOW_FORK, one. A userfaultfd
+     * has one lock and one list of waiters, on which all vCPUs that touch absent pages meet. With several, memory is
+     * divided at multiples of 16 MiB or more of its address, a slot in at most 65 pieces, which they have in turn.
+     *
+     * Each piece is a mapping of its own (/proc/self/maps) for as long as the slot is there, and may stay one. It
+     * counts against vm.max_map_count, and mremap(2) of more than one of them fails with EFAULT: a host that moves the
+     * memory of slots sets this to 1. Not with KUF_OPEN_ADOPT_ONLY and KUF_MECHANISM_KVM_ASYNC, which open none; more
+     * than 1 not with KUF_OPEN_FOLLOW_FORK.
+     */
+    uint32_t userfaultfds;
+    /*
+     * The CPUs that service threads (kuf-serve-N, kuf-fork, kuf-populate) may use: a cpu_set_t or a longer set, as for
+     * sched_setaffinity(2), of cpus_size bytes, read during the call. NULL: those of the thread that calls kuf_open.
+     * Not with KUF_OPEN_DIRECT.
+     */
+    const void *cpus;
+    /* Bytes at cpus, at most 8192; 0 when cpus is NULL. */
+    uint64_t cpus_size;
+    /* The same for kuf-populate alone, which nobody waits for. NULL: as cpus. */
+    const void *populate_cpus;
+    /* Bytes at populate_cpus. */
+    uint64_t populate_cpus_size;
 };
 
 /* Where the pages of a slot come from without a callback: kuf_memory.source. The slot's first byte is at `offset`. */
@@ -952,7 +977,8 @@ int kuf_probe(int vm_fd, struct kuf_probe *out);
  *
  * Returns 0 and sets *out; on failure *out is NULL. Any thread.
  * -EINVAL: options or out is NULL, size is below that of the first version, an unknown flag or mechanism, a field out
- *   of its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback or KUF_OPEN_SOURCES.
+ *   of its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback or KUF_OPEN_SOURCES; cpus or
+ *   populate_cpus names no CPU that the process may use.
  * -E2BIG: options has non-zero bytes that this version does not know.
  * -EBADF: vm_fd is not an open descriptor.
  * -ENOTSUP: the mechanism asked for by name does not work here. -EEXIST: KVM's asynchronous userfaults are enabled on
@@ -962,7 +988,8 @@ int kuf_probe(int vm_fd, struct kuf_probe *out);
  * -ENOSYS: the kernel has no userfaultfd.
  * -EMFILE, -ENFILE, -ENOMEM, -EAGAIN: no descriptor, memory or thread to be had.
  */
-int kuf_open(const struct kuf_options *options, struct kuf **out);
+int kuf_open(const struct kuf_options *options,
+             struct kuf **out);
 
 /*
  * Ends a service and sets *kuf to NULL. No page that was not filled is ever released onto zeroes: with unresolved

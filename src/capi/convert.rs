@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::mechanism::kvm_bitmap::Memslot;
 use crate::memory::Opaque;
 use crate::service::config::{Config, Host, NewMemory, NewPopulate, NewSource, Resolution, Which};
+use crate::service::cpus::{userfaultfds_for, Cpus};
 use crate::service::duplicate_vm;
 use crate::source::check_len as check_source_len;
 use crate::uapi::kvm::{KVM_MEMORY_ATTRIBUTE_USERFAULT, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
@@ -36,7 +37,7 @@ macro_rules! sized {
 
 // The sizes of KUF_0.1: once released they never change.
 sized! {
-    kuf_options: 104,
+    kuf_options: 136,
     kuf_memory: 88,
     kuf_source: 48,
     kuf_populate: 32,
@@ -166,7 +167,44 @@ fn in_range(what: &str, value: u64, default: u64, max: u64) -> Result<u64> {
     }
 }
 
-/// Options of `kuf_open`.
+/// A set of CPUs of `kuf_open`.
+///
+/// # Safety
+/// `at` is NULL or points to `size` readable bytes.
+pub unsafe fn cpus(at: *const c_void, size: u64, name: &str) -> Result<Option<Cpus>> {
+    if at.is_null() {
+        return check_unused(&format!("{name}_size"), size, name).map(|()| None);
+    }
+    if !(1..=Cpus::LARGEST as u64).contains(&size) {
+        return invalid(format!("{name}_size is {size}: set it to sizeof the set, at most {}", Cpus::LARGEST));
+    }
+    // SAFETY: the caller's promise.
+    let bytes = unsafe { std::slice::from_raw_parts(at.cast::<u8>(), size as usize) };
+    match Cpus::from_bytes(bytes) {
+        None => invalid(format!("{name} names no CPU")),
+        some => Ok(some),
+    }
+}
+
+/// How many userfaultfds the handle opens.
+fn userfaultfds(o: &kuf_options) -> Result<usize> {
+    let has = |flag| o.flags & flag != 0;
+    let wanted = in_range("options->userfaultfds", o.userfaultfds.into(), 0, KUF_USERFAULTFDS_MAX.into())? as usize;
+    if wanted > 0 && (has(KUF_OPEN_ADOPT_ONLY) || o.mechanism == KUF_MECHANISM_KVM_ASYNC) {
+        let text = "options->userfaultfds: KUF_OPEN_ADOPT_ONLY and KUF_MECHANISM_KVM_ASYNC open none";
+        return invalid(text.into());
+    }
+    if wanted > 1 && has(KUF_OPEN_FOLLOW_FORK) {
+        return invalid("options->userfaultfds: forks are followed with one only".into());
+    }
+    Ok(match wanted {
+        0 if has(KUF_OPEN_DIRECT | KUF_OPEN_FOLLOW_FORK) => 1,
+        0 => userfaultfds_for(Cpus::of_this_thread().map_or(1, |cpus| cpus.count())),
+        wanted => wanted,
+    })
+}
+
+/// Options of `kuf_open`, without the sets of CPUs.
 pub fn options(o: &kuf_options) -> Result<Config> {
     const KNOWN: u64 = KUF_OPEN_VM_FD
         | KUF_OPEN_USER_MODE_ONLY
@@ -195,6 +233,10 @@ pub fn options(o: &kuf_options) -> Result<Config> {
             "KUF_OPEN_FOLLOW_FORK is for the library's own userfaultfd: who opened the adopted one decides there";
         return invalid(text.into());
     }
+    let placed = !o.cpus.is_null() || !o.populate_cpus.is_null();
+    if has(KUF_OPEN_DIRECT) && placed {
+        return invalid("options->cpus, populate_cpus: with KUF_OPEN_DIRECT there is no thread".into());
+    }
     let run = |what, value, default| in_range(what, value, default, 64 << 20);
     Ok(Config {
         mechanism,
@@ -203,6 +245,9 @@ pub fn options(o: &kuf_options) -> Result<Config> {
         populate_run: run("options->populate_run", o.populate_run, 256 << 10)?,
         populate_inflight: in_range("options->populate_inflight", o.populate_inflight, 16 << 20, u64::MAX)?,
         spin: Duration::from_micros(in_range("options->spin_us", o.spin_us.into(), 0, KUF_SPIN_MAX.into())?),
+        userfaultfds: userfaultfds(o)?,
+        cpus: None,
+        populate_cpus: None,
         queue_max: in_range("options->queue_max", u64::from(o.queue_max), 4096, u64::MAX)? as usize,
         user_mode_only: has(KUF_OPEN_USER_MODE_ONLY),
         follow_fork: has(KUF_OPEN_FOLLOW_FORK),

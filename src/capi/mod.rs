@@ -12,6 +12,7 @@ use libc::ssize_t;
 
 use crate::error::{self, Error};
 use crate::probe;
+use crate::service::config::Config;
 use crate::service::Service;
 use convert::{read_struct, room, write_struct};
 use door::Door;
@@ -73,7 +74,8 @@ pub unsafe extern "C" fn kuf_probe(vm_fd: c_int, out: *mut kuf_probe) -> c_int {
 ///
 /// Returns 0 and sets *out; on failure *out is NULL. Any thread.
 /// -EINVAL: options or out is NULL, size is below that of the first version, an unknown flag or mechanism, a field out
-///   of its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback or KUF_OPEN_SOURCES.
+///   of its range, a field set whose flag is not, KUF_OPEN_DIRECT with a fill callback or KUF_OPEN_SOURCES; cpus or
+///   populate_cpus names no CPU that the process may use.
 /// -E2BIG: options has non-zero bytes that this version does not know.
 /// -EBADF: vm_fd is not an open descriptor.
 /// -ENOTSUP: the mechanism asked for by name does not work here. -EEXIST: KVM's asynchronous userfaults are enabled on
@@ -84,7 +86,7 @@ pub unsafe extern "C" fn kuf_probe(vm_fd: c_int, out: *mut kuf_probe) -> c_int {
 /// -EMFILE, -ENFILE, -ENOMEM, -EAGAIN: no descriptor, memory or thread to be had.
 ///
 /// # Safety
-/// `options` is NULL or points to `options->size` readable bytes; `out` is NULL or writable.
+/// `options` is NULL or points to `options->size` readable bytes, and the sets of CPUs there to as many as it says; `out` is NULL or writable.
 #[no_mangle]
 pub unsafe extern "C" fn kuf_open(options: *const kuf_options, out: *mut *mut kuf) -> c_int {
     guard(|| {
@@ -95,7 +97,14 @@ pub unsafe extern "C" fn kuf_open(options: *const kuf_options, out: *mut *mut ku
         unsafe { *out = std::ptr::null_mut() };
         // SAFETY: the caller promises options->size readable bytes.
         let options = unsafe { read_struct(options, "options") }?;
-        let service = Service::open(convert::options(&options)?)?;
+        // SAFETY: the caller promises that the sets are as long as it says.
+        let (cpus, populate_cpus) = unsafe {
+            (
+                convert::cpus(options.cpus, options.cpus_size, "options->cpus")?,
+                convert::cpus(options.populate_cpus, options.populate_cpus_size, "options->populate_cpus")?,
+            )
+        };
+        let service = Service::open(Config { cpus, populate_cpus, ..convert::options(&options)? })?;
         // SAFETY: as above.
         unsafe { *out = Door::open(service) };
         Ok(0)

@@ -289,6 +289,9 @@ pub const KUF_LOG_DEBUG: u32 = 4;
 /// Largest kuf_options.spin_us.
 pub const KUF_SPIN_MAX: u32 = 10000;
 
+/// Largest kuf_options.userfaultfds.
+pub const KUF_USERFAULTFDS_MAX: u32 = 64;
+
 /// Version of the file that kuf_record_stop writes (docs/record-format.md), and the newest that kuf_replay reads.
 pub const KUF_RECORD_VERSION: u32 = 1;
 
@@ -503,11 +506,29 @@ pub struct kuf_options {
     pub opaque: *mut c_void,
     /// Microseconds, at most KUF_SPIN_MAX, that the thread that watches for faults may go on looking for the next one
     /// before it sleeps, and only while faults come that fast: 0 for not at all. It saves the time to wake up, which
-    /// can be most of what a fault costs, and takes up to one CPU while faults come. Without effect when the process
-    /// may use one CPU only.
+    /// can be most of what a fault costs, and takes up to one CPU while faults come. Without effect where every
+    /// thread of the process is kept on one and the same CPU at kuf_open, or the cgroup grants the time of one.
     pub spin_us: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// How many userfaultfds share the memory of this handle, at most KUF_USERFAULTFDS_MAX. 0: one for each 8 CPUs
+    /// that the calling thread may use, from 1 to 8; with KUF_OPEN_DIRECT and KUF_OPEN_FOLLOW_FORK, one. A userfaultfd
+    /// has one lock and one list of waiters, on which all vCPUs that touch absent pages meet. With several, memory is
+    /// divided at multiples of 16 MiB or more of its address, a slot in at most 65 pieces, which they have in turn.
+    ///
+    /// Each piece is a mapping of its own (/proc/self/maps) for as long as the slot is there, and may stay one. It
+    /// counts against vm.max_map_count, and mremap(2) of more than one of them fails with EFAULT: a host that moves the
+    /// memory of slots sets this to 1. Not with KUF_OPEN_ADOPT_ONLY and KUF_MECHANISM_KVM_ASYNC, which open none; more
+    /// than 1 not with KUF_OPEN_FOLLOW_FORK.
+    pub userfaultfds: u32,
+    /// The CPUs that service threads (kuf-serve-N, kuf-fork, kuf-populate) may use: a cpu_set_t or a longer set, as for
+    /// sched_setaffinity(2), of cpus_size bytes, read during the call. NULL: those of the thread that calls kuf_open.
+    /// Not with KUF_OPEN_DIRECT.
+    pub cpus: *const c_void,
+    /// Bytes at cpus, at most 8192; 0 when cpus is NULL.
+    pub cpus_size: u64,
+    /// The same for kuf-populate alone, which nobody waits for. NULL: as cpus.
+    pub populate_cpus: *const c_void,
+    /// Bytes at populate_cpus.
+    pub populate_cpus_size: u64,
 }
 
 /// Where the pages of a slot come from without a callback: kuf_memory.source. The slot's first byte is at `offset`.

@@ -180,11 +180,11 @@ impl Mechanism for KvmAsync {
         &self.gate
     }
 
-    fn inlet(&self) -> Option<BorrowedFd<'_>> {
+    fn inlet(&self, _queue: usize) -> Option<BorrowedFd<'_>> {
         Some(self.calls.event())
     }
 
-    fn queue(&self) -> &'static str {
+    fn queue_name(&self) -> &'static str {
         "KVM's queue of userfaults (KVM_READ_USERFAULT)"
     }
 
@@ -200,7 +200,7 @@ impl Mechanism for KvmAsync {
         self.drain
     }
 
-    fn read(&self, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32> {
+    fn read(&self, _queue: usize, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32> {
         let mut queue = lock(&self.queue);
         queue.signalled(self.calls.signals().map_err(|e| e.raw_os_error())?);
         out.extend((0..queue.overdue()).map(|_| Message::Unsignalled));

@@ -175,16 +175,20 @@ impl Mechanism for KvmBitmap {
         self.under.gate()
     }
 
-    fn inlet(&self) -> Option<BorrowedFd<'_>> {
-        self.under.inlet()
+    fn queues(&self) -> usize {
+        self.under.queues()
+    }
+
+    fn inlet(&self, queue: usize) -> Option<BorrowedFd<'_>> {
+        self.under.inlet(queue)
     }
 
     fn vcpu_exits(&self) -> bool {
         true
     }
 
-    fn read(&self, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32> {
-        self.under.read(room, out)
+    fn read(&self, queue: usize, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32> {
+        self.under.read(queue, room, out)
     }
 
     fn attach(&self, slot: &Slot) -> Result<()> {

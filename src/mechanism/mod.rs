@@ -143,11 +143,17 @@ pub trait Mechanism: Send + Sync {
     /// Held shared while installing, exclusively while reading events and applying them.
     fn gate(&self) -> &Gate;
 
-    /// Readable when there is something to [`Mechanism::read`]. None when faults arrive by other ways only.
-    fn inlet(&self) -> Option<BorrowedFd<'_>>;
+    /// How many kernel queues it has. Each page has one for as long as it is attached.
+    fn queues(&self) -> usize {
+        1
+    }
+
+    /// Readable when there is something to [`Mechanism::read`] from that queue. None when faults arrive by other ways
+    /// only.
+    fn inlet(&self, queue: usize) -> Option<BorrowedFd<'_>>;
 
     /// What is read there, in words.
-    fn queue(&self) -> &'static str {
+    fn queue_name(&self) -> &'static str {
         "the userfaultfd"
     }
 
@@ -167,10 +173,10 @@ pub trait Mechanism: Send + Sync {
         false
     }
 
-    /// Reads up to `room` messages without waiting. The caller holds the gate exclusively. Err is an errno.
+    /// Reads up to `room` messages of a queue without waiting. The caller holds the gate exclusively. Err is an errno.
     ///
     /// Allocates nothing but space in `out`, where that has none left: `service::fork` reads while malloc is locked.
-    fn read(&self, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32>;
+    fn read(&self, queue: usize, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32>;
 
     /// Starts catching touches of the slot's absent pages. The caller holds the gate exclusively.
     fn attach(&self, slot: &Slot) -> Result<()>;

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Instant;
 
 use rustix::io::Errno;
@@ -15,7 +15,7 @@ use super::shared::{exist, SharedFile};
 use crate::ahead::Streams;
 use crate::claims::{Claims, Owner, Terms, Waits};
 use crate::mechanism::kvm_bitmap::Bitmap;
-use crate::mechanism::userfaultfd::Marker;
+use crate::mechanism::userfaultfd::{Marker, Stripes};
 use crate::mechanism::Mechanism;
 use crate::pages::{Pages, State};
 use crate::service::huge::Huge;
@@ -99,6 +99,8 @@ pub struct Slot {
     pub kvm: ForKvm,
     /// Its pages may be huge ones.
     pub huge: Huge,
+    /// How several userfaultfds share it; unset: one has it all.
+    pub stripes: OnceLock<Stripes>,
     /// States: read freely, changed with `claims` locked.
     pub pages: Pages,
     /// What the host has been told about completion.
@@ -144,6 +146,7 @@ impl Slot {
             parent,
             kvm,
             huge: Huge::new(huge),
+            stripes: OnceLock::new(),
             pages: Pages::new(len / granule),
             complete: AtomicBool::new(false),
             gone: AtomicI32::new(0),

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use super::cpus::Cpus;
 pub use super::host::Host;
 use crate::mechanism::kvm_bitmap::Memslot;
 use crate::memory::Opaque;
@@ -39,6 +40,12 @@ pub struct Config {
     pub populate_run: u64,
     /// Bytes.
     pub populate_inflight: u64,
+    /// At least 1.
+    pub userfaultfds: usize,
+    /// Where service threads may run; None: where the host's thread may that opens.
+    pub cpus: Option<Cpus>,
+    /// The same for kuf-populate; None: as `cpus`.
+    pub populate_cpus: Option<Cpus>,
     pub queue_max: usize,
     /// How long a service thread may look for the next fault before it sleeps.
     pub spin: Duration,

@@ -25,7 +25,7 @@ use std::thread::JoinHandle;
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 
 use super::inlet::Inlet;
-use super::threads::with_signals_blocked;
+use super::threads::{with_signals_blocked, Placing};
 use super::{eventfd, Service, Work, CLOSING};
 use crate::capi::types::KUF_EVENT_FORKED;
 use crate::error::{Error, Result};
@@ -124,7 +124,12 @@ impl Service {
         };
         let thread = with_signals_blocked(|| std::thread::Builder::new().name("kuf-fork".to_owned()).spawn(body))
             .map_err(|e| Error::system("starting a service thread", e.raw_os_error().unwrap_or(libc::EAGAIN)))?;
+        let placed = self.keep_on_cpus(Placing::Service, &thread);
         *lock(&watch.thread) = Some(thread);
+        if placed.is_err() {
+            watch.end();
+            return placed;
+        }
         atfork::add(self);
         Ok(())
     }
@@ -159,9 +164,9 @@ impl Service {
             let mut over = false;
             while !over {
                 let room = messages.capacity() - messages.len();
-                let read = mechanism.read(room, &mut messages);
+                let read = mechanism.read(inlet.queue, room, &mut messages);
                 let end = PollFd::new(&watch.over, PollFlags::IN);
-                over = match (read, mechanism.inlet()) {
+                over = match (read, mechanism.inlet(inlet.queue)) {
                     (Ok(Left::Nothing), Some(queue)) => {
                         let mut fds = [end, PollFd::new(&queue, PollFlags::IN)];
                         let _ = poll(&mut fds, None);
@@ -173,7 +178,7 @@ impl Service {
             }
             let _ = rustix::io::read(&watch.over, &mut [0_u8; 8]);
             // malloc is free again.
-            let read = mechanism.read(usize::MAX, &mut messages);
+            let read = mechanism.read(inlet.queue, usize::MAX, &mut messages);
             self.apply(inlet, &mut messages, &mut work);
             read
         };
@@ -208,7 +213,7 @@ impl Service {
             views.iter().for_each(|view| map.add_fork(view.clone()));
             Ok(())
         });
-        let (kind, error, text) = match added.and_then(|()| self.add(Inlet::new(child, None, true, true))) {
+        let (kind, error, text) = match added.and_then(|()| self.add(Inlet::new(child, 0, None, true, true))) {
             Ok(()) => (KUF_EVENT_FORKED, 0, "the process forked; the child is served too".to_owned()),
             Err(e) => (KUF_EVENT_FORKED, e.errno(), format!("the process forked and the child cannot be served: {e}")),
         };

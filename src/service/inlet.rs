@@ -19,6 +19,8 @@ use crate::sync::{lock, Mutex};
 /// A queue that is read.
 pub struct Inlet {
     pub mechanism: Arc<dyn Mechanism>,
+    /// Which of the mechanism's.
+    pub queue: usize,
     /// The host's descriptor it was made from.
     pub host_fd: Option<i32>,
     /// Its memory belongs to another process.
@@ -43,9 +45,16 @@ struct Lists {
 }
 
 impl Inlet {
-    pub(super) fn new(mechanism: Arc<dyn Mechanism>, host_fd: Option<i32>, remote: bool, fork: bool) -> Arc<Self> {
+    pub(super) fn new(
+        mechanism: Arc<dyn Mechanism>,
+        queue: usize,
+        host_fd: Option<i32>,
+        remote: bool,
+        fork: bool,
+    ) -> Arc<Self> {
         let (starved, parked, given_back) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
-        Arc::new(Self { mechanism, host_fd, remote, fork, starved, parked, given_back, lists: Mutex::default() })
+        let lists = Mutex::default();
+        Arc::new(Self { mechanism, queue, host_fd, remote, fork, starved, parked, given_back, lists })
     }
 
     /// Whether it holds messages there was no room for.
@@ -58,18 +67,21 @@ impl Service {
     /// Reads a mechanism from now on.
     pub(super) fn add_inlet(&self, mechanism: Arc<dyn Mechanism>, host_fd: Option<(i32, bool)>) -> Result<()> {
         let (host_fd, remote) = host_fd.map_or((None, false), |(fd, remote)| (Some(fd), remote));
-        self.add(Inlet::new(mechanism, host_fd, remote, false))
+        for queue in 0..mechanism.queues() {
+            self.add(Inlet::new(mechanism.clone(), queue, host_fd, remote, false))?;
+        }
+        Ok(())
     }
 
     pub(super) fn add(&self, inlet: Arc<Inlet>) -> Result<()> {
         let mechanism = inlet.mechanism.clone();
-        let remote = inlet.remote;
+        let (queue, remote) = (inlet.queue, inlet.remote);
         if remote || mechanism.ticks() {
             self.has_to_look.store(true, Ordering::Relaxed);
         }
         self.change_inlets(|inlets| inlets.push(inlet));
-        if let Some(fd) = mechanism.inlet() {
-            if let Err(error) = self.waking.watch(fd, mechanism.id()) {
+        if let Some(fd) = mechanism.inlet(queue) {
+            if let Err(error) = self.waking.watch(fd, mechanism.id(), queue) {
                 self.drop_inlet(mechanism.id());
                 return Err(error);
             }
@@ -86,7 +98,7 @@ impl Service {
         self.change_inlets(|inlets| {
             inlets.retain(|inlet| {
                 let other = inlet.mechanism.id() != mechanism;
-                if let Some(fd) = inlet.mechanism.inlet().filter(|_| !other) {
+                if let Some(fd) = inlet.mechanism.inlet(inlet.queue).filter(|_| !other) {
                     self.waking.unwatch(fd);
                 }
                 other
@@ -99,30 +111,34 @@ impl Service {
         change(Arc::make_mut(&mut inlets));
     }
 
+    /// The first queue of a mechanism: what only adopted userfaultfds need is kept there, which have no other.
     pub(super) fn inlet(&self, mechanism: u32) -> Option<Arc<Inlet>> {
         self.inlets().iter().find(|inlet| inlet.mechanism.id() == mechanism).cloned()
     }
 
-    /// Reads what a mechanism has, as far as there is room for more faults.
-    pub(super) fn pump(&self, mechanism: u32) {
-        let Some(inlet) = self.inlet(mechanism) else { return };
+    /// Reads what a queue has, as far as there is room for more faults.
+    pub(super) fn pump(&self, mechanism: u32, queue: usize) {
+        let inlets = self.inlets();
+        let found = inlets.iter().find(|inlet| inlet.queue == queue && inlet.mechanism.id() == mechanism);
+        let Some(inlet) = found else { return };
         let held = self.work.1.len();
         let room = self.config.queue_max.saturating_sub(held);
         if room == 0 {
             self.stats.queue_full.add(1);
-            self.starve(&inlet);
+            self.starve(inlet);
             // Whoever takes the last one looks for starved queues; it may have looked just before.
             if !self.work.1.is_empty() {
                 return;
             }
         }
-        self.pump_inlet(&inlet, room.max(1), Self::send);
+        self.pump_inlet(inlet, room.max(1), Self::send);
     }
 
-    /// Reads everything a mechanism has, room or not: an install waits for the events in there.
+    /// Reads everything a mechanism has, room or not: an install waits for the events in there. From every queue: an
+    /// munmap(2) has an event for each, makes all of them refuse at once, and brings one when another has been read.
     pub(super) fn pump_events(&self, mechanism: &Arc<dyn Mechanism>) {
-        if let Some(inlet) = self.inlet(mechanism.id()) {
-            self.pump_inlet(&inlet, usize::MAX, Self::push_counted);
+        for inlet in self.inlets().iter().filter(|inlet| inlet.mechanism.id() == mechanism.id()) {
+            self.pump_inlet(inlet, usize::MAX, Self::push_counted);
         }
     }
 
@@ -134,7 +150,7 @@ impl Service {
         }
         for inlet in self.inlets().iter() {
             if inlet.is_starved() {
-                self.pump(inlet.mechanism.id());
+                self.pump(inlet.mechanism.id(), inlet.queue);
             }
         }
     }
@@ -159,7 +175,7 @@ impl Service {
             read = {
                 let _gate = inlet.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
                 inlet.starved.store(false, Ordering::SeqCst);
-                let read = inlet.mechanism.read(room, &mut messages);
+                let read = inlet.mechanism.read(inlet.queue, room, &mut messages);
                 if matches!(read, Ok(Left::More)) {
                     self.starve(inlet);
                 }
@@ -186,7 +202,7 @@ impl Service {
             push(self, work);
         }
         if let Err(errno) = read {
-            let what = format!("reading {}", inlet.mechanism.queue());
+            let what = format!("reading {}", inlet.mechanism.queue_name());
             self.unreadable(inlet, &Error::system(&what, errno));
         }
     }

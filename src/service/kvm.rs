@@ -77,7 +77,7 @@ impl Service {
         loop {
             self.check_open()?;
             // What was queued before this call is known after this.
-            for inlet in self.inlets().iter() {
+            for inlet in self.inlets().iter().filter(|inlet| inlet.queue == 0) {
                 self.pump_events(&inlet.mechanism);
             }
             let map = self.memory.map();

@@ -9,6 +9,7 @@ mod behind;
 mod caller;
 mod close;
 pub mod config;
+pub mod cpus;
 mod demand;
 mod discard;
 mod fill;
@@ -122,6 +123,8 @@ pub struct Service {
     /// The host was told of a queue whose signals go elsewhere.
     warned: AtomicBool,
     waking: threads::Waking,
+    /// Looking for the next fault takes no CPU that somebody needs to cause it.
+    may_spin: AtomicBool,
     ready: Ready,
     populate: populate::Queue,
     lately: behind::Lately,
@@ -149,11 +152,7 @@ impl Service {
     }
 
     /// Starts a service over `own`.
-    fn open_with(mut config: Config, own: Option<Arc<dyn Mechanism>>) -> Result<Arc<Self>> {
-        // Here and not where it is needed: std reads files of /proc for it.
-        if !config.spin.is_zero() && std::thread::available_parallelism().is_ok_and(|n| n.get() == 1) {
-            config.spin = Duration::ZERO;
-        }
+    fn open_with(config: Config, own: Option<Arc<dyn Mechanism>>) -> Result<Arc<Self>> {
         let service = Arc::new(Self {
             memory: Memory::default(),
             own,
@@ -167,6 +166,7 @@ impl Service {
             sweep_queued: AtomicBool::new(false),
             warned: AtomicBool::new(false),
             waking: threads::Waking::new(!config.direct)?,
+            may_spin: AtomicBool::new(false),
             ready: Ready::new()?,
             populate: populate::Queue::default(),
             lately: behind::Lately::default(),
@@ -311,8 +311,9 @@ impl Service {
 
 fn open_mechanism(config: &Config) -> Result<Option<Arc<dyn Mechanism>>> {
     let userfaultfd = || {
-        let (uffd, way) = Userfaultfd::open(config.user_mode_only, !config.direct, config.follow_fork)?;
-        config.host.log(KUF_LOG_INFO, || format!("userfaultfd {}", way.text()));
+        let (uffd, way) =
+            Userfaultfd::open(config.user_mode_only, !config.direct, config.follow_fork, config.userfaultfds)?;
+        config.host.log(KUF_LOG_INFO, || format!("userfaultfd {}; {} of them", way.text(), config.userfaultfds));
         Ok::<_, Error>(uffd)
     };
     Ok(match &config.mechanism {

@@ -164,7 +164,7 @@ impl Service {
         let host_fd = borrow(fd, "uffd")?;
         let known = self.inlets().iter().find_map(|inlet| {
             let brought_as = inlet.host_fd?;
-            let same = same_file(inlet.mechanism.inlet()?, host_fd).unwrap_or(brought_as == fd);
+            let same = same_file(inlet.mechanism.inlet(inlet.queue)?, host_fd).unwrap_or(brought_as == fd);
             same.then(|| inlet.mechanism.clone())
         });
         if let Some(known) = known {

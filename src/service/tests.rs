@@ -36,11 +36,11 @@ impl Mechanism for Faulty {
     fn gate(&self) -> &Gate {
         self.real.gate()
     }
-    fn inlet(&self) -> Option<BorrowedFd<'_>> {
-        self.real.inlet()
+    fn inlet(&self, queue: usize) -> Option<BorrowedFd<'_>> {
+        self.real.inlet(queue)
     }
-    fn read(&self, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32> {
-        self.real.read(room, out)
+    fn read(&self, queue: usize, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32> {
+        self.real.read(queue, room, out)
     }
     fn attach(&self, slot: &Slot) -> Result<()> {
         self.real.attach(slot)
@@ -135,7 +135,7 @@ struct Rig {
 
 /// A service over a faulty userfaultfd with one slot. None where userfaultfd is not to be had.
 fn rig(no_poison: bool) -> Option<Rig> {
-    let Ok((real, _)) = Userfaultfd::open(true, true, false) else {
+    let Ok((real, _)) = Userfaultfd::open(true, true, false, 1) else {
         eprintln!("SKIP: no userfaultfd for this process");
         return None;
     };
@@ -166,6 +166,9 @@ fn rig(no_poison: bool) -> Option<Rig> {
         populate_inflight: 1 << 20,
         queue_max: 64,
         spin: Duration::ZERO,
+        userfaultfds: 1,
+        cpus: None,
+        populate_cpus: None,
     };
     let service = Service::open_with(config, Some(faulty.clone())).unwrap();
     let (len, prot) = (PAGE * PAGES, rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE);

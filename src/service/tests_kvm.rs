@@ -335,6 +335,9 @@ fn rig_of(drain: bool, direct: bool, detect_zero: bool) -> Rig {
         populate_inflight: 1 << 20,
         queue_max: if direct { 1 } else { 4096 },
         spin: Duration::ZERO,
+        userfaultfds: 1,
+        cpus: None,
+        populate_cpus: None,
     };
     let mechanism = Arc::new(KvmAsync::over(Box::new(Handle(fake.clone())), drain));
     let service = Service::open_with(config, Some(mechanism)).unwrap();

@@ -7,19 +7,22 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
 use rustix::io::Errno;
 
 use super::config::Which;
+use super::cpus::Cpus;
 use super::{eventfd, lock_threads, Service, Work, OPEN};
+use crate::capi::types::KUF_LOG_INFO;
 use crate::crew::Lead;
 use crate::error::{Error, Result};
 use crate::panics::quietly;
 use crate::sync::lock;
 
-/// Epoll data of the work eventfd; mechanisms have their ids, from 1.
+/// Epoll data of the work eventfd. That of a queue is its mechanism's id, from 1, and in the upper half its number.
 const WORK: u64 = 0;
 
 /// How long the lead looks away from the kernel at most, and from whoever waits for an event of theirs to be read.
@@ -48,6 +51,13 @@ impl std::ops::Deref for Events {
     fn deref(&self) -> &Self::Target {
         &self.room[..self.len]
     }
+}
+
+/// Whose CPUs a thread gets.
+#[derive(Clone, Copy)]
+pub(super) enum Placing {
+    Service,
+    Populate,
 }
 
 /// Looking for the next fault for a while instead of going to sleep: waking up costs more than the fault.
@@ -109,9 +119,9 @@ impl Waking {
             .map_err(|e| Error::system("epoll_ctl", e.raw_os_error()))
     }
 
-    /// Watches a mechanism's queue.
-    pub fn watch(&self, fd: BorrowedFd<'_>, mechanism: u32) -> Result<()> {
-        self.add(fd, u64::from(mechanism), self.edge)
+    /// Watches one of a mechanism's queues.
+    pub fn watch(&self, fd: BorrowedFd<'_>, mechanism: u32, queue: usize) -> Result<()> {
+        self.add(fd, u64::from(mechanism) | (queue as u64) << 32, self.edge)
     }
 
     /// Stops that.
@@ -164,16 +174,51 @@ impl Service {
         // One more may be bringing what nobody has asked for.
         let threads = threads + usize::from(self.goes_ahead());
         for n in 0..threads {
-            self.spawn(format!("kuf-serve-{n}"), |service| service.serve_loop())?;
+            self.spawn(format!("kuf-serve-{n}"), Placing::Service, |service| service.serve_loop())?;
         }
+        self.decide_on_spinning();
         // It also does what is neither demand nor may keep a thread from it.
         if self.serviced() || matches!(self.config.mechanism, Which::KvmBitmap(_)) {
-            self.spawn("kuf-populate".to_owned(), |service| service.populate_loop())?;
+            self.spawn("kuf-populate".to_owned(), Placing::Populate, |service| service.populate_loop())?;
         }
         Ok(())
     }
 
-    fn spawn(self: &Arc<Self>, name: String, body: impl FnOnce(&Arc<Self>) + Send + 'static) -> Result<()> {
+    /// Asked here and not where it is needed: std reads files of /proc for it.
+    fn decide_on_spinning(&self) {
+        if self.config.spin.is_zero() {
+            return;
+        }
+        // Of any thread: who touches memory may be kept elsewhere than this thread and those it has started.
+        let several = Cpus::of_this_process().count() > 1;
+        // Where this thread may use several, it is the cgroup's quota that says one.
+        let quota = Cpus::of_this_thread().is_some_and(|here| here.count() > 1)
+            && std::thread::available_parallelism().is_ok_and(|n| n.get() == 1);
+        if several && !quota {
+            self.may_spin.store(true, Ordering::Relaxed);
+        } else {
+            self.config.host.log(KUF_LOG_INFO, || "spin_us has no effect: there is one CPU for everybody".to_owned());
+        }
+    }
+
+    /// Keeps a new thread where the host wants it.
+    pub(super) fn keep_on_cpus(&self, placing: Placing, thread: &JoinHandle<()>) -> Result<()> {
+        let service = (&self.config.cpus, "options->cpus");
+        let (cpus, what) = match placing {
+            Placing::Populate if self.config.populate_cpus.is_some() => {
+                (&self.config.populate_cpus, "options->populate_cpus")
+            }
+            _ => service,
+        };
+        cpus.as_ref().map_or(Ok(()), |cpus| cpus.keep(thread, what))
+    }
+
+    fn spawn(
+        self: &Arc<Self>,
+        name: String,
+        placing: Placing,
+        body: impl FnOnce(&Arc<Self>) + Send + 'static,
+    ) -> Result<()> {
         let service = self.clone();
         let guarded = move || {
             if let Err(what) = quietly(|| body(&service)) {
@@ -182,8 +227,9 @@ impl Service {
         };
         let thread = with_signals_blocked(|| std::thread::Builder::new().name(name).spawn(guarded))
             .map_err(|e| Error::system("starting a service thread", e.raw_os_error().unwrap_or(libc::EAGAIN)))?;
+        let placed = self.keep_on_cpus(placing, &thread);
         lock(&self.threads).push(thread);
-        Ok(())
+        placed
     }
 
     /// Tells the threads to end, and waits for it unless `nowait`.
@@ -227,9 +273,9 @@ impl Service {
             }
             self.look_now_and_then();
             for event in events.iter() {
-                match u32::try_from(event.data.u64()) {
-                    Ok(0) | Err(_) => self.waking.clear(),
-                    Ok(mechanism) => self.pump(mechanism),
+                match event.data.u64() {
+                    WORK => self.waking.clear(),
+                    data => self.pump(data as u32, (data >> 32) as usize),
                 }
             }
             self.work_off(Some(lead));
@@ -254,7 +300,7 @@ impl Service {
         if self.can_go_ahead(true) {
             return self.waking.wait(0);
         }
-        if let Some(until) = spin.until() {
+        if let Some(until) = spin.until().filter(|_| self.may_spin.load(Ordering::Relaxed)) {
             loop {
                 let events = self.waking.wait(0);
                 if !events.is_empty() || self.can_work() || !self.running() {
@@ -357,7 +403,7 @@ impl Service {
         if due && self.looked.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
             self.look_after_processes();
             for inlet in self.inlets().iter().filter(|inlet| inlet.mechanism.ticks()) {
-                self.pump(inlet.mechanism.id());
+                self.pump(inlet.mechanism.id(), inlet.queue);
             }
         }
     }

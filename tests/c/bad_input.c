@@ -33,6 +33,9 @@ static struct fixture {
 
 static struct source source = SOURCE_INIT;
 
+/* The last CPU of the largest set that is taken. */
+static const unsigned char no_such_cpu[8192] = {[8191] = 0x80};
+
 /* ---- What rows call ------------------------------------------------------------------------------------------------ */
 
 /* What a row changes of memory that could be added as it is. */

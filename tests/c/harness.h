@@ -303,10 +303,29 @@ static inline bool is_registered(const void *address)
     return registered;
 }
 
+/* Where several userfaultfds share memory, they do so in stripes of this at least: borders are at multiples of it. */
+#define STRIPE ((uintptr_t)16 << 20)
+
+/* As mmap(2), at an address of such a kind that the middle of the mapping is at that border. */
+static inline void *map_across(size_t length, int flags, int fd)
+{
+    size_t page = page_size(), half = length / 2 / page * page, all = length + STRIPE;
+    char *room = mmap(NULL, all, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED)
+        return room;
+    char *at = (char *)(((uintptr_t)room + half + STRIPE - 1) / STRIPE * STRIPE - half);
+    char *end = at + (length + page - 1) / page * page;
+    if (at != room)
+        munmap(room, (size_t)(at - room));
+    if (end < room + all)
+        munmap(end, (size_t)(room + all - end));
+    return mmap(at, length, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, 0);
+}
+
 /* Anonymous private memory, page by page: huge pages would make one fault of many. */
 static inline unsigned char *map_anonymous(size_t length)
 {
-    void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *memory = map_across(length, MAP_PRIVATE | MAP_ANONYMOUS, -1);
     must(memory != MAP_FAILED, "%zu bytes of anonymous memory", length);
     madvise(memory, length, MADV_NOHUGEPAGE);
     return memory;
@@ -317,7 +336,7 @@ static inline unsigned char *map_shared(size_t length, int *fd)
 {
     *fd = memfd_create("guest", MFD_CLOEXEC);
     must(*fd >= 0 && ftruncate(*fd, (off_t)length) == 0, "a memfd of %zu bytes", length);
-    void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
+    void *memory = map_across(length, MAP_SHARED, *fd);
     must(memory != MAP_FAILED, "maps the memfd");
     return memory;
 }
@@ -481,11 +500,19 @@ static inline struct kuf_event last_event(struct source *source, unsigned kind)
 
 #ifndef HARNESS_WITHOUT_LIBRARY
 
-/* Opens with what the caller has set, in the best way this machine allows; skips the test when there is none. */
+/*
+ * Opens with what the caller has set, in the best way this machine allows; skips the test when there is none.
+ * KUF_TEST_USERFAULTFDS=N gives every handle that may have several userfaultfds so many, to run all tests with them;
+ * those that move memory with mremap cannot pass then.
+ */
 static inline struct kuf *open_with(struct kuf_options options)
 {
     struct kuf *kuf = NULL;
+    const char *several = getenv("KUF_TEST_USERFAULTFDS");
     options.size = sizeof(options);
+    if (several != NULL && options.userfaultfds == 0 && options.mechanism != KUF_MECHANISM_KVM_ASYNC &&
+        !(options.flags & (KUF_OPEN_ADOPT_ONLY | KUF_OPEN_FOLLOW_FORK)))
+        options.userfaultfds = (uint32_t)atoi(several);
     int got = kuf_open(&options, &kuf);
     if (got == -EPERM && !(options.flags & KUF_OPEN_FOLLOW_FORK)) {
         /* The tests touch memory from user mode only, so they need no more than this. */

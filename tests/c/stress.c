@@ -808,10 +808,11 @@ static void run_round(unsigned number, uint64_t until)
         .demand_run = page_bytes << below(10),
         .populate_run = page_bytes << below(7),
         .populate_inflight = below(2) ? page_bytes * 4 : 0,
+        .userfaultfds = 1 + (uint32_t)below(4),
     };
     snprintf(round_text, sizeof(round_text),
-             "round %u: %u fill threads, queue of %u, runs of %" PRIu64 " and %" PRIu64 " pages, %s ahead", number,
-             options.fill_threads, options.queue_max, options.demand_run / page_bytes, options.populate_run / page_bytes,
+             "round %u: %u fill threads, %u userfaultfds, queue of %u, runs of %" PRIu64 " and %" PRIu64 " pages, %s ahead", number,
+             options.fill_threads, options.userfaultfds, options.queue_max, options.demand_run / page_bytes, options.populate_run / page_bytes,
              options.populate_inflight ? "little" : "much");
     atomic_store(&ending, false);
     atomic_store(&closing, false);

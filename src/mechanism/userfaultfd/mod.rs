@@ -7,6 +7,7 @@
 
 mod ioctl;
 pub mod open;
+mod stripes;
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -26,14 +27,17 @@ use crate::memory::pagemap::Pagemap;
 use crate::memory::staging::HUGE;
 use crate::memory::Slot;
 use crate::uapi::userfaultfd::*;
+pub use stripes::Stripes;
 
 /// Messages read by one system call.
 const BATCH: usize = 64;
 
-/// One userfaultfd: the library's own, or a duplicate of one that the host has opened.
+/// The library's own userfaultfd, or several of them that share the slots (`stripes`); or a duplicate of one that the
+/// host has opened.
 pub struct Userfaultfd {
     id: u32,
-    fd: OwnedFd,
+    /// At least one.
+    fds: Vec<OwnedFd>,
     gate: Gate,
     adopted: bool,
     /// Its memory is another process's.
@@ -43,10 +47,14 @@ pub struct Userfaultfd {
 }
 
 impl Userfaultfd {
-    /// Opens one for this process's memory. `events`: hear of what is removed, moved and unmapped; `forks`: of
+    /// Opens `count` for this process's memory. `events`: hear of what is removed, moved and unmapped; `forks`: of
     /// children.
-    pub fn open(user_mode_only: bool, events: bool, forks: bool) -> Result<(Self, open::Way)> {
-        let (fd, way) = open::open(user_mode_only)?;
+    pub fn open(user_mode_only: bool, events: bool, forks: bool, count: usize) -> Result<(Self, open::Way)> {
+        let (first, way) = open::open(user_mode_only)?;
+        let mut fds = vec![first];
+        while fds.len() < count {
+            fds.push(open::open(user_mode_only)?.0);
+        }
         let (offered, _) = open::offered(user_mode_only)?;
         let mut features = UFFD_FEATURE_THREAD_ID
             | UFFD_FEATURE_MISSING_HUGETLBFS
@@ -61,11 +69,13 @@ impl Userfaultfd {
         if forks {
             features |= UFFD_FEATURE_EVENT_FORK;
         }
-        ioctl::api(fd.as_fd(), features).map_err(|e| match e {
-            Errno::PERM if forks => Error::new(libc::EPERM, "following forks needs the capability CAP_SYS_PTRACE"),
-            e => Error::system("UFFDIO_API", e.raw_os_error()),
-        })?;
-        Ok((Self::new(fd, false, false), way))
+        for fd in &fds {
+            ioctl::api(fd.as_fd(), features).map_err(|e| match e {
+                Errno::PERM if forks => Error::new(libc::EPERM, "following forks needs the capability CAP_SYS_PTRACE"),
+                e => Error::system("UFFDIO_API", e.raw_os_error()),
+            })?;
+        }
+        Ok((Self::new(fds, false, false), way))
     }
 
     /// Takes over one that the host has opened, as its only reader. `remote`: for another process's memory.
@@ -73,28 +83,58 @@ impl Userfaultfd {
         rustix::io::ioctl_fionbio(&fd, true).map_err(|e| Error::system("O_NONBLOCK on uffd", e.raw_os_error()))?;
         // Which features were agreed on cannot be asked: any event may come, and a thread id that was not agreed on
         // reads as 0.
-        Ok(Self::new(fd, true, remote))
+        Ok(Self::new(vec![fd], true, remote))
     }
 
-    fn new(fd: OwnedFd, adopted: bool, remote: bool) -> Self {
-        Self { id: next_id(), fd, gate: Gate::default(), adopted, remote, pagemap: OnceCell::new() }
+    fn new(fds: Vec<OwnedFd>, adopted: bool, remote: bool) -> Self {
+        Self { id: next_id(), fds, gate: Gate::default(), adopted, remote, pagemap: OnceCell::new() }
     }
 
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    fn fd(&self, queue: usize) -> BorrowedFd<'_> {
+        self.fds[queue].as_fd()
+    }
+
+    /// Which userfaultfd has what is at `offset` of a slot, and for how many bytes from there.
+    fn queue_at(&self, slot: &Slot, offset: u64) -> (usize, u64) {
+        slot.stripes.get().map_or((0, u64::MAX), |stripes| stripes.at(offset))
+    }
+
+    /// Puts the slot under the userfaultfds, as divided. Nothing has changed when it fails.
+    fn register(&self, slot: &Slot, stripes: Option<&Stripes>) -> Result<()> {
+        let minor = if slot.shared.is_some() { UFFDIO_REGISTER_MODE_MINOR } else { 0 };
+        let extents = slot.extents();
+        let pieces = || extents.iter().flat_map(|extent| Stripes::pieces(stripes, *extent));
+        for (done, (queue, hva)) in pieces().enumerate() {
+            let (start, len) = (hva.start, hva.end - hva.start);
+            let Err(errno) = ioctl::register(self.fd(queue), start, len, UFFDIO_REGISTER_MODE_MISSING | minor) else {
+                continue;
+            };
+            for (queue, hva) in pieces().take(done) {
+                let _ = ioctl::unregister(self.fd(queue), hva.start, hva.end - hva.start);
+            }
+            return Err(register_error(errno, start, len, self.remote));
+        }
+        Ok(())
     }
 
     /// One kernel call: at most the pages of one mapping.
-    fn install_at(&self, slot: &Slot, hva: u64, len: u64, content: Content) -> (u64, Option<Errno>) {
+    fn install_at(
+        &self,
+        fd: BorrowedFd<'_>,
+        slot: &Slot,
+        hva: u64,
+        len: u64,
+        content: Content,
+    ) -> (u64, Option<Errno>) {
         match content {
-            Content::Data(from) => ioctl::copy(self.fd(), hva, from as u64, len),
-            Content::Staged(from) => self.move_huge(hva, from as u64, len),
-            Content::InPlace | Content::ZeroInPlace | Content::Shown => ioctl::cont(self.fd(), hva, len),
-            Content::Poison | Content::PoisonAtEnd => ioctl::poison(self.fd(), hva, len),
-            Content::Zero if slot.granule == rustix::param::page_size() as u64 => ioctl::zeropage(self.fd(), hva, len),
+            Content::Data(from) => ioctl::copy(fd, hva, from as u64, len),
+            Content::Staged(from) => Self::move_huge(fd, hva, from as u64, len),
+            Content::InPlace | Content::ZeroInPlace | Content::Shown => ioctl::cont(fd, hva, len),
+            Content::Poison | Content::PoisonAtEnd => ioctl::poison(fd, hva, len),
+            Content::Zero if slot.granule == rustix::param::page_size() as u64 => ioctl::zeropage(fd, hva, len),
             // hugetlbfs has no UFFDIO_ZEROPAGE. A buffer that was never written is the kernel's zero page.
             Content::Zero => match Buffer::new(slot.granule as usize) {
-                Ok(zeroes) => ioctl::copy(self.fd(), hva, zeroes.at().as_ptr() as u64, slot.granule),
+                Ok(zeroes) => ioctl::copy(fd, hva, zeroes.at().as_ptr() as u64, slot.granule),
                 Err(_) => (0, Some(Errno::NOMEM)),
             },
             // Nothing to be put there: see `install`.
@@ -117,11 +157,11 @@ impl Userfaultfd {
 
     /// Only a whole huge page is worth moving. Whatever is in the way, the pages that were not moved are where they were,
     /// to be copied; that no event is unread is true of a copy too.
-    fn move_huge(&self, hva: u64, from: u64, len: u64) -> (u64, Option<Errno>) {
+    fn move_huge(fd: BorrowedFd<'_>, hva: u64, from: u64, len: u64) -> (u64, Option<Errno>) {
         if len != HUGE || hva % HUGE != 0 || from % HUGE != 0 {
             return (0, Some(Errno::INVAL));
         }
-        let (bytes, errno) = ioctl::move_pages(self.fd(), hva, from, len);
+        let (bytes, errno) = ioctl::move_pages(fd, hva, from, len);
         (bytes, errno.map(|errno| if errno == Errno::AGAIN { errno } else { Errno::INVAL }))
     }
 
@@ -195,11 +235,16 @@ impl Mechanism for Userfaultfd {
         &self.gate
     }
 
-    fn inlet(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.fd())
+    fn queues(&self) -> usize {
+        self.fds.len()
     }
 
-    fn read(&self, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32> {
+    fn inlet(&self, queue: usize) -> Option<BorrowedFd<'_>> {
+        self.fds.get(queue).map(OwnedFd::as_fd)
+    }
+
+    fn read(&self, queue: usize, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32> {
+        let fd = self.fd(queue).as_raw_fd();
         let mut batch = [const { MaybeUninit::<uffd_msg>::uninit() }; BATCH];
         let mut room = room;
         loop {
@@ -208,7 +253,7 @@ impl Mechanism for Userfaultfd {
                 return Ok(Left::More);
             }
             // SAFETY: room for `want` messages.
-            let n = unsafe { libc::read(self.fd.as_raw_fd(), batch.as_mut_ptr().cast(), want * size_of::<uffd_msg>()) };
+            let n = unsafe { libc::read(fd, batch.as_mut_ptr().cast(), want * size_of::<uffd_msg>()) };
             if n < 0 {
                 // SAFETY: errno of this thread.
                 match Errno::from_raw_os_error(unsafe { *libc::__errno_location() }) {
@@ -229,25 +274,27 @@ impl Mechanism for Userfaultfd {
     }
 
     fn attach(&self, slot: &Slot) -> Result<()> {
-        let minor = if slot.shared.is_some() { UFFDIO_REGISTER_MODE_MINOR } else { 0 };
-        let extents = slot.extents();
-        for (done, extent) in extents.iter().enumerate() {
-            let Err(errno) = ioctl::register(self.fd(), extent.hva, extent.len, UFFDIO_REGISTER_MODE_MISSING | minor)
-            else {
-                continue;
-            };
-            for extent in &extents[..done] {
-                let _ = ioctl::unregister(self.fd(), extent.hva, extent.len);
+        if let Some(first) = slot.extents().first().filter(|_| self.fds.len() > 1) {
+            let stripes = Stripes::new(first.hva, slot.len, slot.granule, self.fds.len());
+            match self.register(slot, Some(&stripes)) {
+                // No more mappings to be had (vm.max_map_count): it stays one.
+                Err(error) if error.errno() == libc::ENOMEM => {}
+                result => {
+                    // Nobody installs before the gate is free.
+                    let _ = slot.stripes.set(stripes);
+                    return result;
+                }
             }
-            return Err(register_error(errno, extent.hva, extent.len, self.remote));
         }
-        Ok(())
+        self.register(slot, None)
     }
 
     fn detach(&self, slot: &Slot, _in_use: bool) {
         for extent in slot.extents() {
-            // What is unmapped by now needs no unregistering.
-            let _ = ioctl::unregister(self.fd(), extent.hva, extent.len);
+            for (queue, hva) in Stripes::pieces(slot.stripes.get(), extent) {
+                // What is unmapped by now needs no unregistering.
+                let _ = ioctl::unregister(self.fd(queue), hva.start, hva.end - hva.start);
+            }
         }
     }
 
@@ -268,9 +315,11 @@ impl Mechanism for Userfaultfd {
         if let Content::There = content {
             return self.confirm(slot, pages);
         }
-        let mut len = (pages.end - pages.start).min(mapped) * slot.granule;
+        let (queue, same) = self.queue_at(slot, pages.start * slot.granule);
+        let fd = self.fd(queue);
+        let mut len = ((pages.end - pages.start).min(mapped) * slot.granule).min(same);
         loop {
-            let (bytes, errno) = self.install_at(slot, hva, len, content);
+            let (bytes, errno) = self.install_at(fd, slot, hva, len, content);
             // One call does not cross mappings, and mappings that look like one may be two: look for the border.
             if bytes == 0 && errno == Some(Errno::NOENT) && len > slot.granule {
                 len = (len / 2).next_multiple_of(slot.granule);
@@ -294,8 +343,9 @@ impl Mechanism for Userfaultfd {
         let mut page = pages.start;
         while page < pages.end {
             let Some((hva, mapped)) = slot.hva_of(page) else { return };
-            let n = mapped.min(pages.end - page);
-            let _ = ioctl::wake(self.fd(), hva, n * slot.granule);
+            let (queue, same) = self.queue_at(slot, page * slot.granule);
+            let n = mapped.min(pages.end - page).min(same / slot.granule);
+            let _ = ioctl::wake(self.fd(queue), hva, n * slot.granule);
             page += n;
         }
     }
@@ -303,7 +353,10 @@ impl Mechanism for Userfaultfd {
     fn wake_range(&self, hva: Range<u64>) {
         let page = page_size();
         let start = hva.start & !(page - 1);
-        let _ = ioctl::wake(self.fd(), start, hva.end.next_multiple_of(page) - start);
+        // No slot says any more which of them it was.
+        for fd in &self.fds {
+            let _ = ioctl::wake(fd.as_fd(), start, hva.end.next_multiple_of(page) - start);
+        }
     }
 
     fn drop_pages(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<(), i32> {
@@ -332,7 +385,7 @@ impl Mechanism for Userfaultfd {
         // The kernel looks for the process before it looks for the address, which is one that nobody can register: the
         // page below the guard page at the end of user space.
         const NOWHERE: u64 = (1 << 47) - 0x3000;
-        ioctl::zeropage(self.fd(), NOWHERE, rustix::param::page_size() as u64).1 != Some(Errno::SRCH)
+        ioctl::zeropage(self.fd(0), NOWHERE, rustix::param::page_size() as u64).1 != Some(Errno::SRCH)
     }
 
     fn remote(&self) -> bool {
@@ -345,7 +398,7 @@ impl Mechanism for Userfaultfd {
 
     fn child(&self, fd: OwnedFd) -> Option<Arc<dyn Mechanism>> {
         let _ = rustix::io::ioctl_fionbio(&fd, true);
-        Some(Arc::new(Self::new(fd, self.adopted, true)))
+        Some(Arc::new(Self::new(vec![fd], self.adopted, true)))
     }
 }
 

@@ -171,8 +171,13 @@ static UNUSED struct kuf_memory rig_slot(struct rig *r, uint32_t flags)
 		       __LINE__, #call, r_, (long)(want), r_ < 0 ? kuf_error() : "-"); \
 	} while (0)
 
+/* KUF_TEST_USERFAULTFDS=N: with so many userfaultfds underneath. */
 static UNUSED void rig_open(struct rig *r, struct kuf_options options)
 {
+	const char *several = getenv("KUF_TEST_USERFAULTFDS");
+
+	if (several && options.mechanism == KUF_MECHANISM_KVM_BITMAP)
+		options.userfaultfds = (uint32_t)atoi(several);
 	MUST_KUF(kuf_open(&options, &r->kuf));
 }
 
