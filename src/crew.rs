@@ -157,9 +157,10 @@ impl Crew {
 
     /// A fill took this long.
     pub fn took(&self, time: Duration) {
-        let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX) / 8;
+        // No more than that: one that was preempted says nothing of the source, two in a row begin to.
+        let ns = time.min(4 * QUICK).as_nanos() as u64;
         let before = self.pace.load(Ordering::Relaxed);
-        self.pace.store(before - before / 8 + ns.min(u64::MAX / 16), Ordering::Relaxed);
+        self.pace.store(before - before / 8 + ns / 8, Ordering::Relaxed);
         if time >= TOO_LONG {
             self.calm.store(0, Ordering::Relaxed);
         }
