@@ -100,6 +100,11 @@ impl Crew {
         now.saturating_duration_since(self.started).as_nanos() as u64 + 1
     }
 
+    /// Whether some thread has the lead.
+    pub fn is_led(&self) -> bool {
+        self.lead.load(Ordering::SeqCst) != NOBODY
+    }
+
     /// Whether some thread has the lead, and another stands by.
     pub fn is_watched(&self) -> bool {
         self.lead.load(Ordering::SeqCst) != NOBODY && self.standing_by.load(Ordering::SeqCst)

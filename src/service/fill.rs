@@ -23,6 +23,9 @@ use crate::memory::{Slot, Waiter};
 use crate::pages::State;
 use crate::source::{Found, Source, Wanted};
 
+/// What a fill of ordinary length brings, in bytes: so much of a longer one is compared with it.
+const FEW: u64 = 16 << 10;
+
 /// A run that the calling thread has claimed and is to fill.
 pub struct Run {
     pub slot: Arc<Slot>,
@@ -102,12 +105,10 @@ impl Service {
         };
         // Zeroes that are looked for take their time, which is opening's.
         let since = Some(now);
-        if demand {
-            self.crew.took(took);
-        } else if *ahead {
-            // As if it were no longer than what is demanded.
+        if demand || *ahead {
+            // As if it were no longer than a few pages: what takes long because there is much of it is no slow source.
             let bytes = (pages.end - pages.start) * slot.granule;
-            self.crew.took(took / (bytes / NEAR).max(1) as u32);
+            self.crew.took(took / (bytes / FEW).clamp(1, NEAR / FEW) as u32);
         }
         if !matches!(answer, Answer::Deferred) {
             self.stats.filling.record(took);

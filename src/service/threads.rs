@@ -255,12 +255,24 @@ impl Service {
 
     fn serve_loop(self: &Arc<Self>) {
         while self.running() {
-            self.work_off(None);
+            if self.wants_help() {
+                self.work_off(None);
+            }
             match self.crew.take_lead() {
                 Some(lead) => self.watch(lead),
-                None => self.crew.rest(|| self.running() && !self.can_work() && !self.can_go_ahead(false)),
+                None => self.crew.rest(|| self.running() && !self.wants_help()),
             }
         }
+    }
+
+    /// Whether there is something to do for a thread that has not got the lead. Not if the one that has is awake and soon
+    /// through with it: two would meet at every lock. It looks once more before it sleeps.
+    fn wants_help(&self) -> bool {
+        let leave_it = || {
+            let asleep = self.lead_asleep.load(Ordering::SeqCst);
+            !asleep && self.crew.is_led() && self.crew.quick() && !self.crew.worth_help(self.work.1.len())
+        };
+        self.can_work() && !leave_it() || self.can_go_ahead(false)
     }
 
     /// Waits for the kernel, and serves what it brings, for as long as this thread has the lead.
@@ -338,7 +350,8 @@ impl Service {
             while let Ok(work) = self.work.1.try_recv() {
                 self.pump_starved();
                 self.work_as(lead.filter(|lead| self.crew.leads(*lead)), work);
-                if !self.running() {
+                if !self.running() || lead.is_some_and(|lead| !self.crew.leads(lead)) && !self.wants_help() {
+                    // Whoever has the lead now has what is left.
                     return;
                 }
             }
@@ -355,7 +368,7 @@ impl Service {
         };
         match (lead, quick) {
             (Some(lead), Some(since)) => {
-                if queued > 0 && self.crew.worth_help(queued) {
+                if self.crew.worth_help(queued) || !self.crew.is_watched() {
                     self.crew.call();
                 }
                 self.crew.enter(lead, since);
@@ -367,7 +380,8 @@ impl Service {
                     self.crew.let_go(lead);
                 }
                 // Somebody has to watch, or stand by for who does, and others can take the rest.
-                if queued > 0 || !self.crew.is_watched() {
+                let more = queued > 0 && (quick.is_none() || self.crew.worth_help(queued));
+                if more || !self.crew.is_watched() {
                     self.crew.call();
                 }
                 self.work_on(work);
