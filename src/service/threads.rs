@@ -268,11 +268,10 @@ impl Service {
     /// Whether there is something to do for a thread that has not got the lead. Not if the one that has is awake and soon
     /// through with it: two would meet at every lock. It looks once more before it sleeps.
     fn wants_help(&self) -> bool {
-        let leave_it = || {
-            let asleep = self.lead_asleep.load(Ordering::SeqCst);
-            !asleep && self.crew.is_led() && self.crew.quick() && !self.crew.worth_help(self.work.1.len())
-        };
-        self.can_work() && !leave_it() || self.can_go_ahead(false)
+        let asleep = self.lead_asleep.load(Ordering::SeqCst);
+        let leave_it =
+            || !asleep && self.crew.is_led() && self.crew.quick() && !self.crew.worth_help(self.work.1.len());
+        self.can_work() && !leave_it() || self.can_go_ahead(asleep)
     }
 
     /// Waits for the kernel, and serves what it brings, for as long as this thread has the lead.
@@ -329,7 +328,8 @@ impl Service {
         self.lead_asleep.store(true, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         // Something may have been pushed by somebody who saw nobody asleep.
-        let patience = if self.can_work() || !self.running() { 0 } else { self.patience() };
+        let idle = self.running() && !self.can_work() && !self.can_go_ahead(true);
+        let patience = if idle { self.patience() } else { 0 };
         let asleep = spin.is_on().then(Instant::now);
         let events = self.waking.wait(patience);
         self.lead_asleep.store(false, Ordering::SeqCst);
@@ -342,7 +342,7 @@ impl Service {
     /// Works while there is work and a filler's place. `lead`: this thread's, to be kept over quick work and let go of
     /// before slow work.
     fn work_off(&self, lead: Option<Lead>) {
-        while self.running() && self.can_work() {
+        'queue: while self.running() && self.can_work() {
             if self.fillers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |free| free.checked_sub(1)).is_err() {
                 return;
             }
@@ -350,9 +350,12 @@ impl Service {
             while let Ok(work) = self.work.1.try_recv() {
                 self.pump_starved();
                 self.work_as(lead.filter(|lead| self.crew.leads(*lead)), work);
-                if !self.running() || lead.is_some_and(|lead| !self.crew.leads(lead)) && !self.wants_help() {
-                    // Whoever has the lead now has what is left.
+                if !self.running() {
                     return;
+                }
+                if lead.is_some_and(|lead| !self.crew.leads(lead)) && !self.wants_help() {
+                    // Whoever has the lead now has what is left of demand.
+                    break 'queue;
                 }
             }
             self.pump_starved();
