@@ -194,7 +194,11 @@
 /* Fill callback: the first kuf_fill.filled bytes of the run are zero; buf was not written. */
 #define KUF_ZERO 1
 
-/* Fill callback: the host will call kuf_resolve for every page of the run later, from any thread, in any pieces. */
+/*
+ * Fill callback: the host will call kuf_resolve for every page of the run later, from any thread, in any pieces. Until
+ * then none of it is asked for again, whoever touches it. That holds without KUF_FILL_DEMAND too: to decline what
+ * nobody waits for, return -EAGAIN instead; it poisons nothing, and the pages are asked for again when they are touched.
+ */
 #define KUF_DEFERRED 2
 
 /*
