@@ -194,7 +194,11 @@
 /* Fill callback: the first kuf_fill.filled bytes of the run are zero; buf was not written. */
 #define KUF_ZERO 1
 
-/* Fill callback: the host will call kuf_resolve for every page of the run later, from any thread, in any pieces. */
+/*
+ * Fill callback: the host will call kuf_resolve for every page of the run later, from any thread, in any pieces. Until
+ * then none of it is asked for again, whoever touches it. That holds without KUF_FILL_DEMAND too: to decline what
+ * nobody waits for, return -EAGAIN instead; it poisons nothing, and the pages are asked for again when they are touched.
+ */
 #define KUF_DEFERRED 2
 
 /*
@@ -1051,10 +1055,14 @@ int kuf_add_memory(struct kuf *kuf,
  *
  * flags: 0, KUF_CLOSE_POISON, KUF_CLOSE_POPULATE or both.
  *
+ * A fill of this slot that is running, such as one ahead of vCPUs that have stopped since, is waited for, up to 100 ms;
+ * in an event callback it is not. Touchers should have ended: their fills may follow one another.
+ *
  * Returns 0. Any thread, also from an event callback unless the slot has KUF_MEMORY_MEMSLOT, but not from a fill
  * callback (-EDEADLK).
  * -EINVAL: kuf is NULL, an unknown flag. -ENOENT: no slot starts at gpa.
- * -EBUSY: unresolved pages and no flag; a fill of this slot is running (retry when it has ended).
+ * -EBUSY: unresolved pages and no flag; a fill of this slot has been running for longer than that (retry when it has
+ *   ended).
  * -EIO: KUF_CLOSE_POPULATE could not fill everything; the slot goes on as before. -ENOTSUP: KUF_CLOSE_POPULATE without
  *   a fill callback.
  * Kernel: UFFDIO_UNREGISTER, KVM_SET_MEMORY_ATTRIBUTES.

@@ -117,7 +117,9 @@ pub const KUF_FILL_FORKED: u32 = 1 << 2;
 pub const KUF_FILLED: c_int = 0;
 /// Fill callback: the first kuf_fill.filled bytes of the run are zero; buf was not written.
 pub const KUF_ZERO: c_int = 1;
-/// Fill callback: the host will call kuf_resolve for every page of the run later, from any thread, in any pieces.
+/// Fill callback: the host will call kuf_resolve for every page of the run later, from any thread, in any pieces. Until
+/// then none of it is asked for again, whoever touches it. That holds without KUF_FILL_DEMAND too: to decline what
+/// nobody waits for, return -EAGAIN instead; it poisons nothing, and the pages are asked for again when they are touched.
 pub const KUF_DEFERRED: c_int = 2;
 
 /// kuf_memory.fd and fd_offset name the shared file (memfd, tmpfs, hugetlbfs) that is mapped MAP_SHARED at hva.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Instant;
 
@@ -107,6 +107,8 @@ pub struct Slot {
     pub complete: AtomicBool,
     /// 0, or the errno with which the memory or its process went away.
     pub gone: AtomicI32,
+    /// How many calls are about to take it off the service: nothing is brought ahead of touchers meanwhile.
+    pub leaving: AtomicU32,
     /// Where access to it is sequential. Locked after `claims`.
     pub streams: Mutex<Streams>,
     claims: Mutex<Claims<Waiter>>,
@@ -150,6 +152,7 @@ impl Slot {
             pages: Pages::new(len / granule),
             complete: AtomicBool::new(false),
             gone: AtomicI32::new(0),
+            leaving: AtomicU32::new(0),
             streams: Mutex::default(),
             claims: Mutex::new(Claims::new(granule)),
             settled: Condvar::new(),

@@ -74,8 +74,15 @@ impl Ahead {
         task
     }
 
+    /// Brings nothing more for `slot` until the result is dropped. The piece that is under way goes on.
+    pub(super) fn keep_off<'a>(&self, slot: &'a Arc<Slot>) -> KeptOff<'a> {
+        slot.leaving.fetch_add(1, Ordering::SeqCst);
+        self.forget(slot);
+        KeptOff(slot)
+    }
+
     /// Forgets what is left for `slot`.
-    pub(super) fn forget(&self, slot: &Arc<Slot>) {
+    fn forget(&self, slot: &Arc<Slot>) {
         let mut tasks = lock(&self.tasks);
         tasks.retain(|task| !Arc::ptr_eq(&task.slot, slot));
         self.left.store(tasks.len(), Ordering::SeqCst);
@@ -156,7 +163,8 @@ impl Service {
     fn claim_piece(&self, task: &Task, most: u64) -> Option<Run> {
         let slot = &task.slot;
         let mut claims = slot.claims();
-        if slot.gone().is_some() {
+        // Looked at under the claims' lock: who takes the slot off looks for claims afterwards.
+        if slot.gone().is_some() || slot.leaving.load(Ordering::SeqCst) > 0 {
             return None;
         }
         let run = slot.pages.first_run(task.pages.clone(), State::Absent, most)?;
@@ -166,6 +174,15 @@ impl Service {
             self.record(slot, &pages);
         }
         Some(Run { slot: slot.clone(), id, pages, wanted: None, thread: 0, ahead: true, since: Instant::now() })
+    }
+}
+
+/// See [`Ahead::keep_off`].
+pub(super) struct KeptOff<'a>(&'a Slot);
+
+impl Drop for KeptOff<'_> {
+    fn drop(&mut self) {
+        self.0.leaving.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::host::{refuse_inside_callbacks, refuse_inside_fill};
 use super::{Service, Work, DEAD};
@@ -16,6 +17,9 @@ use crate::pages::State;
 /// Runs of pages from this length on, in bytes, are not poisoned at the end but made inaccessible: poison goes page by
 /// page through the kernel and makes page tables, 17 ms and 2 MiB for each GiB. Few enough mappings come of it.
 const CLOSE_OFF: u64 = 1 << 30;
+
+/// How long kuf_remove_memory waits for fills that are running.
+const FILLS_END: Duration = Duration::from_millis(100);
 
 const UNFILLED: &str = "was not filled before the end of its service";
 
@@ -36,26 +40,9 @@ impl Service {
             refuse_inside_callbacks("kuf_remove_memory with KUF_CLOSE_POPULATE")?;
             self.populate_before_end(Some((slot.gpa, slot.len)), flags)?;
         }
-        self.ahead.forget(slot);
-        while self.check_open().is_ok() && slot.claims().installing(&(0..slot.pages.total())) {
-            // Through the kernel in a moment: its toucher may have gone on already.
-            std::thread::yield_now();
-        }
         self.refuse_memslot_change(slot, "kuf_remove_memory")?;
-        let poison = flags & KUF_CLOSE_POISON != 0;
-        if !poison && !settled(slot) {
-            return Err(unresolved(slot));
-        }
         let views: Vec<_> = map.forks_of(slot).cloned().collect();
-        // Host code that fills the slot may be writing to its very pages.
-        if !self.poison_unless(slot, |claims, all| {
-            claims.busy(all) || !poison && (slot.pages.count(State::Absent) > 0 || claims.open(all))
-        }) {
-            return Err(match poison || slot.claims().busy(&(0..slot.pages.total())) {
-                true => Error::new(libc::EBUSY, "a fill of this slot is running: try again when it has ended"),
-                false => unresolved(slot),
-            });
-        }
+        self.poison_when_idle(slot, flags & KUF_CLOSE_POISON != 0)?;
         views.iter().for_each(|slot| self.poison_rest(slot));
         self.take_out(slot, &views)?;
         views.iter().chain([slot]).for_each(|slot| slot.mechanism.detach(slot, false));
@@ -64,6 +51,42 @@ impl Service {
         let last = !self.memory.map().all().any(|other| other.mechanism.id() == id);
         if last && slot.mechanism.adopted() {
             self.drop_inlet(id);
+        }
+        Ok(())
+    }
+
+    /// Closes the slot's pages for good when no fill of it is running, and without `poison` only if all are settled.
+    ///
+    /// Fills are waited for: a host whose vCPUs have stopped knows of none, but what was brought beside or ahead of their
+    /// last touches may be under way. Not for ever, for a callback may want a lock that the caller holds; and not in a
+    /// callback, on a thread that others may be waiting for.
+    fn poison_when_idle(&self, slot: &Arc<Slot>, poison: bool) -> Result<()> {
+        let patience = if refuse_inside_callbacks("").is_ok() { FILLS_END } else { Duration::ZERO };
+        let until = Instant::now() + patience;
+        let _none = self.ahead.keep_off(slot);
+        let all = 0..slot.pages.total();
+        // Host code that fills the slot may be writing to its very pages.
+        // What has gone is not counted as unresolved: nobody can touch it.
+        let poison = || poison || slot.gone().is_some_and(|errno| errno != libc::ENOENT);
+        while !self.poison_unless(slot, |claims, all| {
+            claims.busy(all) || !poison() && (slot.pages.count(State::Absent) > 0 || claims.open(all))
+        }) {
+            let claims = slot.claims();
+            let busy = claims.busy(&all);
+            if !poison() && (slot.pages.count(State::Absent) > 0 || !busy && claims.open(&all)) {
+                return Err(unresolved(slot));
+            }
+            if self.check_open().is_ok() && claims.installing(&all) {
+                // Through the kernel in a moment: its toucher may have gone on already.
+                drop(claims);
+                std::thread::yield_now();
+            } else if busy && Instant::now() >= until {
+                return Err(Error::new(libc::EBUSY, "a fill of this slot is running: try again when it has ended"));
+            } else if busy {
+                // Not every end of a claim wakes who sleeps.
+                let soon = Instant::now() + Duration::from_millis(1);
+                drop(slot.sleep(claims, Some(soon.min(until))));
+            }
         }
         Ok(())
     }

@@ -214,7 +214,7 @@ impl Service {
             return self.fail(error.text());
         }
         self.drop_inlet(inlet.mechanism.id());
-        self.lose(inlet.mechanism.id(), error.errno());
+        self.lose(inlet.mechanism.as_ref(), error.errno());
     }
 
     /// Applies events in their order, then looks up where the faults are. Leaves `messages` empty.
@@ -420,17 +420,21 @@ impl Service {
         self.forget_dead_children();
         for inlet in self.inlets().iter().filter(|inlet| inlet.remote && !inlet.fork) {
             if !inlet.mechanism.alive() {
-                self.lose(inlet.mechanism.id(), libc::ESRCH);
+                self.lose(inlet.mechanism.as_ref(), libc::ESRCH);
             }
         }
     }
 
-    fn lose(&self, mechanism: u32, errno: i32) {
-        for slot in self.memory.map().slots().iter().filter(|slot| slot.mechanism.id() == mechanism) {
-            if let Some(work) = self.gone(slot, errno) {
-                self.push(work);
-            }
-        }
+    fn lose(&self, mechanism: &dyn Mechanism, errno: i32) {
+        let lost: Vec<_> = {
+            // A slot that is being added is in the map before the kernel has accepted it: where it does not, the host is
+            // told by the call, and nothing has gone.
+            let _gate = mechanism.gate().read().unwrap_or_else(PoisonError::into_inner);
+            let map = self.memory.map();
+            let its = map.slots().iter().filter(|slot| slot.mechanism.id() == mechanism.id());
+            its.filter_map(|slot| self.gone(slot, errno)).collect()
+        };
+        lost.into_iter().for_each(|work| self.push(work));
     }
 
     /// The memory behind a slot, or its process, went away. Returns what to tell the host, the first time.

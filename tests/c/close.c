@@ -255,7 +255,7 @@ static void long_runs(void)
         for (size_t i = 0; i < sizeof(touched) / sizeof(touched[0]); i++)
             ok(holds_content(ram + touched[i], BASE + touched[i], page, 1), "page %#" PRIx64 " is touched", touched[i]);
         if (remove)
-            is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON), 0, "kuf_remove_memory with KUF_CLOSE_POISON");
+            is(remove_patiently(kuf, BASE), 0, "kuf_remove_memory with KUF_CLOSE_POISON");
         close_with(kuf, KUF_CLOSE_POISON);
         is(source.events[KUF_EVENT_CLOSED_OFF], 2 + (poison_event() == KUF_EVENT_CLOSED_OFF),
            "long runs are made inaccessible, and it is said");

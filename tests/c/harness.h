@@ -547,6 +547,15 @@ static inline void add(struct kuf *kuf, uint64_t gpa, const void *memory, uint64
     must(got == 0, "kuf_add_memory %#" PRIx64 "+%#" PRIx64 ": %s", gpa, length, got ? kuf_error() : "adds");
 }
 
+/* Fills that nobody waits for any more may be running: the library waits for them, on a busy machine not long enough. */
+static inline int remove_patiently(struct kuf *kuf, uint64_t gpa)
+{
+    int got;
+    while ((got = kuf_remove_memory(kuf, gpa, KUF_CLOSE_POISON)) == -EBUSY)
+        sleep_ms(1);
+    return got;
+}
+
 static inline void add_shared(struct kuf *kuf, uint64_t gpa, const void *memory, uint64_t length, int fd, uint32_t flags)
 {
     struct kuf_memory slot = {.size = sizeof(slot), .flags = KUF_MEMORY_FD | flags, .gpa = gpa, .len = length,

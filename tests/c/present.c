@@ -169,8 +169,9 @@ static void huge(void)
 static int fill_round_neighbours(void *opaque, struct kuf_fill *fill)
 {
     struct kuf **handle = opaque;
+    /* Declined, which poisons nothing. Deferred, it would be owed, and not asked for again by who touches it. */
     if (!(fill->flags & KUF_FILL_DEMAND))
-        return KUF_DEFERRED;
+        return -EAGAIN;
     must(kuf_resolve(*handle, fill->gpa, NULL, fill->len, KUF_RESOLVE_PRESENT) >= 0, "a callback may: %s", kuf_error());
     return source_fill(&source, fill) == 0 ? KUF_FILLED : -EIO;
 }

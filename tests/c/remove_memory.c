@@ -67,7 +67,7 @@ static void go(bool shared)
     else
         add(kuf, BASE, ram, length);
     ok(holds_content(ram + 4 * page, BASE + 4 * page, 2 * page, 1), "%s: two pages are touched", kind);
-    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON), 0, "%s: an incomplete slot is poisoned and let go", kind);
+    is(remove_patiently(kuf, BASE), 0, "%s: an incomplete slot is poisoned and let go", kind);
     ok(!is_registered(ram + 4 * page), "%s: no registration is left", kind);
     ok(holds_content(ram + 4 * page, BASE + 4 * page, 2 * page, 1), "%s: filled pages stay", kind);
     int raised = 0;
@@ -99,10 +99,7 @@ static void go(bool shared)
     is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON), -EBUSY, "%s: not while a fill of it runs", kind);
     atomic_store(&source.hold, false);
     ok(join_toucher(&toucher), "%s: which ends as it should", kind);
-    int got;
-    while ((got = kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON)) == -EBUSY)
-        sleep_ms(1);
-    is(got, 0, "%s: then it is let go", kind);
+    is(remove_patiently(kuf, BASE), 0, "%s: then it is let go", kind);
 
     /* From the event that says it is complete. */
     unsigned char *fifth = map_anonymous(length);

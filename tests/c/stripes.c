@@ -103,7 +103,7 @@ static void touched(uint32_t userfaultfds)
     for (unsigned i = 0; i < WIDE / STRIPE; i++)
         good = join_toucher(&walkers[i]) && good;
     ok(good, "so do those that cross the borders in order");
-    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON), 0, "the slot ends");
+    is(remove_patiently(kuf, BASE), 0, "the slot ends");
     good = true;
     for (uint64_t at = 0; at < WIDE; at += STRIPE / 2)
         good = !is_registered(ram + at) && good;
@@ -240,7 +240,7 @@ static void moved(uint32_t userfaultfds)
     is(kuf_discard(kuf, BASE + HALF * page, page, 0), 0, "one more");
     is(kuf_resolve(kuf, BASE + HALF * page, NULL, page, KUF_RESOLVE_POISON), page, "poison where it has moved");
     is(try_touch(room), poison_signal(), "is met there");
-    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON), 0, "the slot ends");
+    is(remove_patiently(kuf, BASE), 0, "the slot ends");
     ok(!is_registered(room + page) && !is_registered(ram), "at both places");
     close_watched(kuf, 0);
     munmap(ram, HALF * page);

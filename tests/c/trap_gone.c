@@ -175,6 +175,7 @@ static void all_is_gone(struct kuf *kuf, struct other *other, const char *when)
     is(atomic_load(&source.events[KUF_EVENT_GONE]), 1, "%s: the host is told once", when);
     is(atomic_load(&source.events[KUF_EVENT_FATAL]), 0, "%s: and the service lives", when);
     is(stats_of(kuf).bytes_poisoned, 0, "%s: nothing is poisoned", when);
+    is(kuf_remove_memory(kuf, BASE, 0), 0, "%s: the slot ends, with nothing to settle", when);
     close_watched(kuf, 0);
     close(other->uffd);
     close(other->socket);
