@@ -149,7 +149,7 @@ int main(void)
 	vm_create(&vm, PAGES * PAGE, VCPUS);
 	source_init(&source, TEST_GPA);
 	kuf = open_options(&vm, (struct kuf_options){ .fill = source_fill, .event = source_event,
-			   .opaque = &source, .fill_threads = 3 });
+			   .opaque = &source, .fill_threads = 3, .demand_run = PAGE });
 	add_slot(kuf, TEST_GPA, vm.mem, vm.size);
 	together();
 	kvm_first();

@@ -141,6 +141,8 @@ static UNUSED struct kuf_options rig_options(struct rig *r)
 		.event = source_event,
 		.release = source_release,
 		.opaque = &r->source,
+		/* Exits are counted: each brings its page and nothing else. */
+		.demand_run = PAGE,
 	};
 }
 

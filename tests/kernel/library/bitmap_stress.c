@@ -250,6 +250,7 @@ int main(int argc, char **argv)
 	struct kuf_options o = rig_options(&r);
 	o.fill = fill_chunks;
 	o.fill_threads = 1 + seed % 3;
+	o.demand_run = 0;
 	rig_open(&r, o);
 	for (int i = 0; i < SLOTS; i++) {
 		struct slot *s = &slots[i];
