@@ -58,8 +58,7 @@ static void *wander(void *argument)
     uint64_t x = wanderer->seed;
     wanderer->good = true;
     for (unsigned i = 0; i < TOUCHES; i++) {
-        x = x * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
-        uint64_t at = (x >> 20) % (WIDE / page) * page;
+        uint64_t at = (next_random(&x) >> 20) % (WIDE / page) * page;
         if (!holds_content(wanderer->memory + at, BASE + at, page, 1))
             wanderer->good = false;
     }
