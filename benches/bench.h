@@ -397,13 +397,14 @@ static inline void verify_all(const struct image *image, const uint8_t *memory, 
 /*
  * A hypervisor takes free memory of a virtual machine away (free page reporting does so after two seconds), and giving
  * it back takes several times as long as what is measured here. So each side uses as much as it is about to need, and
- * frees it, right before: the kernel hands out again what was freed last.
+ * frees it, right before: the kernel hands out again what was freed last. In huge pages where those are wanted, for
+ * small ones that were freed do not come back as huge ones soon.
  */
-static inline void warm_memory(uint64_t size)
+static inline void warm_memory(uint64_t size, bool huge)
 {
     uint64_t length = size > 4096 * MIB ? 1024 * MIB : size; /* more is never touched as a whole */
     uint8_t *at = must_map(length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, "warming");
-    madvise(at, length, MADV_NOHUGEPAGE);
+    madvise(at, length, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     if (madvise(at, length, MADV_POPULATE_WRITE) != 0)
         memset(at, 1, length);
     munmap(at, length);
@@ -412,7 +413,7 @@ static inline void warm_memory(uint64_t size)
 /* Private anonymous memory in pages of 4 KiB; or, where that is the point, with huge pages wanted. */
 static inline uint8_t *guest_memory(uint64_t size, bool huge)
 {
-    warm_memory(size);
+    warm_memory(size, huge);
     uint64_t room = size + RUN;
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     uint8_t *at = must_map(room, PROT_READ | PROT_WRITE, flags, -1, "guest memory");

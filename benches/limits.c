@@ -129,7 +129,7 @@ int main(int argc, char **argv)
     int uffd = -1, fd = -1;
     if (what == CONTINUE || what == PLACE) {
         uffd = open_userfaultfd(UFFD_FEATURE_MINOR_SHMEM);
-        warm_memory(size);
+        warm_memory(size, false);
         fd = memfd_create("guest", MFD_CLOEXEC);
         must(fd >= 0 && ftruncate(fd, (off_t)size) == 0, "memfd");
         memory = must_map(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, "the memfd");

@@ -213,14 +213,18 @@ def rows(scale, images, scratch):
         plots=("open",), labels=("UFFDIO_CONTINUE in 2 MiB runs", "libkuf")))
 
     reads = f"reads={by('4M', '512K', 1000)}"
-    result.append(Row(
-        "huge", 6, "huge pages wanted: populate, then random reads",
-        side("populate", "copy", f"size={whole}", "want_huge=1", reads),
-        side("populate", "kuf", f"size={whole}", "want_huge=1", "huge=1", reads),
-        [Measure("bytes/s", "bytes_per_second", speed, (">=", 1)),
-         Measure("on huge pages", "huge_part", percent, (">=", 0.95), value=lambda a, b: b["huge_part"], form=percent),
-         Measure("a random read", "read_ns", nanoseconds, ("<=", 0.95))],
-        plots=("speed",), labels=("UFFDIO_COPY, 4 KiB pages", "libkuf")))
+    populated = ("populate", "kuf", f"size={whole}", "want_huge=1", reads)
+    for name, work, baseline, what in (
+            ("huge", "huge pages wanted: populate, then random reads", populated, "populate, 4 KiB pages"),
+            ("huge-copy", "the same, against no service at all",
+             ("populate", "copy", f"size={whole}", "want_huge=1", reads), "UFFDIO_COPY, 4 KiB pages")):
+        result.append(Row(
+            name, 6, work, side(*baseline), side(*populated, "huge=1"),
+            [Measure("bytes/s", "bytes_per_second", speed, (">=", 1) if name == "huge" else None),
+             Measure("on huge pages", "huge_part", percent, (">=", 0.95), value=lambda a, b: b["huge_part"],
+                     form=percent),
+             Measure("a random read", "read_ns", nanoseconds, ("<=", 0.95))],
+            plots=("speed",), labels=(what, "libkuf")))
 
     def zero_row(name, work, cluster, a, b, of, of_b, labels=("without detection", "with detection")):
         form = [f"size={whole}", "zero=50", f"cluster={cluster}"]

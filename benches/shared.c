@@ -23,7 +23,7 @@ int main(int argc, char **argv)
     if (size % RUN != 0 || image.size % RUN != 0)
         fail("size is not of whole 2 MiB");
 
-    warm_memory(size);
+    warm_memory(size, false);
     int fd = memfd_create("guest", MFD_CLOEXEC);
     must(fd >= 0 && ftruncate(fd, (off_t)size) == 0, "memfd");
     uint8_t *memory = must_map(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, "the memfd");
