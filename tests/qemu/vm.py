@@ -133,14 +133,14 @@ class Vm:
         with open(self.log_path, errors="replace") as log:
             return " | ".join(log.read().strip().splitlines()[-4:])
 
-    def line(self, pattern, timeout=60, after=0):
-        """The first console line since `after` that matches; its time and the match."""
+    def line(self, pattern, timeout=60, after=0, count=1):
+        """The first console line since `after` that matches, or the `count`th; its time and the match."""
         deadline = time.monotonic() + timeout
         while True:
-            for when, text in self.console[after:]:
-                match = re.search(pattern, text)
-                if match:
-                    return when, match
+            found = ((when, re.search(pattern, text)) for when, text in self.console[after:])
+            matches = [one for one in found if one[1]]
+            if len(matches) >= count:
+                return matches[count - 1]
             if time.monotonic() > deadline:
                 tail = [text for _, text in self.console[-3:]]
                 raise Failed(f"{self.name}: no '{pattern}' on the console in {timeout} s, which ends with {tail}")
