@@ -11,6 +11,7 @@
  * prints.  What counts goes to a second serial line, undisturbed: a line for
  * every check, "ok", "not ok" or "skip", and "done" at the very end.
  */
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -124,6 +125,46 @@ static void kill_all(void)
 	kill(-1, SIGKILL);
 }
 
+/* The first line of a file of a thread's, or nothing. */
+static void tell_file(pid_t pid, const char *tid, const char *file)
+{
+	char path[280], buf[256];
+	ssize_t n;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/task/%s/%s", pid, tid, file);
+	fd = open(path, O_RDONLY);
+	if (fd < 0)
+		return;
+	n = read(fd, buf, sizeof(buf) - 1);
+	close(fd);
+	buf[n > 0 ? n : 0] = '\0';
+	printf(" %.*s", (int)strcspn(buf, "\n"), buf);
+}
+
+/* Where each thread of a program that does not end is: its name, where it sleeps in the kernel, in which call. */
+static void tell_threads(const char *name, pid_t pid)
+{
+	char path[64];
+	struct dirent *entry;
+	DIR *dir;
+
+	snprintf(path, sizeof(path), "/proc/%d/task", pid);
+	dir = opendir(path);
+	while (dir && (entry = readdir(dir))) {
+		if (*entry->d_name == '.')
+			continue;
+		printf("# %s: %s", name, entry->d_name);
+		tell_file(pid, entry->d_name, "comm");
+		tell_file(pid, entry->d_name, "wchan");
+		tell_file(pid, entry->d_name, "syscall");
+		printf("\n");
+	}
+	if (dir)
+		closedir(dir);
+	fflush(stdout);
+}
+
 static void run_program(const char *name, char **argv, char **env, size_t nr_env,
 			long timeout)
 {
@@ -178,6 +219,7 @@ static void run_program(const char *name, char **argv, char **env, size_t nr_env
 			break;
 		if (now() > deadline && !timed_out) {
 			timed_out = true;
+			tell_threads(name, pid);
 			kill(-pid, SIGKILL);
 			deadline = now() + 10;
 		} else if (now() > deadline) {
