@@ -40,6 +40,9 @@ const NOBODY: u64 = 0;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Lead(u64);
 
+/// What a thread put into `inside_since`, to take away that and nothing else.
+pub struct Inside(u64);
+
 #[derive(Default)]
 struct Resting {
     /// Threads that wait for work.
@@ -113,8 +116,8 @@ impl Crew {
     /// Takes the lead if nobody has it, or if who has it has been inside host code for too long.
     pub fn take_lead(&self) -> Option<Lead> {
         let has = self.lead.load(Ordering::SeqCst);
+        let inside = self.inside_since.load(Ordering::SeqCst);
         if has != NOBODY {
-            let inside = self.inside_since.load(Ordering::SeqCst);
             if inside == 0 || self.at(Instant::now()).saturating_sub(inside) < TOO_LONG.as_nanos() as u64 {
                 return None;
             }
@@ -122,8 +125,9 @@ impl Crew {
         }
         let mine = self.next.fetch_add(1, Ordering::Relaxed);
         let taken = self.lead.compare_exchange(has, mine, Ordering::SeqCst, Ordering::SeqCst).is_ok();
-        if taken {
-            self.inside_since.store(0, Ordering::SeqCst);
+        if taken && has != NOBODY {
+            // Only what was looked at: the lead may have been taken from us too by now.
+            self.leave(Inside(inside));
         }
         taken.then_some(Lead(mine))
     }
@@ -139,9 +143,10 @@ impl Crew {
     }
 
     /// The thread that has the lead goes into host code with it, for a fault that was read at `since`.
-    pub fn enter(&self, lead: Lead, since: Instant) {
-        if self.leads(lead) {
-            self.inside_since.store(self.at(since), Ordering::SeqCst);
+    pub fn enter(&self, lead: Lead, since: Instant) -> Inside {
+        let inside = Inside(if self.leads(lead) { self.at(since) } else { 0 });
+        if inside.0 != 0 {
+            self.inside_since.store(inside.0, Ordering::SeqCst);
         }
         self.entries.fetch_add(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
@@ -149,15 +154,12 @@ impl Crew {
             let _resting = lock(&self.resting);
             self.trouble.notify_one();
         }
+        inside
     }
 
-    /// It is out again. Returns whether it has the lead still.
-    pub fn leave(&self, lead: Lead) -> bool {
-        let leads = self.leads(lead);
-        if leads {
-            self.inside_since.store(0, Ordering::SeqCst);
-        }
-        leads
+    /// It is out again, perhaps without the lead. Whoever has that by now may be inside, too: that stays.
+    pub fn leave(&self, inside: Inside) {
+        let _ = self.inside_since.compare_exchange(inside.0, 0, Ordering::SeqCst, Ordering::SeqCst);
     }
 
     /// A fill took this long.
@@ -274,13 +276,17 @@ mod tests {
     fn who_stays_inside_host_code_loses_the_lead() {
         let crew = Crew::default();
         let first = crew.take_lead().unwrap();
-        crew.enter(first, Instant::now());
+        let inside = crew.enter(first, Instant::now());
         assert!(crew.take_lead().is_none());
         std::thread::sleep(2 * TOO_LONG);
         let second = crew.take_lead().unwrap();
-        assert!(!crew.leave(first));
+        let inside_second = crew.enter(second, Instant::now());
+        crew.leave(inside);
         crew.let_go(first);
         assert!(crew.leads(second) && crew.take_lead().is_none());
+        std::thread::sleep(2 * TOO_LONG);
+        assert!(crew.take_lead().is_some(), "who left late has not taken away that the second is inside");
+        crew.leave(inside_second);
     }
 
     #[test]

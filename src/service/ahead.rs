@@ -121,9 +121,13 @@ impl Service {
             let Some(task) = self.ahead.take() else { continue };
             match lead.filter(|lead| self.crew.leads(*lead)) {
                 Some(lead) if self.crew.quick() => {
-                    self.crew.enter(lead, Instant::now());
+                    // A source that was quick may block.
+                    if !self.crew.is_watched() {
+                        self.crew.call();
+                    }
+                    let inside = self.crew.enter(lead, Instant::now());
                     self.bring_piece(task, LEAD_PIECE.min(self.config.populate_run));
-                    self.crew.leave(lead);
+                    self.crew.leave(inside);
                     return;
                 }
                 lead => {

@@ -374,9 +374,9 @@ impl Service {
                 if self.crew.worth_help(queued) || !self.crew.is_watched() {
                     self.crew.call();
                 }
-                self.crew.enter(lead, since);
+                let inside = self.crew.enter(lead, since);
                 self.work_on(work);
-                self.crew.leave(lead);
+                self.crew.leave(inside);
             }
             (lead, _) => {
                 if let Some(lead) = lead {

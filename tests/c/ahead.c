@@ -206,13 +206,18 @@ static void dense(void)
     comes_to(present(kuf), sizeof(order), "below a quarter, each page comes by itself");
     right = right && good(320 + 20);
     is(atomic_load(&longest_demanded), 5 * (long long)page, "the eighth of 32 brings its neighbours, up to those that are there");
+    /* Unless the source seems slow, which it does on a machine that is busy: then touchers come to the rest themselves. */
+    for (int i = 0; i < 200 && present(kuf) < 32; i++)
+        sleep_ms(1);
+    bool filled_up = present(kuf) == 32;
     right = right && good(352 + 3);
     for (unsigned n = 0; n < 32; n++)
         right = right && good(320 + n * 13 % 32);
     ok(right, "each page has its own bytes");
     ok(faults_of(kuf) <= sizeof(order) + 2 + 10, "%u faults for 33 pages", faults_of(kuf));
-    wait_until(present(kuf) == 33 && progress_of(kuf, BASE).filling == 0);
-    is(atomic_load(&demanded_bytes) + atomic_load(&ahead_bytes), 33 * page, "each is asked for once, and none beyond");
+    wait_until(present(kuf) >= 33 && progress_of(kuf, BASE).filling == 0);
+    comes_to(atomic_load(&demanded_bytes) + atomic_load(&ahead_bytes), present(kuf) * page, "each is asked for once");
+    ok(present(kuf) == 33 || !filled_up, "and none beyond");
     end_part(kuf);
 }
 
@@ -259,6 +264,75 @@ static void nobody_waits(void)
     ok(good(49) && good(55) && good(60), "the rest has its bytes");
     is(atomic_load(&source.events[poison_event()]), 0, "nothing was poisoned");
     end_part(kuf);
+}
+
+/* ---- Everybody who served is held up ---- */
+
+static atomic_bool blocking, go, blocks;
+static atomic_int blocked_ahead;
+
+/* Quick, until a run that nobody waits for lets another page be touched, whose fill blocks, as does the run after it. */
+static int fill_then_block(void *opaque, struct kuf_fill *fill)
+{
+    if (!(fill->flags & KUF_FILL_DEMAND) && atomic_exchange(&blocking, false)) {
+        atomic_store(&go, true);
+        for (uint64_t until = now_ns() + 250000; now_ns() < until;)
+            ;
+    } else if (fill->flags & KUF_FILL_DEMAND && fill->gpa == gpa_of(7000)) {
+        atomic_fetch_add(&demand_held, 1);
+        while (atomic_load(&blocks))
+            sleep_ms(1);
+    } else if (!(fill->flags & KUF_FILL_DEMAND) && atomic_load(&demand_held)) {
+        atomic_fetch_add(&blocked_ahead, 1);
+        while (atomic_load(&blocks))
+            sleep_ms(1);
+    }
+    return source_fill(opaque, fill);
+}
+
+static void *touch_when_told(void *unused)
+{
+    (void)unused;
+    while (!atomic_load(&go))
+        ;
+    return (void *)(uintptr_t)good(7000);
+}
+
+/*
+ * A fill of a quick source blocks, and so does what is brought ahead by the thread that has taken the lead since: a third
+ * one reads the kernel. Which thread comes to what is the scheduler's to say, so this is tried until it has come about.
+ */
+static void both_block(void)
+{
+    bool came = false;
+    for (int round = 0; round < 20 && !came; round++) {
+        atomic_store(&blocking, false);
+        atomic_store(&go, false);
+        atomic_store(&blocks, true);
+        demand_held = blocked_ahead = 0;
+        source = (struct source)SOURCE_INIT;
+        struct kuf *kuf = open_with((struct kuf_options){
+            .fill = fill_then_block, .fill_threads = 2, .userfaultfds = 1, .opaque = &source, .event = source_event});
+        ram = map_anonymous(PAGES * page);
+        add(kuf, BASE, ram, PAGES * page);
+        pthread_t other = start(touch_when_told, NULL);
+        bool served = true;
+        for (uint64_t n = 0; n < 1023; n++)
+            served = good(n) && served;
+        sleep_ms(5);
+        atomic_store(&blocking, true);
+        served = good(1023) && served;
+        for (int i = 0; i < 200 && !(atomic_load(&demand_held) && atomic_load(&blocked_ahead)); i++)
+            sleep_ms(1);
+        came = atomic_load(&demand_held) && atomic_load(&blocked_ahead);
+        served = good(7500) && served;
+        must(madvise(ram + 7800 * page, page, MADV_DONTNEED) == 0, "madvise");
+        atomic_store(&blocks, false);
+        atomic_store(&go, true);
+        ok(joins(other) && served, "pages are served and events read while two threads are held up (%s)",
+           came ? "they were" : "one was");
+        end_part(kuf);
+    }
 }
 
 /* Lets go of what is held up a moment after the main thread has begun to wait for it. */
@@ -408,6 +482,7 @@ int main(void)
     sparse();
     dense();
     nobody_waits();
+    both_block();
     ends();
     fails();
     recorded();
