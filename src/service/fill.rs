@@ -208,8 +208,10 @@ impl Service {
                 Err(errno) => return Answer::Failed(errno),
             },
         };
-        // Not where the callback itself has resolved pages of the run: the guest has them.
-        for run in slot.claims().held(part, *id) {
+        // Not where the callback itself has resolved pages of the run: the guest has them. With the claims free again:
+        // reading may take as long as a disk does.
+        let held = slot.claims().held(part, *id);
+        for run in held {
             let (at, len) = ((run.start - pages.start) * slot.granule, (run.end - run.start) * slot.granule);
             // SAFETY: within the place, which has room for the run.
             let to = unsafe { to.add(at as usize) };
@@ -243,7 +245,8 @@ impl Service {
                 None => self.place_in(slot, &write)?.ok_or(libc::EPROTO)?,
             };
             // Not where the callback itself has resolved pages of the run: the guest has them.
-            for run in slot.claims().held(write.clone(), *id) {
+            let held = slot.claims().held(write.clone(), *id);
+            for run in held {
                 let (from, len) = ((run.start - write.start) * slot.granule, (run.end - run.start) * slot.granule);
                 // SAFETY: `place` made these bytes writable, and the claim makes them this thread's.
                 unsafe { at.add(from as usize).write_bytes(0, len as usize) };
@@ -421,7 +424,9 @@ impl Service {
     /// Books that the claim `id` has closed `pages` for good without poison.
     pub(super) fn closed_off(&self, slot: &Slot, id: Id, pages: &Range<u64>) {
         let mut claims = slot.claims();
-        claims.poison(pages.clone(), id);
+        for waiter in claims.poison(pages.clone(), id) {
+            self.stats.overlap.end(waiter.thread, Instant::now());
+        }
         slot.wake_sleepers(&claims);
         self.stats.bytes_poisoned.add((pages.end - pages.start) * slot.granule);
     }

@@ -119,7 +119,8 @@ impl Service {
             return zeroes;
         }
         let granule = slot.granule as usize;
-        for page in slot.claims().held(pages.clone(), id).into_iter().flatten() {
+        let held = slot.claims().held(pages.clone(), id);
+        for page in held.into_iter().flatten() {
             // SAFETY: the bytes of a page that the claim holds, in a buffer of this thread's or in place.
             let bytes = unsafe {
                 std::slice::from_raw_parts(at.add((page - pages.start) as usize * granule).as_ptr(), granule)

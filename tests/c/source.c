@@ -185,6 +185,53 @@ static void hands_over(uint64_t flags, bool shared)
     close(fd);
 }
 
+/* ---- A source that takes its time ---- */
+
+static atomic_bool hold;
+static atomic_int reading;
+
+/* Of the memory that the other handle's first page is copied from. */
+static int fill_far(void *opaque, struct kuf_fill *fill)
+{
+    atomic_fetch_add(&reading, 1);
+    while (atomic_load(&hold))
+        sleep_ms(1);
+    return source_fill(opaque, fill);
+}
+
+static int hand_over_far(void *opaque, struct kuf_fill *fill)
+{
+    if (fill->memory_offset != 0)
+        return source_fill(opaque, fill);
+    fill->src = handed.from;
+    return KUF_FILLED;
+}
+
+/* Reading what was handed over may take as long as a disk does: the slot's other pages do not wait for it. */
+static void reads_slowly(void)
+{
+    unsigned char *ram = map_anonymous(length), *far = map_anonymous(page);
+    handed.from = far;
+    atomic_store(&hold, true);
+    struct kuf *slow = open_with((struct kuf_options){.fill = fill_far, .event = source_event, .opaque = &callback});
+    add(slow, BASE, far, page);
+    struct kuf *kuf = open_with((struct kuf_options){
+        .fill = hand_over_far, .event = source_event, .opaque = &callback, .demand_run = page,
+        .flags = KUF_OPEN_DETECT_ZERO});
+    add(kuf, BASE, ram, length);
+    struct toucher first = {.memory = ram, .gpa = BASE, .length = page, .generation = 1};
+    start_toucher(&first);
+    wait_until(atomic_load(&reading) == 1);
+    ok(holds_content(ram + 40 * page, BASE + 40 * page, page, 1), "another page is served while one is read slowly");
+    comes_to(progress_of(kuf, BASE).present, page, "and there is an answer to how far it is");
+    atomic_store(&hold, false);
+    ok(join_toucher(&first), "the slow one comes, too");
+    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(slow, 0);
+    munmap(ram, length);
+    munmap(far, page);
+}
+
 /* A slot with a source does not ask the callback; one without does. */
 static void both(void)
 {
@@ -279,6 +326,7 @@ int main(void)
             hands_over(flags, shared);
         }
     }
+    reads_slowly();
     both();
     device();
 
