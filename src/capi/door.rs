@@ -13,6 +13,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::types::{kuf, KUF_CLOSE_NOWAIT};
 use crate::error::{Error, Result};
+use crate::panics::quietly;
 use crate::service::{refuse_inside_callbacks, Service};
 
 const MAGIC: u64 = 0x6b75_665f_646f_6f72;
@@ -35,6 +36,8 @@ pub struct Visit {
     door: &'static Door,
     /// None only while leaving.
     service: Option<Arc<Service>>,
+    /// The caller's thread was unwinding already: it is a destructor of the host's that calls.
+    unwinding: bool,
 }
 
 static DOORS: Mutex<Vec<&'static Door>> = Mutex::new(Vec::new());
@@ -65,7 +68,7 @@ impl Door {
         let service = service.clone().ok_or_else(closed)?;
         // Counted with the door still held open: close sees every call that got in.
         *door.calls.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-        Ok(Visit { door, service: Some(service) })
+        Ok(Visit { door, service: Some(service), unwinding: std::thread::panicking() })
     }
 
     /// Ends the handle's service, or refuses to.
@@ -136,6 +139,10 @@ impl Visit {
 
 impl Drop for Visit {
     fn drop(&mut self) {
+        if std::thread::panicking() && !self.unwinding {
+            // What the call held, pages that others wait for perhaps, nobody will bring any more.
+            let _ = quietly(|| self.service().fail("a call has failed inside (a bug)"));
+        }
         // Before the count: a kuf_close that waits for it has the last reference then, and releases before it returns.
         self.service = None;
         let mut calls = self.door.calls.lock().unwrap_or_else(PoisonError::into_inner);

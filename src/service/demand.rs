@@ -321,10 +321,25 @@ impl Service {
     /// Returns when `pages` are present or removed. Fills what nobody has begun on the calling thread; `ahead`: and what
     /// follows, if access is sequential.
     fn ensure_pages(&self, slot: &Arc<Slot>, pages: Range<u64>, deadline: Option<Instant>, ahead: bool) -> Result<()> {
-        let mut one_by_one = false;
         if slot.mechanism.vcpu_exits() {
             self.open_removed(slot, &pages);
         }
+        loop {
+            self.bring_pages(slot, pages.clone(), deadline, ahead)?;
+            if !self.leaves_zeroes(slot) {
+                return Ok(());
+            }
+            self.open_removed(slot, &pages);
+            // One may have been poisoned for want of memory, or be somebody else's to open.
+            if slot.pages.first_open(pages.clone()).is_none() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Returns when none of `pages` is absent or on its way.
+    fn bring_pages(&self, slot: &Arc<Slot>, pages: Range<u64>, deadline: Option<Instant>, ahead: bool) -> Result<()> {
+        let mut one_by_one = false;
         while let Some(page) = slot.pages.first_open(pages.clone()) {
             self.check_open()?;
             if let Some(errno) = slot.gone() {
@@ -381,9 +396,6 @@ impl Service {
                     }
                 }
             }
-        }
-        if self.leaves_zeroes(slot) {
-            self.open_removed(slot, &pages);
         }
         Ok(())
     }

@@ -210,7 +210,7 @@ impl Service {
     }
 
     /// A failure inside the library: nothing is opened any more.
-    fn fail(&self, what: &str) {
+    pub fn fail(&self, what: &str) {
         if self.life.compare_exchange(OPEN, DEAD, Ordering::AcqRel, Ordering::Acquire).is_err() {
             return;
         }

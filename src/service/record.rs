@@ -137,7 +137,7 @@ impl Service {
             -1 => None,
             fd => Some(usable(fd)?),
         };
-        let _saving = lock(&self.recorder.saving);
+        let saving = lock(&self.recorder.saving);
         let demanded = {
             let mut state = lock(&self.recorder.state);
             if state.phase == Phase::Off {
@@ -156,18 +156,22 @@ impl Service {
         let runs = &demanded.runs;
         let written =
             fd.map_or(Ok(()), |fd| encode(rustix::param::page_size() as u64, runs).and_then(|f| write_all(fd, &f)));
-        if fd.is_some() && demanded.full {
-            self.config.host.log(KUF_LOG_WARN, || format!("the recording is not whole: it has {} runs", runs.len()));
+        let cut = (fd.is_some() && demanded.full).then_some(runs.len());
+        {
+            let mut state = lock(&self.recorder.state);
+            match written {
+                Ok(()) => state.phase = Phase::Off,
+                Err(_) => state.demanded = demanded,
+            }
         }
-        let mut state = lock(&self.recorder.state);
-        match written {
-            Ok(()) => state.phase = Phase::Off,
-            Err(_) => state.demanded = demanded,
+        drop(saving);
+        if let Some(runs) = cut {
+            self.config.host.log(KUF_LOG_WARN, || format!("the recording is not whole: it has {runs} runs"));
         }
         written
     }
 
-    /// `pages` were claimed for somebody who wants the first of them.
+    /// `pages` were claimed for somebody who wants one of them.
     pub(super) fn record(&self, slot: &Slot, pages: &Range<u64>) {
         if self.recorder.on.load(Ordering::Relaxed) {
             self.recorder.add(slot, pages);
