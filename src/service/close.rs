@@ -34,7 +34,7 @@ impl Service {
             .slots()
             .iter()
             .find(|slot| slot.gpa == gpa)
-            .ok_or_else(|| Error::new(libc::ENOENT, format!("no memory slot starts at gpa {gpa:#x}")))?;
+            .ok_or_else(|| no_slot_starts(gpa))?;
         if flags & KUF_CLOSE_POPULATE != 0 {
             // It waits for fills, of which the thread that raises an event may be one.
             refuse_inside_callbacks("kuf_remove_memory with KUF_CLOSE_POPULATE")?;
@@ -92,10 +92,13 @@ impl Service {
     }
 
     /// Takes a slot and the views of it off the map. From here on no install of a late owner reaches its addresses,
-    /// whoever they belong to next.
+    /// whoever they belong to next. Err: another thread has taken it off, and they may be another slot's already.
     pub(super) fn take_out(&self, slot: &Arc<Slot>, views: &[Arc<Slot>]) -> Result<()> {
         let _gate = slot.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
-        views.iter().chain([slot]).for_each(|slot| slot.gone.store(libc::ENOENT, Ordering::Release));
+        if slot.gone.swap(libc::ENOENT, Ordering::AcqRel) == libc::ENOENT {
+            return Err(no_slot_starts(slot.gpa));
+        }
+        views.iter().for_each(|view| view.gone.store(libc::ENOENT, Ordering::Release));
         self.memory.update(|map| {
             map.remove(slot);
             Ok(())
@@ -293,6 +296,10 @@ fn settled(slot: &Arc<Slot>) -> bool {
         std::thread::yield_now();
     }
     true
+}
+
+fn no_slot_starts(gpa: u64) -> Error {
+    Error::new(libc::ENOENT, format!("no memory slot starts at gpa {gpa:#x}"))
 }
 
 fn unresolved(slot: &Slot) -> Error {

@@ -116,10 +116,11 @@ impl Service {
         }
         attached?;
         if let Err(error) = mechanism.attached(&slot) {
-            // The memory is the host's as it was before the call.
-            self.take_out(&slot, &[])?;
-            slot.wake_sleepers(&slot.claims());
-            mechanism.detach(&slot, false);
+            // The memory is the host's as it was before the call. Another thread may have removed the slot already.
+            if self.take_out(&slot, &[]).is_ok() {
+                slot.wake_sleepers(&slot.claims());
+                mechanism.detach(&slot, false);
+            }
             return Err(error);
         }
         self.unpark(mechanism.id(), false);

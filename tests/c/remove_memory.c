@@ -115,9 +115,75 @@ static void go(bool shared)
     close(fd);
 }
 
+/* ---- Twice at once ------------------------------------------------------------------------------------------------- */
+
+struct remover {
+    struct kuf *kuf;
+    unsigned char *ram;
+    uint64_t gpa, next;
+    atomic_int *begun;
+    int got;
+};
+
+/* Who has removed the slot gives its memory to another one at once. */
+static void *remove_one(void *argument)
+{
+    struct remover *remover = argument;
+    atomic_fetch_add(remover->begun, 1);
+    remover->got = remove_patiently(remover->kuf, remover->gpa);
+    if (remover->got == 0)
+        add(remover->kuf, remover->next, remover->ram, page_size());
+    return NULL;
+}
+
+static void twice_at_once(void)
+{
+    enum { ROUNDS = 100 };
+    static struct source twice = SOURCE_INIT;
+    size_t page = page_size();
+    struct kuf *kuf = open_serviced(&twice);
+    unsigned char *ram = map_anonymous(page);
+    int removed = 0, refused = 0, registered = 0, served = 0;
+    uint64_t gpa = BASE;
+    add(kuf, gpa, ram, page);
+    for (int round = 0; round < ROUNDS; round++, gpa ^= BASE ^ OTHER) {
+        /* Both know the slot, and wait for the fill of its page. */
+        atomic_int begun = 0;
+        struct remover removers[2];
+        pthread_t threads[2];
+        struct toucher toucher = {.memory = ram, .gpa = gpa, .length = page, .generation = 1};
+        atomic_store(&twice.hold, true);
+        start_toucher(&toucher);
+        wait_until(atomic_load(&twice.inside) == 1);
+        for (int i = 0; i < 2; i++) {
+            removers[i] = (struct remover){
+                .kuf = kuf, .ram = ram, .gpa = gpa, .next = gpa ^ BASE ^ OTHER, .begun = &begun, .got = 1};
+            threads[i] = start(remove_one, &removers[i]);
+        }
+        wait_until(atomic_load(&begun) == 2);
+        sleep_ms(2);
+        atomic_store(&twice.hold, false);
+        served += join_toucher(&toucher);
+        for (int i = 0; i < 2; i++)
+            pthread_join(threads[i], NULL);
+        removed += (removers[0].got == 0) + (removers[1].got == 0);
+        refused += (removers[0].got == -ENOENT) + (removers[1].got == -ENOENT);
+        registered += is_registered(ram);
+        must(madvise(ram, page, MADV_DONTNEED) == 0, "the host drops the page");
+        must(kuf_discard(kuf, gpa ^ BASE ^ OTHER, page, 0) == 0, "which is absent in the new slot");
+    }
+    is(removed, ROUNDS, "twice at once: one call removes the slot");
+    is(refused, ROUNDS, "twice at once: for the other there is none");
+    is(registered, ROUNDS, "twice at once: the slot that has its memory next is left alone");
+    is(served, ROUNDS, "twice at once: and served");
+    close_with(kuf, KUF_CLOSE_POISON);
+    munmap(ram, page);
+}
+
 int main(void)
 {
     begin();
+    twice_at_once();
     go(false);
     if (kuf_has_feature(KUF_FEATURE_MINOR) == 1)
         go(true);
