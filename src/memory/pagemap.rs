@@ -26,17 +26,14 @@ impl Pagemap {
     /// The parts of `pages` that are there now, in order.
     pub fn there(&self, slot: &Slot, pages: &Range<u64>) -> Vec<Range<u64>> {
         let mut runs: Vec<Range<u64>> = Vec::new();
-        let mut page = pages.start;
-        while page < pages.end {
-            let Some((hva, mapped)) = slot.hva_of(page) else { break };
-            let n = mapped.min(pages.end - page);
-            for at in self.look(slot, hva, n).into_iter().zip(page..).filter_map(|(there, at)| there.then_some(at)) {
+        for (part, hva) in slot.mapped(pages) {
+            let looked = self.look(slot, hva, part.end - part.start).into_iter().zip(part);
+            for at in looked.filter_map(|(there, at)| there.then_some(at)) {
                 match runs.last_mut().filter(|last| last.end == at) {
                     Some(last) => last.end += 1,
                     None => runs.push(at..at + 1),
                 }
             }
-            page += n;
         }
         runs
     }

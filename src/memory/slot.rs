@@ -315,14 +315,29 @@ impl Slot {
         pages: &Range<u64>,
         act: impl Fn(*mut c_void, usize) -> Result<(), Errno>,
     ) -> Result<(), Errno> {
-        let mut page = pages.start;
-        while page < pages.end {
-            let Some((hva, mapped)) = self.hva_of(page) else { break };
-            let n = mapped.min(pages.end - page);
-            act(hva as *mut c_void, (n * self.granule) as usize)?;
-            page += n;
-        }
-        Ok(())
+        self.mapped(pages).try_for_each(|(part, hva)| {
+            let len = (part.end - part.start) * self.granule;
+            act(hva as *mut c_void, len as usize)
+        })
+    }
+
+    /// The mapped parts of `pages`, in order, and where they are. What the host has unmapped is left out.
+    pub fn mapped(&self, pages: &Range<u64>) -> impl Iterator<Item = (Range<u64>, u64)> + '_ {
+        let mut rest = pages.clone();
+        std::iter::from_fn(move || {
+            let (part, hva) = self.next_mapped(&rest)?;
+            rest.start = part.end;
+            Some((part, hva))
+        })
+    }
+
+    fn next_mapped(&self, pages: &Range<u64>) -> Option<(Range<u64>, u64)> {
+        let bytes = self.bytes_of(pages);
+        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
+        let first = extents.partition_point(|e| e.offset + e.len <= bytes.start);
+        let extent = extents.get(first).filter(|e| e.offset < bytes.end && !bytes.is_empty())?;
+        let (start, end) = (extent.offset.max(bytes.start), (extent.offset + extent.len).min(bytes.end));
+        Some((start / self.granule..end / self.granule, extent.hva + (start - extent.offset)))
     }
 
     /// The pages that `offsets` (in bytes) touches.

@@ -340,13 +340,14 @@ impl Mechanism for Userfaultfd {
     }
 
     fn wake(&self, slot: &Slot, pages: &Range<u64>) {
-        let mut page = pages.start;
-        while page < pages.end {
-            let Some((hva, mapped)) = slot.hva_of(page) else { return };
-            let (queue, same) = self.queue_at(slot, page * slot.granule);
-            let n = mapped.min(pages.end - page).min(same / slot.granule);
-            let _ = ioctl::wake(self.fd(queue), hva, n * slot.granule);
-            page += n;
+        for (part, hva) in slot.mapped(pages) {
+            let (Range { start, end }, mut done) = (slot.bytes_of(&part), 0);
+            while start + done < end {
+                let (queue, same) = self.queue_at(slot, start + done);
+                let len = same.min(end - start - done);
+                let _ = ioctl::wake(self.fd(queue), hva + done, len);
+                done += len;
+            }
         }
     }
 
