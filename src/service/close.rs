@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::mechanism::Content;
 use crate::memory::{Slot, Waiter};
 use crate::pages::State;
+use crate::sync::lock;
 
 /// Runs of pages from this length on, in bytes, are not poisoned at the end but made inaccessible: poison goes page by
 /// page through the kernel and makes page tables, 17 ms and 2 MiB for each GiB. Few enough mappings come of it.
@@ -47,10 +48,12 @@ impl Service {
         self.take_out(slot, &views)?;
         views.iter().chain([slot]).for_each(|slot| slot.mechanism.detach(slot, false));
         slot.mechanism.detached(slot);
-        let id = slot.mechanism.id();
-        let last = !self.memory.map().all().any(|other| other.mechanism.id() == id);
-        if last && slot.mechanism.adopted() {
-            self.drop_inlet(id);
+        if slot.mechanism.adopted() {
+            let _adopting = lock(&self.adopting);
+            let id = slot.mechanism.id();
+            if !self.memory.map().all().any(|other| other.mechanism.id() == id) {
+                self.give_up(&slot.mechanism);
+            }
         }
         Ok(())
     }

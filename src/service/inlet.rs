@@ -29,6 +29,8 @@ pub struct Inlet {
     pub fork: bool,
     /// It holds messages there was no room for.
     starved: AtomicBool,
+    /// It is read no more, whoever still has it: its userfaultfd may be another mechanism's by now.
+    dropped: AtomicBool,
     /// Faults of an adopted userfaultfd in no slot, as (hva, flags, thread, when): of one that is still to be added.
     parked: Mutex<Vec<(u64, u32, u32, Instant)>>,
     /// What was given back there and is in no slot: of one that is still to be added. Sorted, apart from each other.
@@ -52,9 +54,9 @@ impl Inlet {
         remote: bool,
         fork: bool,
     ) -> Arc<Self> {
-        let (starved, parked, given_back) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
-        let lists = Mutex::default();
-        Arc::new(Self { mechanism, queue, host_fd, remote, fork, starved, parked, given_back, lists })
+        let (starved, dropped) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (parked, given_back, lists) = Default::default();
+        Arc::new(Self { mechanism, queue, host_fd, remote, fork, starved, dropped, parked, given_back, lists })
     }
 
     /// Whether it holds messages there was no room for.
@@ -98,6 +100,7 @@ impl Service {
         self.change_inlets(|inlets| {
             inlets.retain(|inlet| {
                 let other = inlet.mechanism.id() != mechanism;
+                inlet.dropped.fetch_or(!other, Ordering::SeqCst);
                 if let Some(fd) = inlet.mechanism.inlet(inlet.queue).filter(|_| !other) {
                     self.waking.unwatch(fd);
                 }
@@ -175,7 +178,10 @@ impl Service {
             read = {
                 let _gate = inlet.mechanism.gate().write().unwrap_or_else(PoisonError::into_inner);
                 inlet.starved.store(false, Ordering::SeqCst);
-                let read = inlet.mechanism.read(inlet.queue, room, &mut messages);
+                let read = match inlet.dropped.load(Ordering::SeqCst) {
+                    false => inlet.mechanism.read(inlet.queue, room, &mut messages),
+                    true => Ok(Left::Nothing),
+                };
                 if matches!(read, Ok(Left::More)) {
                     self.starve(inlet);
                 }

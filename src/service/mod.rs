@@ -107,6 +107,9 @@ pub struct Service {
     own: Option<Arc<dyn Mechanism>>,
     /// Every queue there is to read.
     inlets: RwLock<Arc<Vec<Arc<Inlet>>>>,
+    /// Held while it is looked up which mechanism has a userfaultfd of the host's, until its slot is on the map, and while
+    /// that is given up: one queue has one mechanism. Locked before any gate; no host code runs under it.
+    adopting: Mutex<()>,
     work: (Sender<Work>, Receiver<Work>),
     /// Service threads that may be inside host code, of `config.fill_threads`: one more thread than that always
     /// watches.
@@ -157,6 +160,7 @@ impl Service {
             memory: Memory::default(),
             own,
             inlets: RwLock::default(),
+            adopting: Mutex::default(),
             work: unbounded(),
             fillers: AtomicUsize::new(if config.serviced() { config.fill_threads } else { 1 }),
             crew: Crew::default(),

@@ -15,6 +15,7 @@ use crate::memory::shared::{huge_page_size, SharedFile};
 use crate::memory::{Extent, Parts, Slot};
 use crate::pages::State;
 use crate::source;
+use crate::sync::lock;
 use crate::uapi::userfaultfd::{UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM};
 
 impl Service {
@@ -69,6 +70,7 @@ impl Service {
         let shared = shared.filter(|_| !marks);
         let kvm = self.for_kvm(&new, granule)?;
         let source = new.source.map(|source| source::open(source, new.len)).transpose()?;
+        let adopting = new.uffd.map(|_| lock(&self.adopting));
         let (mechanism, fresh) = self.mechanism_for(&new)?;
         let huge = new.huge && huge::possible(granule, private) && mechanism.moves();
         let slot = Arc::new(Slot::new(Parts {
@@ -112,8 +114,9 @@ impl Service {
         drop(gate);
         given_back.into_iter().for_each(|work| self.push(work));
         if attached.is_err() && fresh {
-            self.drop_inlet(mechanism.id());
+            self.give_up(&mechanism);
         }
+        drop(adopting);
         attached?;
         if let Err(error) = mechanism.attached(&slot) {
             // The memory is the host's as it was before the call. Another thread may have removed the slot already.
@@ -178,6 +181,13 @@ impl Service {
         let mechanism: Arc<dyn Mechanism> = Arc::new(Userfaultfd::adopt(own, new.remote)?);
         self.add_inlet(mechanism.clone(), Some((fd, new.remote)))?;
         Ok((mechanism, true))
+    }
+
+    /// Stops reading an adopted userfaultfd, which has no slot any more. The caller holds `adopting`.
+    pub(super) fn give_up(&self, mechanism: &Arc<dyn Mechanism>) {
+        self.drop_inlet(mechanism.id());
+        // Who is reading it is through by then: a fault of the mechanism that adopts it next is not lost here.
+        drop(mechanism.gate().write());
     }
 }
 
