@@ -243,6 +243,11 @@ impl<W: Waits> Claims<W> {
         waiters
     }
 
+    /// Whether `id` owns a page of `range`.
+    pub fn holds(&self, range: &Range<u64>, id: Id) -> bool {
+        self.overlapping(range).any(|claim| claim.id == id && claim.owner == Owner::Fill)
+    }
+
     /// What `id` owns of `range`.
     pub fn held(&mut self, range: Range<u64>, id: Id) -> Runs {
         self.isolate(&range);

@@ -109,6 +109,8 @@ pub struct Slot {
     pub gone: AtomicI32,
     /// How many calls are about to take it off the service: nothing is brought ahead of touchers meanwhile.
     pub leaving: AtomicU32,
+    /// How many threads are in host code, or in host memory, on behalf of it or of a view of it.
+    pub asking: AtomicU32,
     /// Where access to it is sequential. Locked after `claims`.
     pub streams: Mutex<Streams>,
     claims: Mutex<Claims<Waiter>>,
@@ -153,6 +155,7 @@ impl Slot {
             complete: AtomicBool::new(false),
             gone: AtomicI32::new(0),
             leaving: AtomicU32::new(0),
+            asking: AtomicU32::new(0),
             streams: Mutex::default(),
             claims: Mutex::new(Claims::new(granule)),
             settled: Condvar::new(),

@@ -43,6 +43,8 @@ impl Service {
         }
         self.refuse_memslot_change(slot, "kuf_remove_memory")?;
         let views: Vec<_> = map.forks_of(slot).cloned().collect();
+        // Until it has gone: see `Asking`.
+        let _none = self.ahead.keep_off(slot);
         self.poison_when_idle(slot, flags & KUF_CLOSE_POISON != 0)?;
         views.iter().for_each(|slot| self.poison_rest(slot));
         self.take_out(slot, &views)?;
@@ -65,22 +67,22 @@ impl Service {
     /// callback, on a thread that others may be waiting for.
     fn poison_when_idle(&self, slot: &Arc<Slot>, poison: bool) -> Result<()> {
         let patience = if refuse_inside_callbacks("").is_ok() { FILLS_END } else { Duration::ZERO };
-        let until = Instant::now() + patience;
-        let _none = self.ahead.keep_off(slot);
+        let since = Instant::now();
+        let until = since + patience;
         let all = 0..slot.pages.total();
         // Host code that fills the slot may be writing to its very pages.
         // What has gone is not counted as unresolved: nobody can touch it.
         let poison = || poison || slot.gone().is_some_and(|errno| errno != libc::ENOENT);
         while !self.poison_unless(slot, |claims, all| {
-            claims.busy(all) || !poison() && (slot.pages.count(State::Absent) > 0 || claims.open(all))
+            claims.busy(all) || slot.asks() || !poison() && (slot.pages.count(State::Absent) > 0 || claims.open(all))
         }) {
             let claims = slot.claims();
-            let busy = claims.busy(&all);
+            let busy = claims.busy(&all) || slot.asks();
             if !poison() && (slot.pages.count(State::Absent) > 0 || !busy && claims.open(&all)) {
                 return Err(unresolved(slot));
             }
-            if self.check_open().is_ok() && claims.installing(&all) {
-                // Through the kernel in a moment: its toucher may have gone on already.
+            if self.check_open().is_ok() && claims.installing(&all) && since.elapsed() < FILLS_END {
+                // Through the kernel in a moment, also where fills are not waited for: its toucher may have gone on already.
                 drop(claims);
                 std::thread::yield_now();
             } else if busy && Instant::now() >= until {

@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::asking::Asking;
 use super::host::Answer;
 use super::huge::is_stretch;
 use super::install::Failed;
@@ -92,11 +93,14 @@ impl Service {
         let Run { slot, id, pages, wanted, ahead, since, .. } = run;
         let (id, demand) = (*id, wanted.is_some());
         let mut place = None;
+        // Resolved, or shut, before anybody was asked: nothing is left to do.
+        let Some(asking) = Asking::begin(run) else { return Ok(()) };
         let asked = match &slot.source {
             Some(source) => self.ask_source(run, source.as_ref(), &mut place),
             None => self.ask_host(run, place.insert(self.place(slot, pages)?)),
         };
         let answer = self.fetch(run, asked, &mut place);
+        drop(asking);
         // Memory that is written in place was made to exist meanwhile.
         let now = Instant::now();
         let took = match &place {

@@ -5,6 +5,7 @@
 //! `replay`). What was demanded is written down in `record`.
 
 mod ahead;
+mod asking;
 mod behind;
 mod caller;
 mod close;

@@ -101,6 +101,30 @@ static void go(bool shared)
     ok(join_toucher(&toucher), "%s: which ends as it should", kind);
     is(remove_patiently(kuf, BASE), 0, "%s: then it is let go", kind);
 
+    /* Also when the host has brought its page otherwise, or the guest has given it back: the callback runs on. */
+    unsigned char *bytes = map_anonymous(page), *again = map_anonymous(length);
+    write_content(bytes, BASE, page, 1);
+    for (int given_back = 0; given_back < 2 && !shared; given_back++) {
+        const char *how = given_back ? "given back" : "resolved";
+        add(kuf, BASE, again, length);
+        atomic_store(&source.hold, true);
+        toucher = (struct toucher){.memory = again, .gpa = BASE, .length = page, .generation = 1};
+        start_toucher(&toucher);
+        wait_until(atomic_load(&source.inside) == 1);
+        if (given_back)
+            is(madvise(again, page, MADV_DONTNEED), 0, "a page is given back while its fill runs");
+        else
+            is(kuf_resolve(kuf, BASE, bytes, page, 0), page, "a page is resolved while its fill runs");
+        is(join_toucher(&toucher), !given_back, "%s: its toucher goes on", how);
+        is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON), -EBUSY, "%s: the fill that runs on holds its slot", how);
+        is(kuf_discard(kuf, BASE + page, (PAGES - 1) * page, KUF_DISCARD_REMOVED), 0, "%s: the rest is given back", how);
+        is(kuf_remove_memory(kuf, BASE, 0), -EBUSY, "%s: also when nothing of it is unresolved", how);
+        atomic_store(&source.hold, false);
+        is(remove_patiently(kuf, BASE), 0, "%s: it is let go when the fill has ended", how);
+        is(atomic_load(&source.inside), 0, "%s: and not before", how);
+        must(madvise(again, length, MADV_DONTNEED) == 0, "empty memory");
+    }
+
     /* From the event that says it is complete. */
     unsigned char *fifth = map_anonymous(length);
     add(kuf, BASE, fifth, length);
@@ -183,8 +207,8 @@ static void twice_at_once(void)
 int main(void)
 {
     begin();
-    twice_at_once();
     go(false);
+    twice_at_once();
     if (kuf_has_feature(KUF_FEATURE_MINOR) == 1)
         go(true);
     else
