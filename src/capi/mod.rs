@@ -170,6 +170,7 @@ pub unsafe extern "C" fn kuf_close(kuf: *mut *mut kuf, flags: u32) -> c_int {
 ///   it before. -ESRCH: the remote process is gone.
 /// -ENOTSUP: the kernel cannot serve this kind of memory; a hugetlbfs file that holds data, without
 ///   KUF_MEMORY_FILL_ALL; KUF_SOURCE_DIRECT_IO on a file system that has none. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
+/// -ECANCELED: kuf_close has begun; what nobody has filled of the range may be poisoned. -EIO: the service is dead.
 /// Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file), KVM_SET_MEMORY_ATTRIBUTES,
 /// KVM_SET_USER_MEMORY_REGION2. With userfaultfd madvise, munmap and mremap of the range are
 /// followed (docs/adopting.md says what they mean); MREMAP_DONTUNMAP is not supported.

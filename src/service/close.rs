@@ -190,8 +190,10 @@ impl Service {
     }
 
     fn let_go(&self, in_use: bool) {
-        // Every page is present, removed or poisoned now: unregistering wakes nobody onto a wrong page.
+        // Every page is present, removed or poisoned now: unregistering wakes nobody onto a wrong page. What was added since
+        // the pages were settled is settled here.
         let map = self.memory.map();
+        map.all().for_each(|slot| self.poison_rest(slot));
         map.all().for_each(|slot| slot.mechanism.detach(slot, in_use));
         map.all().for_each(|slot| slot.mechanism.detached(slot));
         self.read_at_the_end();

@@ -126,6 +126,7 @@ impl Service {
             }
             return Err(error);
         }
+        self.withdraw_at_the_end(&slot)?;
         self.unpark(mechanism.id(), false);
         if mechanism.adopted() {
             // An earlier reader of this userfaultfd may have taken faults with it: who waits asks again.
@@ -143,6 +144,32 @@ impl Service {
             self.push(work);
         }
         Ok(())
+    }
+
+    /// A kuf_close that does not wait for calls may have gone through the map before `slot`, which was just added, came onto
+    /// it: then nobody else sees to it that no absent page of it reads as zeroes. If it has not, it finds the slot there:
+    /// the map's lock has one of the two see the other.
+    fn withdraw_at_the_end(&self, slot: &Arc<Slot>) -> Result<()> {
+        match self.check_open() {
+            Err(ended) if ended.errno() == libc::ECANCELED => {
+                let adopted = slot.mechanism.adopted();
+                if !adopted {
+                    self.poison_rest(slot);
+                }
+                if self.take_out(slot, &[]).is_ok() {
+                    slot.wake_sleepers(&slot.claims());
+                    if adopted {
+                        // It stays under the host's own userfaultfd. What was read here is asked again there.
+                        slot.mechanism.wake(slot, &(0..slot.pages.total()));
+                    } else {
+                        slot.mechanism.detach(slot, true);
+                        slot.mechanism.detached(slot);
+                    }
+                }
+                Err(ended)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Every slot has somebody to ask, and one only.

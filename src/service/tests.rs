@@ -27,9 +27,17 @@ struct Faulty {
     /// Installs still to be refused for want of memory.
     no_memory: AtomicU64,
     panic: AtomicBool,
+    /// What happens while a slot is being added, before it is on the map.
+    adding: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 impl Mechanism for Faulty {
+    fn moves(&self) -> bool {
+        self.adding.lock().unwrap().take().is_some_and(|happens| {
+            happens();
+            false
+        })
+    }
     fn id(&self) -> u32 {
         self.real.id()
     }
@@ -140,7 +148,7 @@ fn rig(no_poison: bool) -> Option<Rig> {
         return None;
     };
     let (no_memory, panic) = (AtomicU64::new(0), AtomicBool::new(false));
-    let faulty = Arc::new(Faulty { real, no_poison, no_memory, panic });
+    let faulty = Arc::new(Faulty { real, no_poison, no_memory, panic, adding: Mutex::default() });
     let seen = Arc::new(Seen::default());
     let host = Host {
         fill: Some(fill),
@@ -171,12 +179,16 @@ fn rig(no_poison: bool) -> Option<Rig> {
         populate_cpus: None,
     };
     let service = Service::open_with(config, Some(faulty.clone())).unwrap();
+    let hva = mapping();
+    service.add_memory(memory(hva)).unwrap();
+    Some(Rig { service, faulty, seen, hva })
+}
+
+fn mapping() -> usize {
     let (len, prot) = (PAGE * PAGES, rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE);
     // SAFETY: a new mapping where the kernel likes.
     let hva = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, rustix::mm::MapFlags::PRIVATE) };
-    let hva = hva.unwrap() as usize;
-    service.add_memory(memory(hva)).unwrap();
-    Some(Rig { service, faulty, seen, hva })
+    hva.unwrap() as usize
 }
 
 fn memory(hva: usize) -> NewMemory {
@@ -247,6 +259,28 @@ fn a_panic_in_a_service_thread_is_fatal_and_leaves_pages_closed() {
     assert_eq!(waiting.join().unwrap(), -1);
     assert!((1..PAGES).all(|page| !rig.readable(page)), "a page that was never filled can be read");
     assert!(rig.readable(0));
+}
+
+#[test]
+fn a_slot_that_comes_while_the_service_ends_is_not_left_open() {
+    if !super::huge::possible(PAGE as u64, true) {
+        eprintln!("SKIP: no huge pages, of which the test would be asked");
+        return;
+    }
+    let Some(mut rig) = rig(false) else { return };
+    let service = rig.service.clone();
+    *rig.faulty.adding.lock().unwrap() = Some(Box::new(move || {
+        service.begin_end();
+        service.settle_rest(KUF_CLOSE_POISON);
+        service.end(KUF_CLOSE_POISON | KUF_CLOSE_NOWAIT);
+    }));
+    let hva = mapping();
+    let late = NewMemory { gpa: 1 << 30, huge: true, ..memory(hva) };
+    let error = rig.service.add_memory(late).unwrap_err();
+    assert_eq!(error.errno(), libc::ECANCELED);
+    assert!(rig.faulty.adding.lock().unwrap().is_none(), "the service has not ended in the middle");
+    rig.hva = hva;
+    assert!((0..PAGES).all(|page| !rig.readable(page)), "a page that was never filled can be read");
 }
 
 #[test]
