@@ -1,12 +1,13 @@
 //! Memory of the host's that may turn out unreadable: looked at by the kernel, which says so instead of faulting.
 
+use std::ops::Range;
 use std::ptr::NonNull;
 
 use rustix::io::Errno;
 use rustix::mm::Advice;
 
-/// Copies `len` bytes. Err is an errno: EFAULT.
-pub fn read_host(src: *const u8, to: NonNull<u8>, len: usize) -> std::result::Result<(), i32> {
+/// Copies `len` bytes. Err is an errno: EFAULT, or ENOMEM for the time being.
+pub fn read_host(src: *const u8, to: NonNull<u8>, len: usize) -> Result<(), i32> {
     let mut done = 0;
     while done < len {
         // SAFETY: `done` is below `len`, for which `to` has room.
@@ -16,6 +17,7 @@ pub fn read_host(src: *const u8, to: NonNull<u8>, len: usize) -> std::result::Re
         // SAFETY: writes only where `local` says, which is this thread's for the time of the call.
         let n = unsafe { libc::process_vm_readv(me, &local, 1, &remote, 1, 0) };
         match usize::try_from(n) {
+            Err(_) if errno() == Errno::NOMEM => return Err(libc::ENOMEM),
             Ok(0) | Err(_) => return Err(libc::EFAULT),
             Ok(n) => done += n,
         }
@@ -24,17 +26,76 @@ pub fn read_host(src: *const u8, to: NonNull<u8>, len: usize) -> std::result::Re
 }
 
 /// Has the kernel bring `src..src+len` in from wherever it is, so that a copy that holds locks need not wait for a disk.
-/// Err is an errno: it is not readable (a file that ends before, a bad disk, nothing mapped there).
-pub fn bring_in(src: *const u8, len: usize) -> std::result::Result<(), i32> {
-    let page = rustix::param::page_size();
-    let start = src.addr() & !(page - 1);
-    let end = src.addr().checked_add(len).and_then(|end| end.checked_next_multiple_of(page)).ok_or(libc::EFAULT)?;
-    let at = src.with_addr(start).cast_mut().cast();
+/// Err is an errno. EFAULT: it is not readable (a file that ends before, a bad disk, nothing mapped there). ENOMEM: there
+/// is no memory for it now.
+pub fn bring_in(src: *const u8, len: usize) -> Result<(), i32> {
+    let pages = pages_of(src, len)?;
+    let at = src.with_addr(pages.start).cast_mut().cast();
     // SAFETY: reads into the page tables what is mapped there; changes no byte, and an address that is not mapped is an
     // error.
-    match unsafe { rustix::mm::madvise(at, end - start, Advice::LinuxPopulateRead) } {
+    match unsafe { rustix::mm::madvise(at, pages.len(), Advice::LinuxPopulateRead) } {
         // Before Linux 5.14, or memory of a device: the copy will find out.
         Ok(()) | Err(Errno::INVAL) => Ok(()),
+        // Said of what is not mapped, too.
+        Err(Errno::NOMEM) => resident(src, len).and(Err(libc::ENOMEM)),
         Err(_) => Err(libc::EFAULT),
+    }
+}
+
+/// Whether all of `src..src+len` is in memory, as far as the kernel tells. Err is an errno. EFAULT: part of it is not
+/// mapped.
+pub fn resident(src: *const u8, len: usize) -> Result<bool, i32> {
+    let (page, pages) = (rustix::param::page_size(), pages_of(src, len)?);
+    let (mut bytes, mut all) = ([0_u8; 512], true);
+    for at in pages.clone().step_by(bytes.len() * page) {
+        let len = (pages.end - at).min(bytes.len() * page);
+        // SAFETY: only looks up what is mapped; `bytes` has one for each page.
+        if unsafe { libc::mincore(at as *mut _, len, bytes.as_mut_ptr()) } != 0 {
+            return Err(libc::EFAULT);
+        }
+        all &= bytes[..len / page].iter().all(|byte| byte & 1 != 0);
+    }
+    Ok(all)
+}
+
+/// The pages that hold `src..src+len`, in bytes. Err is an errno: there are none.
+fn pages_of(src: *const u8, len: usize) -> Result<Range<usize>, i32> {
+    let page = rustix::param::page_size();
+    let end = src.addr().checked_add(len).and_then(|end| end.checked_next_multiple_of(page)).ok_or(libc::EFAULT)?;
+    Ok(src.addr() & !(page - 1)..end)
+}
+
+fn errno() -> Errno {
+    // SAFETY: errno of this thread.
+    Errno::from_raw_os_error(unsafe { *libc::__errno_location() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_had_is_told_from_what_is_not_in_memory() {
+        use rustix::mm::{mmap_anonymous, munmap, MapFlags, ProtFlags};
+        let page = rustix::param::page_size();
+        // SAFETY: a new mapping where the kernel likes.
+        let at = unsafe { mmap_anonymous(std::ptr::null_mut(), 2 * page, ProtFlags::READ, MapFlags::PRIVATE) }.unwrap();
+        let src = at.cast_const().cast::<u8>();
+        assert_eq!(resident(src, 2 * page), Ok(false));
+        assert_eq!(bring_in(src, page), Ok(()));
+        assert_eq!((resident(src, page), resident(src, page + 1)), (Ok(true), Ok(false)));
+        // SAFETY: this test's own.
+        unsafe { munmap(at.byte_add(page), page) }.unwrap();
+        assert_eq!((resident(src, 2 * page), bring_in(src, 2 * page)), (Err(libc::EFAULT), Err(libc::EFAULT)));
+        // SAFETY: as above.
+        unsafe { munmap(at, page) }.unwrap();
+    }
+
+    #[test]
+    fn there_is_nothing_at_the_end_of_all_addresses() {
+        for (src, len) in [(usize::MAX, 1), (usize::MAX - 8, 4), (usize::MAX, 0), (8, usize::MAX)] {
+            let src = std::ptr::without_provenance(src);
+            assert_eq!((resident(src, len), bring_in(src, len)), (Err(libc::EFAULT), Err(libc::EFAULT)));
+        }
     }
 }

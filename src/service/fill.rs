@@ -203,7 +203,8 @@ impl Service {
             *place = self.stage(slot, &part).map(Place::Staged);
         }
         if !slot.in_place() && !self.detects(slot) && !matches!(place, Some(Place::Staged(_))) {
-            return bring_in(src, len as usize).map_or_else(Answer::Failed, |()| Answer::Elsewhere(n, src));
+            let brought = self.patiently(|| bring_in(src, len as usize));
+            return brought.map_or_else(Answer::Failed, |()| Answer::Elsewhere(n, src));
         }
         let to = match place {
             Some(place) => place.at(),
@@ -219,7 +220,7 @@ impl Service {
             let (at, len) = ((run.start - pages.start) * slot.granule, (run.end - run.start) * slot.granule);
             // SAFETY: within the place, which has room for the run.
             let to = unsafe { to.add(at as usize) };
-            if let Err(errno) = read_host(src.wrapping_add(at as usize), to, len as usize) {
+            if let Err(errno) = self.patiently(|| read_host(src.wrapping_add(at as usize), to, len as usize)) {
                 return Answer::Failed(errno);
             }
         }
@@ -300,10 +301,14 @@ impl Service {
 
     /// Where to write `pages` in place, if that is how the slot is filled. A shortage of memory is waited out.
     pub(super) fn place_in(&self, slot: &Slot, pages: &Range<u64>) -> Result<Option<NonNull<u8>>, i32> {
+        self.patiently(|| slot.mechanism.place(slot, pages))
+    }
+
+    /// Does what may fail for want of memory, for a while: memory comes and goes, and a page given up is lost.
+    pub(super) fn patiently<T>(&self, mut attempt: impl FnMut() -> Result<T, i32>) -> Result<T, i32> {
         let mut tries = 0;
         loop {
-            match slot.mechanism.place(slot, pages) {
-                // Memory comes and goes; a page given up is lost.
+            match attempt() {
                 Err(errno) if tries < 200 && matches!(errno, libc::ENOMEM | libc::ENOSPC) => {
                     self.stats.install_no_memory.add(1);
                     tries += 1;

@@ -339,6 +339,22 @@ fn a_shortage_of_memory_that_passes_is_waited_out() {
 }
 
 #[test]
+fn a_shortage_of_memory_while_the_source_is_read_is_waited_out_too() {
+    let Some(rig) = rig(false) else { return };
+    let attempts = std::cell::Cell::new(0);
+    let after = |n, errno| {
+        attempts.set(0);
+        rig.service.patiently(|| {
+            attempts.set(attempts.get() + 1);
+            (attempts.get() > n).then_some(()).ok_or(errno)
+        })
+    };
+    assert_eq!((after(3, libc::ENOMEM), attempts.get()), (Ok(()), 4));
+    assert_eq!((after(3, libc::EFAULT), attempts.get()), (Err(libc::EFAULT), 1));
+    rig.end(KUF_CLOSE_POISON);
+}
+
+#[test]
 fn a_shortage_of_memory_that_stays_is_an_error_and_no_zero_page() {
     let Some(rig) = rig(false) else { return };
     rig.faulty.no_memory.store(u64::MAX, Ordering::SeqCst);
