@@ -1040,6 +1040,7 @@ int kuf_close(struct kuf **kuf, uint32_t flags);
  *   it before. -ESRCH: the remote process is gone.
  * -ENOTSUP: the kernel cannot serve this kind of memory; a hugetlbfs file that holds data, without
  *   KUF_MEMORY_FILL_ALL; KUF_SOURCE_DIRECT_IO on a file system that has none. -ENOMEM, -EMFILE: out of memory, mappings or descriptors.
+ * -ECANCELED: kuf_close has begun; what nobody has filled of the range may be poisoned. -EIO: the service is dead.
  * Kernel: UFFDIO_REGISTER (MISSING; MISSING|MINOR for a shared file), KVM_SET_MEMORY_ATTRIBUTES,
  * KVM_SET_USER_MEMORY_REGION2. With userfaultfd madvise, munmap and mremap of the range are
  * followed (docs/adopting.md says what they mean); MREMAP_DONTUNMAP is not supported.
@@ -1112,7 +1113,7 @@ ssize_t kuf_read(struct kuf *kuf,
  *
  * gpa, len: multiples of the granule, len not 0, within one slot.
  * src: len readable bytes, any alignment, not unresolved guest memory; NULL with KUF_RESOLVE_ZERO, _IN_PLACE, _POISON
- * or _PRESENT. Not kept.
+ * or _PRESENT. Not kept. It may be on a disk still (a mapped image): the calling thread waits for that, and nobody else.
  * flags: 0 or one KUF_RESOLVE_*.
  *
  * Never waits for host code: a page whose fill callback is running at this moment in place takes the bytes when the
@@ -1130,7 +1131,8 @@ ssize_t kuf_read(struct kuf *kuf,
  *   repeated).
  * -EDEADLK: src is itself guest memory that is not present. -ENOMEM: the kernel has no memory for the pages. -ESRCH:
  *   the process behind the slot is gone. -EIO: the service is dead.
- * Kernel: UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE; /proc/self/pagemap, mincore.
+ * Kernel: UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE; /proc/self/pagemap, mincore,
+ * MADV_POPULATE_READ.
  */
 ssize_t kuf_resolve(struct kuf *kuf, uint64_t gpa, const void *src, size_t len, uint32_t flags);
 

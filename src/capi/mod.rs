@@ -292,7 +292,7 @@ pub unsafe extern "C" fn kuf_read(kuf: *mut kuf, faults: *mut kuf_fault, n: usiz
 ///
 /// gpa, len: multiples of the granule, len not 0, within one slot.
 /// src: len readable bytes, any alignment, not unresolved guest memory; NULL with KUF_RESOLVE_ZERO, _IN_PLACE, _POISON
-/// or _PRESENT. Not kept.
+/// or _PRESENT. Not kept. It may be on a disk still (a mapped image): the calling thread waits for that, and nobody else.
 /// flags: 0 or one KUF_RESOLVE_*.
 ///
 /// Never waits for host code: a page whose fill callback is running at this moment in place takes the bytes when the
@@ -310,7 +310,8 @@ pub unsafe extern "C" fn kuf_read(kuf: *mut kuf, faults: *mut kuf_fault, n: usiz
 ///   repeated).
 /// -EDEADLK: src is itself guest memory that is not present. -ENOMEM: the kernel has no memory for the pages. -ESRCH:
 ///   the process behind the slot is gone. -EIO: the service is dead.
-/// Kernel: UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE; /proc/self/pagemap, mincore.
+/// Kernel: UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_CONTINUE, UFFDIO_POISON, UFFDIO_WAKE; /proc/self/pagemap, mincore,
+/// MADV_POPULATE_READ.
 ///
 /// # Safety
 /// `kuf` came from kuf_open; `src` is NULL or an address whose `len` bytes nobody writes meanwhile (they may be

@@ -1,5 +1,6 @@
 //! `kuf_resolve`: what the host brings, asked for or not.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use super::Service;
 use crate::claims::{Early, Id};
 use crate::error::{Error, Result};
 use crate::mechanism::Content;
-use crate::memory::outside::read_host;
+use crate::memory::outside::{bring_in, read_host, resident};
 use crate::memory::{Map, Slot};
 
 impl Service {
@@ -32,10 +33,13 @@ impl Service {
         // A single page that the kernel copies is copied as a whole or not at all: it says itself when src is too short.
         let whole = pages.end - pages.start == 1 && !slot.in_place();
         if let Resolution::Data(src) = how {
-            if !whole {
-                check_mapped(src, len)?;
-            }
+            let there = if whole { last_src(src) } else { check_mapped(src, len)? };
             check_not_unresolved(&map, src, len)?;
+            if !there && !slot.in_place() && !self.detects(slot) {
+                // The kernel copies from there with the gate held, which nobody may hold while a disk is read. What is wrong
+                // with it, the copy will say.
+                let _ = bring_in(src, len as usize);
+            }
         }
         if matches!(how, Resolution::Present) {
             return Ok(self.resolve_present(slot, pages)? * slot.granule);
@@ -199,21 +203,19 @@ fn failure(errno: i32) -> Error {
 }
 
 /// Refuses a source that ends before the range does, before anything is opened. What is mapped but unreadable is found
-/// by the kernel when it gets there.
-fn check_mapped(src: *const u8, len: u64) -> Result<()> {
-    let page = rustix::param::page_size();
-    let start = src.addr() & !(page - 1);
-    let short = || Error::new(libc::EFAULT, format!("src is not mapped over {len:#x} bytes: nothing was resolved"));
-    let end = src.addr().checked_add(len as usize).ok_or_else(short)?.next_multiple_of(page);
-    let mut resident = [0_u8; 512];
-    for at in (start..end).step_by(resident.len() * page) {
-        let len = (end - at).min(resident.len() * page);
-        // SAFETY: only looks up what is mapped; `resident` has a byte for each page.
-        if unsafe { libc::mincore(at as *mut _, len, resident.as_mut_ptr()) } != 0 {
-            return Err(short());
-        }
+/// by the kernel when it gets there. Returns whether it is all in memory.
+fn check_mapped(src: *const u8, len: u64) -> Result<bool> {
+    resident(src, len as usize)
+        .map_err(|errno| Error::new(errno, format!("src is not mapped over {len:#x} bytes: nothing was resolved")))
+}
+
+/// Whether this thread's last single page came from there too, as from a buffer that is filled again for each: it is in
+/// memory. To ask the kernel would take a good part of the time that the page takes.
+fn last_src(src: *const u8) -> bool {
+    thread_local! {
+        static LAST: Cell<usize> = const { Cell::new(0) };
     }
-    Ok(())
+    LAST.replace(src.addr()) == src.addr()
 }
 
 /// Refuses a source that is unresolved guest memory: reading it would wait for this very service.

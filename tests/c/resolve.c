@@ -52,6 +52,8 @@ int main(void)
     ok(holds_content(ram, BASE, page, 1), "and the bytes stay");
     is(kuf_read(kuf, faults, 16), -EAGAIN, "and nothing was to be read");
 
+    is(kuf_resolve(kuf, gpa_of(1), (void *)(0 - 2 * page - 8), 2 * page, 0), -EFAULT, "nothing is at the end of all addresses");
+
     /* Asked for: one fault however many wait, answered by another thread. */
     struct toucher two[2];
     start_on(&two[0], 4, 1);
