@@ -863,11 +863,11 @@ struct kuf_stats {
     uint64_t faults_unknown;
     /* Exits given to kuf_vcpu_fault. */
     uint64_t vcpu_faults;
-    /* Fill callbacks made. */
+    /* Fill callbacks made, and built-in sources asked. */
     uint64_t fills;
-    /* Fill callbacks that returned -errno. */
+    /* Of these, those that failed. */
     uint64_t fills_failed;
-    /* Fill callbacks that returned KUF_DEFERRED. */
+    /* Of these, those that returned KUF_DEFERRED. */
     uint64_t fills_deferred;
     /* Bytes made present with data copied from a buffer. */
     uint64_t bytes_copied;
@@ -905,7 +905,7 @@ struct kuf_stats {
     uint64_t faults_unsignalled;
     /* From reading a fault until its fill began. Caller-driven: until kuf_read returned it. */
     struct kuf_histogram queueing;
-    /* Inside the fill callback, or from the request to kuf_resolve for deferred and caller-driven faults. */
+    /* Inside the fill callback or the built-in source, or from the request to kuf_resolve for deferred and caller-driven faults. */
     struct kuf_histogram filling;
     /* Making a run present. */
     struct kuf_histogram installing;
@@ -1011,7 +1011,7 @@ int kuf_open(const struct kuf_options *options,
  *   is the library's own. -EBADF: closed already, or being closed.
  * -EBUSY: unresolved pages, and no flag says what to do; the handle goes on as before.
  * -EIO: KUF_CLOSE_POPULATE could not fill everything; the handle goes on as before.
- * -ENOTSUP: KUF_CLOSE_POPULATE without a fill callback.
+ * -ENOTSUP: KUF_CLOSE_POPULATE, and the handle has no fill callback and no KUF_OPEN_SOURCES.
  * -EDEADLK: called from a callback. -ECHILD: called in a forked child.
  */
 int kuf_close(struct kuf **kuf, uint32_t flags);
@@ -1056,16 +1056,19 @@ int kuf_add_memory(struct kuf *kuf,
  *
  * flags: 0, KUF_CLOSE_POISON, KUF_CLOSE_POPULATE or both.
  *
- * A fill of this slot that is running, such as one ahead of vCPUs that have stopped since, is waited for, up to 100 ms;
- * in an event callback it is not. Touchers should have ended: their fills may follow one another.
+ * A fill of this slot that is running is waited for, up to 100 ms, but not in an event callback: one ahead of vCPUs that
+ * have stopped since, or one whose pages were resolved or given back meanwhile. After a call that returns 0 no fill
+ * callback has memory_opaque in hand. Touchers should have ended: their fills may follow one another.
+ *
+ * Of two calls for one slot at once, one finds that it has gone.
  *
  * Returns 0. Any thread, also from an event callback unless the slot has KUF_MEMORY_MEMSLOT, but not from a fill
  * callback (-EDEADLK).
  * -EINVAL: kuf is NULL, an unknown flag. -ENOENT: no slot starts at gpa.
  * -EBUSY: unresolved pages and no flag; a fill of this slot has been running for longer than that (retry when it has
  *   ended).
- * -EIO: KUF_CLOSE_POPULATE could not fill everything; the slot goes on as before. -ENOTSUP: KUF_CLOSE_POPULATE without
- *   a fill callback.
+ * -EIO: KUF_CLOSE_POPULATE could not fill everything; the slot goes on as before. -ENOTSUP: KUF_CLOSE_POPULATE,
+ *   and the handle has no fill callback and no KUF_OPEN_SOURCES.
  * Kernel: UFFDIO_UNREGISTER, KVM_SET_MEMORY_ATTRIBUTES.
  */
 int kuf_remove_memory(struct kuf *kuf, uint64_t gpa, uint32_t flags);
@@ -1254,8 +1257,8 @@ int kuf_record_stop(struct kuf *kuf, int fd);
  * -EINVAL: kuf is NULL, an unknown flag, fd holds no recording. -EBADF: fd is not open for reading. -EBADMSG: the
  *   recording is damaged or ends early. -EPROTONOSUPPORT: it is of a newer version. -EFBIG: it has more than 67108864
  *   runs. -ENOENT: no part of it is in a memory slot (one that is empty is replayed at once).
- * -ENOTSUP: the handle has no fill callback. -ENOMEM: no memory for it. -EIO and others: as read(2). -ECANCELED:
- *   kuf_close has begun. -EIO: also when the service is dead.
+ * -ENOTSUP: the handle has no fill callback and no KUF_OPEN_SOURCES. -ENOMEM: no memory for it. -EIO and others: as
+ *   read(2). -ECANCELED: kuf_close has begun. -EIO: also when the service is dead.
  */
 int kuf_replay(struct kuf *kuf, int fd, uint32_t flags);
 

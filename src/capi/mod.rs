@@ -126,7 +126,7 @@ pub unsafe extern "C" fn kuf_open(options: *const kuf_options, out: *mut *mut ku
 ///   is the library's own. -EBADF: closed already, or being closed.
 /// -EBUSY: unresolved pages, and no flag says what to do; the handle goes on as before.
 /// -EIO: KUF_CLOSE_POPULATE could not fill everything; the handle goes on as before.
-/// -ENOTSUP: KUF_CLOSE_POPULATE without a fill callback.
+/// -ENOTSUP: KUF_CLOSE_POPULATE, and the handle has no fill callback and no KUF_OPEN_SOURCES.
 /// -EDEADLK: called from a callback. -ECHILD: called in a forked child.
 ///
 /// # Safety
@@ -201,16 +201,19 @@ pub unsafe extern "C" fn kuf_add_memory(kuf: *mut kuf, memory: *const kuf_memory
 ///
 /// flags: 0, KUF_CLOSE_POISON, KUF_CLOSE_POPULATE or both.
 ///
-/// A fill of this slot that is running, such as one ahead of vCPUs that have stopped since, is waited for, up to 100 ms;
-/// in an event callback it is not. Touchers should have ended: their fills may follow one another.
+/// A fill of this slot that is running is waited for, up to 100 ms, but not in an event callback: one ahead of vCPUs that
+/// have stopped since, or one whose pages were resolved or given back meanwhile. After a call that returns 0 no fill
+/// callback has memory_opaque in hand. Touchers should have ended: their fills may follow one another.
+///
+/// Of two calls for one slot at once, one finds that it has gone.
 ///
 /// Returns 0. Any thread, also from an event callback unless the slot has KUF_MEMORY_MEMSLOT, but not from a fill
 /// callback (-EDEADLK).
 /// -EINVAL: kuf is NULL, an unknown flag. -ENOENT: no slot starts at gpa.
 /// -EBUSY: unresolved pages and no flag; a fill of this slot has been running for longer than that (retry when it has
 ///   ended).
-/// -EIO: KUF_CLOSE_POPULATE could not fill everything; the slot goes on as before. -ENOTSUP: KUF_CLOSE_POPULATE without
-///   a fill callback.
+/// -EIO: KUF_CLOSE_POPULATE could not fill everything; the slot goes on as before. -ENOTSUP: KUF_CLOSE_POPULATE,
+///   and the handle has no fill callback and no KUF_OPEN_SOURCES.
 /// Kernel: UFFDIO_UNREGISTER, KVM_SET_MEMORY_ATTRIBUTES.
 ///
 /// # Safety
@@ -487,8 +490,8 @@ pub unsafe extern "C" fn kuf_record_stop(kuf: *mut kuf, fd: c_int) -> c_int {
 /// -EINVAL: kuf is NULL, an unknown flag, fd holds no recording. -EBADF: fd is not open for reading. -EBADMSG: the
 ///   recording is damaged or ends early. -EPROTONOSUPPORT: it is of a newer version. -EFBIG: it has more than 67108864
 ///   runs. -ENOENT: no part of it is in a memory slot (one that is empty is replayed at once).
-/// -ENOTSUP: the handle has no fill callback. -ENOMEM: no memory for it. -EIO and others: as read(2). -ECANCELED:
-///   kuf_close has begun. -EIO: also when the service is dead.
+/// -ENOTSUP: the handle has no fill callback and no KUF_OPEN_SOURCES. -ENOMEM: no memory for it. -EIO and others: as
+///   read(2). -ECANCELED: kuf_close has begun. -EIO: also when the service is dead.
 ///
 /// # Safety
 /// `kuf` came from kuf_open.

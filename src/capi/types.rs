@@ -675,11 +675,11 @@ pub struct kuf_stats {
     pub faults_unknown: u64,
     /// Exits given to kuf_vcpu_fault.
     pub vcpu_faults: u64,
-    /// Fill callbacks made.
+    /// Fill callbacks made, and built-in sources asked.
     pub fills: u64,
-    /// Fill callbacks that returned -errno.
+    /// Of these, those that failed.
     pub fills_failed: u64,
-    /// Fill callbacks that returned KUF_DEFERRED.
+    /// Of these, those that returned KUF_DEFERRED.
     pub fills_deferred: u64,
     /// Bytes made present with data copied from a buffer.
     pub bytes_copied: u64,
@@ -717,7 +717,7 @@ pub struct kuf_stats {
     pub faults_unsignalled: u64,
     /// From reading a fault until its fill began. Caller-driven: until kuf_read returned it.
     pub queueing: kuf_histogram,
-    /// Inside the fill callback, or from the request to kuf_resolve for deferred and caller-driven faults.
+    /// Inside the fill callback or the built-in source, or from the request to kuf_resolve for deferred and caller-driven faults.
     pub filling: kuf_histogram,
     /// Making a run present.
     pub installing: kuf_histogram,

@@ -174,7 +174,7 @@ impl Policy {
     }
 
     fn set(&self, at: NonNull<u8>, len: u64) -> bool {
-        // One bit more than there are: the kernel takes one off.
+        // The kernel takes one off the count: the last bit is no node's.
         // SAFETY: this buffer's own memory; reads `NODES` bits.
         let result = unsafe {
             libc::syscall(

@@ -31,11 +31,7 @@ impl Service {
         known_flags(flags, KUF_CLOSE_POISON | KUF_CLOSE_POPULATE)?;
         self.check_open()?;
         let map = self.memory.map();
-        let slot = map
-            .slots()
-            .iter()
-            .find(|slot| slot.gpa == gpa)
-            .ok_or_else(|| no_slot_starts(gpa))?;
+        let slot = map.slots().iter().find(|slot| slot.gpa == gpa).ok_or_else(|| no_slot_starts(gpa))?;
         if flags & KUF_CLOSE_POPULATE != 0 {
             // It waits for fills, of which the thread that raises an event may be one.
             refuse_inside_callbacks("kuf_remove_memory with KUF_CLOSE_POPULATE")?;

@@ -32,7 +32,7 @@ impl Service {
         }
         self.check_open()?;
         if !self.serviced() {
-            return Err(Error::new(libc::ENOTSUP, "kuf_replay needs a fill callback to ask"));
+            return Err(Error::new(libc::ENOTSUP, "kuf_replay needs a fill callback to ask, or sources"));
         }
         let fd = usable(fd)?;
         let recording = Recording::read(|buffer| read_up_to(fd, buffer))?;
