@@ -58,16 +58,16 @@ static struct shard *here(struct statistics *statistics)
 
 static void add(_Atomic uint64_t *to, uint64_t n)
 {
-    atomic_store_explicit(to, atomic_load_explicit(to, memory_order_relaxed) + n, memory_order_relaxed);
+    atomic_store_explicit(to, atomic_load_explicit(to, memory_order_relaxed) + n, memory_order_release);
 }
 
 static void record(struct shard *shard, unsigned which, uint64_t ns)
 {
     unsigned bucket = 63 - (unsigned)__builtin_clzll(ns | 1);
-    add(&shard->histogram[which].bucket[bucket % KUF_HISTOGRAM_BUCKETS], 1);
     add(&shard->histogram[which].sum, ns);
     if (atomic_load_explicit(&shard->histogram[which].max, memory_order_relaxed) < ns)
         atomic_store_explicit(&shard->histogram[which].max, ns, memory_order_relaxed);
+    add(&shard->histogram[which].bucket[bucket % KUF_HISTOGRAM_BUCKETS], 1);
 }
 
 /*

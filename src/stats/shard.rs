@@ -24,7 +24,7 @@ impl Default for Histogram {
 impl Histogram {
     fn add_to(&self, sum: &mut kuf_histogram) {
         for (to, from) in sum.bucket.iter_mut().zip(&self.buckets) {
-            let n = from.load(Ordering::Relaxed);
+            let n = from.load(Ordering::Acquire);
             *to += n;
             // Of what was read here, so that count and buckets agree whatever is recorded meanwhile.
             sum.count += n;
@@ -119,15 +119,14 @@ impl Shard {
     fn add(&self, to: &AtomicU64, n: u64) {
         if self.alone {
             // Nobody else writes, so nothing comes between the two.
-            to.store(to.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+            to.store(to.load(Ordering::Relaxed).wrapping_add(n), Ordering::Release);
         } else if n != 0 {
-            to.fetch_add(n, Ordering::Relaxed);
+            to.fetch_add(n, Ordering::Release);
         }
     }
 
     fn record(&self, to: &Histogram, value: Duration) {
         let ns = nanoseconds(value);
-        self.add(&to.buckets[bucket(ns)], 1);
         self.add(&to.sum, ns);
         match to.max.load(Ordering::Relaxed) {
             max if max >= ns => {}
@@ -136,6 +135,8 @@ impl Shard {
                 to.max.fetch_max(ns, Ordering::Relaxed);
             }
         }
+        // Last: who finds it counted finds it in the sum and the maximum.
+        self.add(&to.buckets[bucket(ns)], 1);
     }
 
     /// Faults and vCPU exits.
