@@ -117,10 +117,13 @@ impl Shard {
     }
 
     fn add(&self, to: &AtomicU64, n: u64) {
+        if n == 0 {
+            return;
+        }
         if self.alone {
             // Nobody else writes, so nothing comes between the two.
             to.store(to.load(Ordering::Relaxed).wrapping_add(n), Ordering::Release);
-        } else if n != 0 {
+        } else {
             to.fetch_add(n, Ordering::Release);
         }
     }
