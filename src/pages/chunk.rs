@@ -27,6 +27,9 @@ const SEGMENTS: usize = 1;
 /// Blocks of a chunk.
 pub const BLOCKS: usize = FIRST << (SEGMENTS - 1);
 
+/// A block's byte is a state or a place.
+const _: () = assert!(BLOCKS + STATES.len() <= 1 << u8::BITS);
+
 /// Two bits a page.
 pub type Block = [AtomicU64; WORDS];
 
@@ -154,7 +157,6 @@ mod tests {
         let places: Vec<_> = (0..BLOCKS as u8).map(segment_of).collect();
         let expected: Vec<_> = (0..SEGMENTS).flat_map(|s| (0..blocks_in(s)).map(move |at| (s, at))).collect();
         assert_eq!(places, expected);
-        assert!(BLOCKS + 4 <= 256);
     }
 
     #[test]
