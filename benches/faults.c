@@ -18,55 +18,108 @@
 
 /*
  * The library's counters cannot be turned off, and a build without them would not be the library. So the dose is raised
- * instead: what it does about statistics for one fault (src/stats.rs) is done again, N times, in the fill callback, in
- * the same place between the same cache misses. The time that N doses add, divided by N, is what one costs. Has to be
- * kept in step with src/stats.rs.
+ * instead: what it does about statistics for one fault (src/stats) is done again, N times, in the fill callback, in the
+ * same place between the same cache misses. The time that N doses add, divided by N, is what one costs. Has to be kept
+ * in step with src/stats.
+ *
+ * As there, each thread writes to a shard of its own, so that adding is a load and a store.
  */
-struct statistics {
-    _Atomic uint64_t counter[4];
+struct shard {
+    _Atomic uint64_t counter[6];
     struct {
         _Atomic uint64_t sum, max, bucket[KUF_HISTOGRAM_BUCKETS];
     } histogram[4];
-    pthread_mutex_t lock;
     struct {
-        uint64_t thread, faults, total, max;
+        _Atomic uint32_t thread;
+        _Atomic uint64_t faults, total, max;
     } threads[64];
+} __attribute__((aligned(128)));
+
+struct statistics {
     unsigned dose;
+    /* A shard for each thread that asks for one. */
+    pthread_key_t mine;
+    struct shard shards[64];
+    atomic_uint taken;
+    /* What the library looks at to know whether any thread is watched (src/overlap.rs). */
+    atomic_bool watching;
 };
 
-static void record(struct statistics *statistics, unsigned which, uint64_t ns)
+/* The library finds a thread's shard by a thread-local variable, which in a shared library is a call like this one. */
+static struct shard *here(struct statistics *statistics)
+{
+    struct shard *shard = pthread_getspecific(statistics->mine);
+    if (shard == NULL) {
+        shard = &statistics->shards[atomic_fetch_add(&statistics->taken, 1) % 64];
+        pthread_setspecific(statistics->mine, shard);
+    }
+    return shard;
+}
+
+static void add(_Atomic uint64_t *to, uint64_t n)
+{
+    if (n == 0)
+        return;
+    atomic_store_explicit(to, atomic_load_explicit(to, memory_order_relaxed) + n, memory_order_release);
+}
+
+static void record(struct shard *shard, unsigned which, uint64_t ns)
 {
     unsigned bucket = 63 - (unsigned)__builtin_clzll(ns | 1);
-    atomic_fetch_add_explicit(&statistics->histogram[which].bucket[bucket % KUF_HISTOGRAM_BUCKETS], 1,
-                              memory_order_relaxed);
-    atomic_fetch_add_explicit(&statistics->histogram[which].sum, ns, memory_order_relaxed);
-    uint64_t max = atomic_load_explicit(&statistics->histogram[which].max, memory_order_relaxed);
-    while (max < ns && !atomic_compare_exchange_weak_explicit(&statistics->histogram[which].max, &max, ns,
-                                                              memory_order_relaxed, memory_order_relaxed))
-        ;
+    add(&shard->histogram[which].sum, ns);
+    if (atomic_load_explicit(&shard->histogram[which].max, memory_order_relaxed) < ns)
+        atomic_store_explicit(&shard->histogram[which].max, ns, memory_order_relaxed);
+    add(&shard->histogram[which].bucket[bucket % KUF_HISTOGRAM_BUCKETS], 1);
 }
 
 /*
- * Four counters (faults, faults_write, fills, bytes_copied), four histograms, one thread's sum. The clock is read for
- * them when a fault is taken up and when its page is open; the other two reads, at the fault and after the fill, are
- * what the service threads tell quick fills from slow ones by.
+ * What is done at each of four steps, where the shard is looked up anew:
+ *
+ *   reading     faults; faults_minor, faults_write, queue_full (nothing to add); is the thread watched?
+ *   taking up   queueing
+ *   filling     fills, filling
+ *   opening     bytes_copied, installing, blocked, the thread's sum; is the thread watched?
+ *
+ * The clock is read once for them, when the page is open. The other three readings would be there without statistics:
+ * when faults are read and after the fill, to tell quick fills from slow ones and see a service thread that is stuck in
+ * a callback, and when a fault is taken up, for the age of a claim (kuf_pending), which is also where the fill begins.
  */
 static void statistics_again(void *argument)
 {
     struct statistics *statistics = argument;
+    uint64_t read_at = now_ns();
+    /* faults, faults_minor, faults_write, queue_full. The compiler is not to know, as in the library. */
+    static const volatile uint8_t read[4] = {1, 0, 0, 0};
     for (unsigned dose = 0; dose < statistics->dose; dose++) {
+        struct shard *shard = here(statistics);
         for (unsigned n = 0; n < 4; n++)
-            atomic_fetch_add_explicit(&statistics->counter[n], 1 + n, memory_order_relaxed);
-        uint64_t began = now_ns(), waited = now_ns() - began;
-        for (unsigned n = 0; n < 4; n++)
-            record(statistics, n, waited + n);
-        pthread_mutex_lock(&statistics->lock);
-        unsigned at = (unsigned)(mix(mix(dose + 1)) % 64); /* as much hashing as a SipHash of one word */
-        statistics->threads[at].faults++;
-        statistics->threads[at].total += waited;
-        if (statistics->threads[at].max < waited)
-            statistics->threads[at].max = waited;
-        pthread_mutex_unlock(&statistics->lock);
+            add(&shard->counter[n], read[n]);
+        bool watching = atomic_load_explicit(&statistics->watching, memory_order_relaxed);
+        shard = here(statistics);
+        record(shard, 0, dose);
+        shard = here(statistics);
+        add(&shard->counter[4], 1);
+        record(shard, 1, dose);
+        shard = here(statistics);
+        add(&shard->counter[5], PAGE);
+        uint64_t waited = now_ns() - read_at;
+        record(shard, 2, waited);
+        watching |= atomic_load_explicit(&statistics->watching, memory_order_relaxed);
+        record(shard, 3, waited);
+        uint32_t thread = 1 + (uint32_t)watching;
+        for (unsigned at = thread % 64;; at = (at + 1) % 64) {
+            uint32_t other = atomic_load_explicit(&shard->threads[at].thread, memory_order_relaxed);
+            if (other == 0)
+                atomic_store_explicit(&shard->threads[at].thread, thread, memory_order_relaxed);
+            else if (other != thread)
+                continue;
+            add(&shard->threads[at].total, waited);
+            if (atomic_load_explicit(&shard->threads[at].max, memory_order_relaxed) < waited)
+                atomic_store_explicit(&shard->threads[at].max, waited, memory_order_release);
+            uint64_t faults = atomic_load_explicit(&shard->threads[at].faults, memory_order_relaxed);
+            atomic_store_explicit(&shard->threads[at].faults, faults + 1, memory_order_release);
+            break;
+        }
     }
 }
 
@@ -107,8 +160,10 @@ int main(int argc, char **argv)
     uint64_t count = argument("pages", window / PAGE), seed = argument("seed", 1);
     bool sequential = strcmp(text_argument("order", "random"), "sequential") == 0, thorough = verify_argument();
     uint64_t stats_hz = with_kuf ? argument("stats_hz", 0) : 0;
-    static struct statistics statistics = {.lock = PTHREAD_MUTEX_INITIALIZER};
+    static struct statistics statistics;
     statistics.dose = with_kuf ? (unsigned)argument("dose", 0) : 0;
+    if (pthread_key_create(&statistics.mine, NULL) != 0)
+        fail("no thread-specific data");
     static struct touchers touchers;
     touchers.threads = (unsigned)argument("touchers", 1);
     touchers.pin = pin_argument();

@@ -141,6 +141,8 @@ pub struct Terms {
     pub demand: bool,
     /// It is asked for ahead of a toucher.
     pub ahead: bool,
+    /// When it began; None: now.
+    pub since: Option<Instant>,
 }
 
 /// The claims of one slot.
@@ -366,7 +368,7 @@ impl<W: Waits> Claims<W> {
         let mut from = range.start;
         while let Some(run) = pages.first_run(from..range.end, State::Absent, u64::MAX) {
             from = run.end;
-            let terms = Terms { owner: Owner::Fill, in_place, demand: false, ahead: false };
+            let terms = Terms { owner: Owner::Fill, in_place, demand: false, ahead: false, since: None };
             self.insert(pages, run.clone(), id, State::Absent, terms);
             taken.install.push(run);
         }
@@ -496,7 +498,7 @@ impl<W: Waits> Claims<W> {
             let mut from = range.start;
             while let Some(run) = pages.first_run(from..range.end, state, u64::MAX) {
                 from = run.end;
-                let terms = Terms { owner: Owner::Discard, in_place: false, demand: false, ahead: false };
+                let terms = Terms { owner: Owner::Discard, in_place: false, demand: false, ahead: false, since: None };
                 self.insert(pages, run.clone(), id, state, terms);
                 runs.push(run);
             }
@@ -549,7 +551,7 @@ impl<W: Waits> Claims<W> {
         let mut from = 0;
         while let Some(run) = pages.first_run(from..pages.total(), State::Absent, u64::MAX) {
             from = run.end;
-            let terms = Terms { owner: Owner::Fill, in_place: false, demand: false, ahead: false };
+            let terms = Terms { owner: Owner::Fill, in_place: false, demand: false, ahead: false, since: None };
             self.insert(pages, run, id, State::Absent, terms);
         }
         let runs = self.by_start.iter().filter(|(_, c)| c.owner == Owner::Fill).map(|(s, c)| *s..c.end).collect();
@@ -595,9 +597,9 @@ impl<W: Waits> Claims<W> {
     fn insert(&mut self, pages: &Pages, run: Range<u64>, id: Id, origin: State, terms: Terms) {
         let moved = pages.transition(run.clone(), origin, State::Filling);
         debug_assert_eq!(moved, run.end - run.start);
-        let Terms { owner, in_place, demand, ahead } = terms;
+        let Terms { owner, in_place, demand, ahead, since } = terms;
         let (owed, answered, cancel, early) = (false, false, None, None);
-        let (end, since, waiters) = (run.end, Instant::now(), Waiters::new());
+        let (end, since, waiters) = (run.end, since.unwrap_or_else(Instant::now), Waiters::new());
         let claim =
             Claim { end, id, owner, origin, in_place, demand, ahead, owed, answered, cancel, early, since, waiters };
         self.by_start.insert(run.start, claim);

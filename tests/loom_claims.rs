@@ -42,7 +42,7 @@ struct Slot {
     woken: AtomicU32,
 }
 
-const FILL: Terms = Terms { owner: Owner::Fill, in_place: false, demand: true, ahead: false };
+const FILL: Terms = Terms { owner: Owner::Fill, in_place: false, demand: true, ahead: false, since: None };
 
 impl Slot {
     fn new(pages: u64) -> Arc<Self> {

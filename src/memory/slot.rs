@@ -235,7 +235,7 @@ impl Slot {
 
     /// The terms on which a thread of the library claims pages here. `demand`: somebody waits.
     pub fn fill_terms(&self, demand: bool) -> Terms {
-        Terms { owner: Owner::Fill, in_place: self.in_place(), demand, ahead: false }
+        Terms { owner: Owner::Fill, in_place: self.in_place(), demand, ahead: false, since: None }
     }
 
     /// Drops what a fill that is not used may have left in the place of `pages`, where fills write in place.

@@ -143,11 +143,6 @@ impl Service {
         }
     }
 
-    /// Whether faults bring more than their own page.
-    pub(super) fn goes_ahead(&self) -> bool {
-        self.serviced() && self.config.demand_run > rustix::param::page_size() as u64
-    }
-
     fn bring_piece(&self, mut task: Task, most: u64) {
         let slot = task.slot.clone();
         let Some(run) = self.claim_piece(&task, (most / slot.granule).max(1)) else { return };

@@ -68,7 +68,7 @@ impl Service {
         let in_place = slot.in_place();
         {
             let mut claims = slot.claims();
-            let terms = Terms { owner: Owner::Host, in_place, demand: true, ahead: false };
+            let terms = Terms { owner: Owner::Host, in_place, demand: true, ahead: false, since: None };
             let claimed = claims.claim(&slot.pages, page, 1, State::Absent, terms);
             self.record_joined(slot, page, &mut claims);
             let stray = claims.join(waiter).err();
@@ -171,7 +171,7 @@ impl Service {
             let (flags, thread) = waiter.map_or((0, 0), |waiter| (waiter.flags, waiter.thread));
             kuf_fault { thread, ..describe(slot, &pages, flags | KUF_FAULT_DEMAND, owed.since) }
         };
-        self.stats.queueing.record(Duration::from_nanos(fault.age_ns));
+        self.stats.here().queueing(Duration::from_nanos(fault.age_ns));
         if let Ok(Some(place)) = slot.mechanism.place(slot, &pages) {
             fault.place = place.as_ptr().cast();
         }

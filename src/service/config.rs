@@ -56,6 +56,22 @@ impl Config {
     pub fn serviced(&self) -> bool {
         self.host.fill.is_some() || self.sources
     }
+
+    /// Whether faults bring more than their own page.
+    pub fn goes_ahead(&self) -> bool {
+        self.serviced() && self.demand_run > rustix::param::page_size() as u64
+    }
+
+    /// How many service threads there are.
+    pub fn service_threads(&self) -> usize {
+        if self.direct {
+            return 0;
+        }
+        // Without a callback one of them may still be inside an event callback.
+        let threads = if self.serviced() { self.fill_threads + 1 } else { 2 };
+        // One more may be bringing what nobody has asked for.
+        threads + usize::from(self.goes_ahead())
+    }
 }
 
 /// A slot to be added, with what can be checked without the kernel checked.

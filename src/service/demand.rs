@@ -9,7 +9,7 @@ use super::host::refuse_inside_callbacks;
 use super::{deadline, huge, Fault, Service};
 use crate::ahead::{Plan, Reach, Rest, NEAR};
 use crate::capi::types::*;
-use crate::claims::{Id, Owner};
+use crate::claims::{Claims, Id, Owner, Terms};
 use crate::error::{Error, Result};
 use crate::mechanism::{Content, Stop};
 use crate::memory::{Slot, Waiter};
@@ -37,12 +37,12 @@ impl Service {
     /// Serves one fault that was read from the kernel.
     pub(super) fn serve(&self, fault: Fault) {
         let since = Instant::now();
-        self.stats.queueing.record(since.saturating_duration_since(fault.read_at));
+        self.stats.here().queueing(since.saturating_duration_since(fault.read_at));
         let (slot, page, flags, thread) = (fault.slot.clone(), fault.page, fault.flags, fault.thread);
         if slot.gone().is_some() {
             return;
         }
-        match self.task_for(fault) {
+        match self.task_for(fault, since) {
             Task::Nothing => {}
             Task::Fill(id, pages, rest) => {
                 // A failure has poisoned the page and told the host.
@@ -61,15 +61,17 @@ impl Service {
         }
     }
 
-    fn task_for(&self, fault: Fault) -> Task {
+    /// `since`: now.
+    fn task_for(&self, fault: Fault, since: Instant) -> Task {
         let Fault { slot, page, flags, thread, read_at } = fault;
         let waiter = Waiter { page, read_at, thread, flags, fork: None };
+        let terms = Terms { since: Some(since), ..slot.fill_terms(true) };
         if let Some(root) = slot.parent.as_ref().filter(|_| slot.shared.is_some()) {
             if root.pages.get(page) != State::Present {
                 return Task::Parent(root.clone());
             }
             let mut claims = slot.claims();
-            return match self.claim_from(&mut claims, &slot, page, 1, waiter) {
+            return match claim_from(&mut claims, &slot, page, 1, terms, waiter) {
                 Some((id, _)) => Task::Map(id),
                 None => Task::Nothing,
             };
@@ -77,7 +79,7 @@ impl Service {
         let mut claims = slot.claims();
         match slot.pages.get(page) {
             State::Filling => {
-                self.stats.faults_joined.add(1);
+                self.stats.here().faults_joined(1);
                 self.record_joined(&slot, page, &mut claims);
                 match claims.join(waiter) {
                     Ok(Owner::Poison) => Task::Poison,
@@ -91,7 +93,7 @@ impl Service {
             }
             State::Absent => {
                 let (run, rest) = self.plan(&slot, page, thread);
-                match self.claim_from(&mut claims, &slot, run.start, run.end - run.start, waiter) {
+                match claim_from(&mut claims, &slot, run.start, run.end - run.start, terms, waiter) {
                     Some((id, pages)) => {
                         self.record(&slot, &pages);
                         Task::Fill(id, pages, rest)
@@ -101,14 +103,13 @@ impl Service {
             }
             state @ (State::Removed | State::Present) => {
                 if state == State::Present {
-                    self.stats.faults_late.add(1);
+                    self.stats.here().faults_late(1);
                     if slot.mechanism.reveal(&slot).is_none() {
                         drop(claims);
-                        self.stats.ended(thread, read_at, Instant::now());
+                        self.stats.ended(self.stats.here(), thread, read_at, Instant::now());
                         return Task::Nothing;
                     }
                 }
-                let terms = slot.fill_terms(true);
                 let Some((id, _)) = claims.claim(&slot.pages, page, 1, state, terms) else { return Task::Nothing };
                 let _ = claims.join(waiter);
                 if state == State::Removed {
@@ -118,24 +119,6 @@ impl Service {
                 }
             }
         }
-    }
-
-    fn claim_from(
-        &self,
-        claims: &mut crate::claims::Claims<Waiter>,
-        slot: &Arc<Slot>,
-        page: u64,
-        max: u64,
-        waiter: Waiter,
-    ) -> Option<(Id, Range<u64>)> {
-        let terms = slot.fill_terms(true);
-        let from = slot.pages.get(page);
-        let claimed = match from {
-            State::Filling => None,
-            from => claims.claim(&slot.pages, page, max, from, terms),
-        };
-        let _ = claims.join(waiter);
-        claimed
     }
 
     /// What a fault at `page`, which is absent, brings: at once, and afterwards. The claims are locked.
@@ -288,7 +271,7 @@ impl Service {
             let text = "KVM_EXIT_MEMORY_FAULT without its USERFAULT flag: not a fault of the library's";
             return Err(Error::new(libc::ENOENT, text));
         }
-        self.stats.vcpu_faults.add(1);
+        self.stats.here().vcpu_faults(1);
         let pages = slot.pages_of(&offsets);
         if slot.mechanism.vcpu_exits() && slot.pages.first_run(pages.clone(), State::Present, 1).is_some() {
             self.reopen(slot, &pages);
@@ -399,4 +382,21 @@ impl Service {
         }
         Ok(())
     }
+}
+
+/// Claims what begins at `page` for `waiter`, in the state it is in, unless somebody has.
+fn claim_from(
+    claims: &mut Claims<Waiter>,
+    slot: &Slot,
+    page: u64,
+    max: u64,
+    terms: Terms,
+    waiter: Waiter,
+) -> Option<(Id, Range<u64>)> {
+    let claimed = match slot.pages.get(page) {
+        State::Filling => None,
+        from => claims.claim(&slot.pages, page, max, from, terms),
+    };
+    let _ = claims.join(waiter);
+    claimed
 }

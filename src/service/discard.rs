@@ -48,7 +48,7 @@ impl Service {
                 let before = slot.pages.count(State::Removed);
                 let begun = claims.begin_discard(&slot.pages, pages.clone(), removed, slot.in_place());
                 let more = slot.pages.count(State::Removed).saturating_sub(before);
-                self.stats.bytes_removed.add(more * slot.granule);
+                self.stats.here().bytes_removed(more * slot.granule);
                 slot.wake_sleepers(&claims);
                 break begun;
             }
@@ -67,8 +67,8 @@ impl Service {
             // Whoever has read the REMOVE event of this may not have applied it yet.
             drop(slot.mechanism.gate().read().unwrap_or_else(PoisonError::into_inner));
             let bytes = (run.end - run.start) * slot.granule;
-            self.stats.bytes_discarded.add(bytes);
-            self.stats.bytes_removed.add(if state == State::Removed { bytes } else { 0 });
+            self.stats.here().bytes_discarded(bytes);
+            self.stats.here().bytes_removed(if state == State::Removed { bytes } else { 0 });
             self.dropped(slot, id, run, state);
         }
         if !removed {

@@ -92,12 +92,20 @@ impl Service {
     fn fill_once(&self, run: &Run) -> Result<(), i32> {
         let Run { slot, id, pages, wanted, ahead, since, .. } = run;
         let (id, demand) = (*id, wanted.is_some());
+        let stats = self.stats.here();
         let mut place = None;
         // Resolved, or shut, before anybody was asked: nothing is left to do.
         let Some(asking) = Asking::begin(run) else { return Ok(()) };
         let asked = match &slot.source {
-            Some(source) => self.ask_source(run, source.as_ref(), &mut place),
-            None => self.ask_host(run, place.insert(self.place(slot, pages)?)),
+            Some(source) => {
+                stats.fills(1);
+                self.ask_source(run, source.as_ref(), &mut place)
+            }
+            None => {
+                let place = place.insert(self.place(slot, pages)?);
+                stats.fills(1);
+                self.ask_host(run, place)
+            }
         };
         let answer = self.fetch(run, asked, &mut place);
         drop(asking);
@@ -115,7 +123,7 @@ impl Service {
             self.crew.took(took / (bytes / FEW).clamp(1, NEAR / FEW) as u32);
         }
         if !matches!(answer, Answer::Deferred) {
-            self.stats.filling.record(took);
+            stats.filling(took);
         }
         let mut moved = false;
         let result = match (answer, &place) {
@@ -139,14 +147,14 @@ impl Service {
             }
             (Answer::Zero(n), place) => self.filled_with_zero(run, n, place.as_ref()),
             (Answer::Deferred, _) => {
-                self.stats.fills_deferred.add(1);
+                stats.fills_deferred(1);
                 let early = slot.claims().defer(pages.clone(), id);
                 self.install_early(slot, id, early);
                 self.abandon_cancelled(slot, id, pages.clone());
                 Ok(())
             }
             (Answer::Failed(errno), _) => {
-                self.stats.fills_failed.add(1);
+                stats.fills_failed(1);
                 let early = slot.claims().early(pages.clone(), id);
                 self.install_early(slot, id, early);
                 Err(errno)
@@ -163,14 +171,12 @@ impl Service {
     fn ask_host(&self, run: &Run, place: &Place) -> Answer {
         let in_place = if matches!(place, Place::InPlace { .. }) { KUF_FILL_IN_PLACE } else { 0 };
         let demand = if run.wanted.is_some() { KUF_FILL_DEMAND } else { 0 };
-        self.stats.fills.add(1);
         self.config.host.fill(run, place.at(), in_place | demand)
     }
 
     /// Asks a built-in source, and has it read into a place if that is what it takes.
     fn ask_source(&self, run: &Run, source: &dyn Source, place: &mut Option<Place>) -> Answer {
         let Run { slot, pages, wanted, .. } = run;
-        self.stats.fills.add(1);
         let granule = slot.granule;
         let bytes = slot.bytes_of(pages);
         let copied = !slot.in_place() && !self.detects(slot) && !is_stretch(slot, pages);
@@ -269,8 +275,8 @@ impl Service {
         let bytes = Bytes { behind: wanted.is_none() && !ahead, ..bytes };
         let (opened, result) = self.install_bytes(slot, id, done.clone(), bytes);
         match (wanted, ahead) {
-            (None, true) => self.stats.bytes_ahead.add(opened * slot.granule),
-            (None, false) => self.stats.bytes_populated.add(opened * slot.granule),
+            (None, true) => self.stats.here().bytes_ahead(opened * slot.granule),
+            (None, false) => self.stats.here().bytes_populated(opened * slot.granule),
             _ => {}
         }
         if n < pages.end - pages.start {
@@ -310,7 +316,7 @@ impl Service {
         loop {
             match attempt() {
                 Err(errno) if tries < 200 && matches!(errno, libc::ENOMEM | libc::ENOSPC) => {
-                    self.stats.install_no_memory.add(1);
+                    self.stats.here().install_no_memory(1);
                     tries += 1;
                     std::thread::sleep(Duration::from_millis(10));
                 }
@@ -437,7 +443,7 @@ impl Service {
             self.stats.overlap.end(waiter.thread, Instant::now());
         }
         slot.wake_sleepers(&claims);
-        self.stats.bytes_poisoned.add((pages.end - pages.start) * slot.granule);
+        self.stats.here().bytes_poisoned((pages.end - pages.start) * slot.granule);
     }
 
     /// Makes touching `pages` fail where they could not be poisoned. False: there is no way.

@@ -127,7 +127,7 @@ impl Service {
         let held = self.work.1.len();
         let room = self.config.queue_max.saturating_sub(held);
         if room == 0 {
-            self.stats.queue_full.add(1);
+            self.stats.here().queue_full(1);
             self.starve(inlet);
             // Whoever takes the last one looks for starved queues; it may have looked just before.
             if !self.work.1.is_empty() {
@@ -191,7 +191,7 @@ impl Service {
             };
         }
         // Stopped for want of room, which may have been just enough.
-        self.stats.queue_full.add(u64::from(matches!(read, Ok(Left::More))));
+        self.stats.here().queue_full(u64::from(matches!(read, Ok(Left::More))));
         self.hand_on(inlet, work.drain(..), read.map(drop), push);
         *lock(&inlet.lists) = Lists { messages, work };
     }
@@ -238,12 +238,10 @@ impl Service {
         if remapped {
             self.unpark(id, true);
         }
+        self.count_faults(messages);
         let map = self.memory.map();
         for message in messages.drain(..) {
             let Message::Fault { at, flags, thread } = message else { continue };
-            self.stats.faults.add(1);
-            self.stats.faults_minor.add(u64::from(flags & KUF_FAULT_MINOR != 0));
-            self.stats.faults_write.add(u64::from(flags & KUF_FAULT_WRITE != 0));
             match (map.at(id, at), at) {
                 (Some((slot, page)), _) => {
                     self.stats.overlap.begin(thread, read_at);
@@ -254,13 +252,25 @@ impl Service {
                     lock(&inlet.parked).push((hva, flags, thread, read_at));
                 }
                 (None, at) => {
-                    self.stats.faults_unknown.add(1);
+                    self.stats.here().faults_unknown(1);
                     if let Address::Hva(hva) = at {
                         inlet.mechanism.wake_range(hva..hva + 1);
                     }
                 }
             }
         }
+    }
+
+    /// Before anybody is woken: who goes on finds the fault counted.
+    fn count_faults(&self, faults: &[Message]) {
+        let stats = self.stats.here();
+        let having = |flag| {
+            let has = |fault: &&Message| matches!(fault, Message::Fault { flags, .. } if flags & flag != 0);
+            faults.iter().filter(has).count() as u64
+        };
+        stats.faults(faults.len() as u64);
+        stats.faults_minor(having(KUF_FAULT_MINOR));
+        stats.faults_write(having(KUF_FAULT_WRITE));
     }
 
     /// Applies one event. Returns whether it changed which addresses are guest memory.
@@ -270,19 +280,19 @@ impl Service {
         match message {
             Message::Fault { .. } => {}
             Message::Removed(range) => {
-                self.stats.events_remove.add(1);
+                self.stats.here().events_remove(1);
                 self.remove_range(id, &range, false, work);
                 self.note_given_back(inlet, range);
             }
             Message::Unmapped(range) => {
-                self.stats.events_unmap.add(1);
+                self.stats.here().events_unmap(1);
                 self.remove_range(id, &range, true, work);
                 // What is mapped there next is not what was given back.
                 let _ = take_within(&mut lock(&inlet.given_back), &range);
                 inlet.mechanism.wake_range(range);
             }
             Message::Moved { from, to } => {
-                self.stats.events_remap.add(1);
+                self.stats.here().events_remap(1);
                 self.note(KUF_LOG_DEBUG, || format!("hva {from:#x?} moved to {to:#x}"), work);
                 let map = self.memory.map();
                 for (slot, _) in map.within_hva(id, from.clone()) {
@@ -298,15 +308,15 @@ impl Service {
                 inlet.mechanism.wake_range(from);
             }
             Message::Forked(fd) => {
-                self.stats.events_fork.add(1);
+                self.stats.here().events_fork(1);
                 self.follow_fork(inlet, fd, work);
             }
             Message::Lost => {
-                self.stats.faults_lost.add(1);
+                self.stats.here().faults_lost(1);
                 self.begin_sweep(work);
             }
             Message::Unsignalled => {
-                self.stats.faults_unsignalled.add(1);
+                self.stats.here().faults_unsignalled(1);
                 self.warn_of_signals(work);
             }
         }
@@ -362,7 +372,7 @@ impl Service {
                 false
             }
             None if wake_rest => {
-                self.stats.faults_unknown.add(1);
+                self.stats.here().faults_unknown(1);
                 inlet.mechanism.wake_range(*hva..*hva + 1);
                 false
             }
@@ -408,7 +418,7 @@ impl Service {
             let mut claims = slot.claims();
             let before = slot.pages.count(State::Removed);
             let waiters = claims.remove(&slot.pages, pages);
-            self.stats.bytes_removed.add((slot.pages.count(State::Removed) - before) * slot.granule);
+            self.stats.here().bytes_removed((slot.pages.count(State::Removed) - before) * slot.granule);
             slot.wake_sleepers(&claims);
             waiters
         };

@@ -12,6 +12,7 @@ use crate::mechanism::kvm_bitmap::Bitmap;
 use crate::mechanism::{Content, Installed, Stop};
 use crate::memory::{Slot, Waiter};
 use crate::pages::State;
+use crate::stats::Shard;
 
 /// How long an install is tried again for want of memory: guests are stopped meanwhile, but a page given up is lost.
 const MEMORY_PATIENCE: Duration = Duration::from_secs(2);
@@ -24,8 +25,9 @@ pub struct Failed {
 }
 
 /// How far an install has come.
-#[derive(Default)]
-struct Done {
+struct Done<'a> {
+    /// Where the thread that installs counts.
+    stats: &'a Shard,
     /// Pages opened.
     opened: u64,
     /// When the last ones were, if that is known.
@@ -57,7 +59,8 @@ impl Service {
         bytes: Bytes<'_>,
     ) -> (u64, Result<(), Failed>) {
         let started = bytes.since.unwrap_or_else(Instant::now);
-        let (mut done, mut at, mut bytes) = (Done::default(), pages.start, bytes);
+        let (mut done, mut at, mut bytes) =
+            (Done { stats: self.stats.here(), opened: 0, ended: None, ready: 0..0 }, pages.start, bytes);
         if let Content::Staged(from) = bytes.content {
             at = self.install_staged(slot, id, pages.clone(), bytes, &mut done);
             bytes.content = Content::Data(from);
@@ -75,7 +78,7 @@ impl Service {
         }
         if done.opened > 0 || result.is_ok() {
             let ended = done.ended.unwrap_or_else(Instant::now);
-            self.stats.installing.record(ended.saturating_duration_since(started));
+            done.stats.installing(ended.saturating_duration_since(started));
         }
         if let Some(work) = self.completion(slot) {
             self.work_on(work);
@@ -85,7 +88,14 @@ impl Service {
 
     /// Moves a huge page to its place. Returns the first page that could not be moved, which is still where it was, to be
     /// copied.
-    fn install_staged(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, bytes: Bytes<'_>, done: &mut Done) -> u64 {
+    fn install_staged(
+        &self,
+        slot: &Arc<Slot>,
+        id: Id,
+        pages: Range<u64>,
+        bytes: Bytes<'_>,
+        done: &mut Done<'_>,
+    ) -> u64 {
         if slot.claims().held(pages.clone(), id)[..] != [pages.clone()] {
             // Part of it was resolved or given back meanwhile.
             return pages.start;
@@ -101,7 +111,7 @@ impl Service {
         id: Id,
         pages: Range<u64>,
         bytes: Bytes<'_>,
-        done: &mut Done,
+        done: &mut Done<'_>,
     ) -> Result<(), Failed> {
         let mut waiting = Waiting::default();
         loop {
@@ -129,12 +139,12 @@ impl Service {
             // With the gate released: only now can events be read.
             match stop {
                 Stop::Again => {
-                    self.stats.install_again.add(1);
+                    self.stats.here().install_again(1);
                     self.pump_events(&slot.mechanism);
                     waiting.pause();
                 }
                 Stop::NoMemory(errno) => {
-                    self.stats.install_no_memory.add(1);
+                    self.stats.here().install_no_memory(1);
                     if waiting.longer_than(MEMORY_PATIENCE) {
                         return Err(Failed { page, errno });
                     }
@@ -161,7 +171,7 @@ impl Service {
         id: Id,
         runs: &[Range<u64>],
         bytes: Bytes<'_>,
-        done: &mut Done,
+        done: &mut Done<'_>,
     ) -> Option<(u64, Stop)> {
         for run in runs {
             bytes.drop_zeroes(slot, run);
@@ -181,14 +191,14 @@ impl Service {
         id: Id,
         run: &Range<u64>,
         bytes: Bytes<'_>,
-        done: &mut Done,
+        done: &mut Done<'_>,
     ) -> Option<(u64, Stop)> {
         let mut page = run.start;
         while page < run.end {
             let (piece, content) = match bytes.piece(slot, &(page..run.end)) {
                 (piece, Way::With(content)) => (piece, content),
                 (piece, Way::Leave) => {
-                    if let Err(errno) = self.leave(slot, id, &piece) {
+                    if let Err(errno) = self.leave(slot, id, &piece, done.stats) {
                         return Some((page, Stop::Other(errno)));
                     }
                     done.opened += piece.end - page;
@@ -203,8 +213,8 @@ impl Service {
                 let open = page..page + pages;
                 // Before it is booked as present: who sees that finds it counted.
                 let zero = if slot.mechanism.marks() { bytes.zero_pages(&open) } else { 0 };
-                self.count_opened(slot, Content::ZeroInPlace, zero);
-                self.count_opened(slot, content, pages - zero);
+                count_opened(done.stats, slot, Content::ZeroInPlace, zero);
+                count_opened(done.stats, slot, content, pages - zero);
                 page += pages;
                 done.ready.end = page;
             }
@@ -214,14 +224,14 @@ impl Service {
                 None => return Some((page, Stop::Other(libc::EPROTO))),
                 Some(Stop::Exists) => {
                     // Nobody is woken by an install that found the page there.
-                    self.stats.install_exists.add(1);
+                    self.stats.here().install_exists(1);
                     slot.mechanism.wake(slot, &(page..page + 1));
-                    self.settled(slot, id, page..page + 1, State::Present);
+                    self.settled(slot, id, page..page + 1, State::Present, done.stats);
                     page += 1;
                     self.book(slot, id, bytes, done, page);
                 }
                 Some(Stop::Unmapped) => {
-                    self.settled(slot, id, page..page + 1, State::Removed);
+                    self.settled(slot, id, page..page + 1, State::Removed, done.stats);
                     page += 1;
                     self.book(slot, id, bytes, done, page);
                 }
@@ -232,19 +242,19 @@ impl Service {
     }
 
     /// Books what is ready; what comes next starts at `next`.
-    fn book(&self, slot: &Arc<Slot>, id: Id, bytes: Bytes<'_>, done: &mut Done, next: u64) {
+    fn book(&self, slot: &Arc<Slot>, id: Id, bytes: Bytes<'_>, done: &mut Done<'_>, next: u64) {
         let ready = std::mem::replace(&mut done.ready, next..next);
         if !ready.is_empty() {
-            done.ended = self.opened(slot, id, ready, bytes.content);
+            done.ended = self.opened(slot, id, ready, bytes.content, done.stats);
         }
     }
 
     /// Zeroes of shared memory that nobody is known to wait for: a hole in the file. Err is an errno.
-    fn leave(&self, slot: &Arc<Slot>, id: Id, pages: &Range<u64>) -> Result<(), i32> {
+    fn leave(&self, slot: &Arc<Slot>, id: Id, pages: &Range<u64>, stats: &Shard) -> Result<(), i32> {
         if let Some(shared) = &slot.shared {
             shared.punch(&slot.bytes_of(pages)).map_err(|e| e.raw_os_error())?;
         }
-        self.count_opened(slot, Content::Zero, pages.end - pages.start);
+        count_opened(stats, slot, Content::Zero, pages.end - pages.start);
         let waiters = {
             let mut claims = slot.claims();
             let waiters = claims.settle(&slot.pages, pages.clone(), id, Some(State::Removed));
@@ -257,9 +267,9 @@ impl Service {
     }
 
     /// Returns when that was, if it looked at the clock.
-    fn opened(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, content: Content) -> Option<Instant> {
+    fn opened(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, content: Content, stats: &Shard) -> Option<Instant> {
         if !content.is_poison() {
-            return self.settled(slot, id, pages, State::Present);
+            return self.settled(slot, id, pages, State::Present, stats);
         }
         let waiters = {
             let mut claims = slot.claims();
@@ -270,28 +280,28 @@ impl Service {
         for waiter in waiters.iter().filter(|waiter| waiter.flags & KUF_FAULT_KVM != 0) {
             self.parked(slot, waiter.page..waiter.page + 1);
         }
-        self.ended(slot, waiters)
+        self.ended(slot, waiters, stats)
     }
 
     /// The claim `id` is done with `pages`. Returns as [`Service::opened`].
-    fn settled(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, state: State) -> Option<Instant> {
+    fn settled(&self, slot: &Arc<Slot>, id: Id, pages: Range<u64>, state: State, stats: &Shard) -> Option<Instant> {
         let waiters = {
             let mut claims = slot.claims();
             let waiters = claims.settle(&slot.pages, pages, id, Some(state));
             slot.wake_sleepers(&claims);
             waiters
         };
-        self.ended(slot, waiters)
+        self.ended(slot, waiters, stats)
     }
 
     /// Who waited goes on; a child's view of the page still has to be mapped.
-    fn ended(&self, slot: &Arc<Slot>, waiters: Waiters<Waiter>) -> Option<Instant> {
+    fn ended(&self, slot: &Arc<Slot>, waiters: Waiters<Waiter>, stats: &Shard) -> Option<Instant> {
         if waiters.is_empty() {
             return None;
         }
         let now = Instant::now();
         for waiter in waiters.iter().filter(|waiter| waiter.fork.is_none()) {
-            self.stats.ended(waiter.thread, waiter.read_at, now);
+            self.stats.ended(stats, waiter.thread, waiter.read_at, now);
         }
         self.push_again(slot, waiters.into_iter().filter(|waiter| waiter.fork.is_some()));
         Some(now)
@@ -337,18 +347,6 @@ impl Service {
         waiters
     }
 
-    fn count_opened(&self, slot: &Slot, content: Content, pages: u64) {
-        let bytes = pages * slot.granule;
-        match content {
-            Content::Data(_) | Content::Staged(_) => self.stats.bytes_copied.add(bytes),
-            Content::Zero | Content::ZeroInPlace => self.stats.bytes_zeroed.add(bytes),
-            // Counted when its bytes came, or nobody here has brought them.
-            Content::Shown | Content::There => {}
-            Content::InPlace => self.stats.bytes_in_place.add(bytes),
-            Content::Poison | Content::PoisonAtEnd => self.stats.bytes_poisoned.add(bytes),
-        }
-    }
-
     /// What to tell the host if `slot` has just become whole.
     pub(super) fn completion(&self, slot: &Arc<Slot>) -> Option<Work> {
         use std::sync::atomic::Ordering::AcqRel;
@@ -361,6 +359,18 @@ impl Service {
         let (kind, gpa, len, error) = (KUF_EVENT_COMPLETE, slot.gpa, slot.len, 0);
         let text = format!("memory slot {gpa:#x}..{:#x} is complete", gpa + len);
         Some(Work::Notice { kind, gpa, len, error, text })
+    }
+}
+
+fn count_opened(stats: &Shard, slot: &Slot, content: Content, pages: u64) {
+    let bytes = pages * slot.granule;
+    match content {
+        Content::Data(_) | Content::Staged(_) => stats.bytes_copied(bytes),
+        Content::Zero | Content::ZeroInPlace => stats.bytes_zeroed(bytes),
+        // Counted when its bytes came, or nobody here has brought them.
+        Content::Shown | Content::There => {}
+        Content::InPlace => stats.bytes_in_place(bytes),
+        Content::Poison | Content::PoisonAtEnd => stats.bytes_poisoned(bytes),
     }
 }
 

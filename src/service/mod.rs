@@ -157,6 +157,8 @@ impl Service {
 
     /// Starts a service over `own`.
     fn open_with(config: Config, own: Option<Arc<dyn Mechanism>>) -> Result<Arc<Self>> {
+        // With kuf-populate.
+        let threads = config.service_threads() + 1;
         let service = Arc::new(Self {
             memory: Memory::default(),
             own,
@@ -185,7 +187,7 @@ impl Service {
             looked: AtomicU64::new(0),
             threads: Mutex::new(Vec::new()),
             forks: config.follow_fork.then(fork::Watch::new).transpose()?,
-            stats: Stats::default(),
+            stats: Stats::new(threads),
             config,
         });
         if let Some(own) = &service.own {

@@ -79,10 +79,10 @@ impl Service {
                 }
             }
             for asked in &taken.asked {
-                self.stats.filling.record(asked.elapsed());
+                self.stats.here().filling(asked.elapsed());
             }
-            self.stats.bytes_populated.add(taken.populated * slot.granule);
-            self.stats.bytes_ahead.add(taken.ahead * slot.granule);
+            self.stats.here().bytes_populated(taken.populated * slot.granule);
+            self.stats.here().bytes_ahead(taken.ahead * slot.granule);
             for run in taken.early {
                 let bytes = self.early(slot, &run, pages.start, how)?;
                 let stashed = slot.claims().stash(run.clone(), bytes);

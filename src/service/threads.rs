@@ -169,11 +169,7 @@ impl Service {
         if self.config.direct {
             return self.waking.watch_level(self.ready.fd());
         }
-        // Without a callback one of them may still be inside an event callback.
-        let threads = if self.serviced() { self.config.fill_threads + 1 } else { 2 };
-        // One more may be bringing what nobody has asked for.
-        let threads = threads + usize::from(self.goes_ahead());
-        for n in 0..threads {
+        for n in 0..self.config.service_threads() {
             self.spawn(format!("kuf-serve-{n}"), Placing::Service, |service| service.serve_loop())?;
         }
         self.decide_on_spinning();
@@ -221,6 +217,7 @@ impl Service {
     ) -> Result<()> {
         let service = self.clone();
         let guarded = move || {
+            service.stats.enlist();
             if let Err(what) = quietly(|| body(&service)) {
                 let _ = quietly(|| service.fail(&format!("a service thread panicked: {what}")));
             }

@@ -91,7 +91,8 @@ int main(void)
     uint64_t faults = stats_of(kuf).faults;
     atomic_store(&source.hold, true);
     pthread_t one = start(write_a_page, ram + 30 * page), two = start(write_a_page, ram + 30 * page);
-    wait_until(stats_of(kuf).faults == faults + 2);
+    /* A fault is counted when it is read, and joins when a thread takes it up. */
+    wait_until(stats_of(kuf).faults == faults + 2 && stats_of(kuf).faults_joined == 1);
     atomic_store(&source.hold, false);
     pthread_join(one, NULL);
     pthread_join(two, NULL);

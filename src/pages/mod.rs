@@ -1,12 +1,17 @@
-//! Page states: two bits a page in atomic words, allocated when first written.
+//! Page states: two bits a page in atomic words, for the blocks of pages that are not all in one state.
 //!
-//! A chunk of pages that were never written separately is one pointer-sized tag, so a terabyte that nobody has touched
-//! costs a directory of 128 KiB, and "all of it was given back" costs no more.
+//! There are two levels above the words: a chunk of pages that are all in one state is one pointer-sized tag, so a terabyte
+//! that nobody has touched costs a directory of 16 KiB, and "all of it was given back" costs no more. In a chunk where
+//! something was touched, a block of pages in one state is a byte (`chunk.rs`), so a page touched here and there costs 256
+//! bytes.
+
+mod chunk;
 
 use std::ops::Range;
 use std::ptr;
 
 use crate::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use chunk::{Block, Chunk, Held, BLOCKS, WORDS};
 
 /// What a page holds, and so who may touch its place in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,20 +30,15 @@ pub enum State {
 const STATES: [State; 4] = [State::Absent, State::Filling, State::Present, State::Removed];
 
 const PER_WORD: u64 = 32;
-#[cfg(not(loom))]
-const WORDS: usize = 512;
-#[cfg(loom)]
-const WORDS: usize = 1;
-const PER_CHUNK: u64 = PER_WORD * WORDS as u64;
+const PER_BLOCK: u64 = PER_WORD * WORDS as u64;
+const PER_CHUNK: u64 = PER_BLOCK * BLOCKS as u64;
 /// The low bit of each page's pair.
 const LOW: u64 = 0x5555_5555_5555_5555;
-
-type Chunk = [AtomicU64; WORDS];
 
 /// The states of one slot's pages.
 pub struct Pages {
     len: u64,
-    /// Below 4: every page of the chunk is in that state. Else a `Box<Chunk>`.
+    /// The directory. Below 4: every page of the chunk is in that state. Else a `Box<Chunk>`.
     chunks: Box<[AtomicPtr<Chunk>]>,
     counts: [AtomicU64; 4],
 }
@@ -66,7 +66,7 @@ impl Pages {
 
     /// The state of `page`.
     pub fn get(&self, page: u64) -> State {
-        STATES[(self.word(page / PER_WORD) >> (page % PER_WORD * 2) & 3) as usize]
+        STATES[(self.word(page) >> (page % PER_WORD * 2) & 3) as usize]
     }
 
     /// Moves every page of `range` that is in `from` to `to`, each by compare-and-swap. Returns how many.
@@ -74,32 +74,55 @@ impl Pages {
         debug_assert!(range.end <= self.len);
         let mut moved = 0;
         let mut page = range.start;
+        // What turned out to be another thing than it was a moment ago is looked at again.
         while page < range.end {
-            let chunk = page / PER_CHUNK;
-            let whole = page % PER_CHUNK == 0 && range.end >= self.chunk_end(chunk);
-            let slot = &self.chunks[chunk as usize];
-            let now = slot.load(Ordering::Acquire);
-            if let Some(uniform) = uniform(now) {
-                let pages = self.chunk_end(chunk) - chunk * PER_CHUNK;
-                if uniform != from {
-                    page = self.chunk_end(chunk);
-                    continue;
-                }
-                if whole {
-                    if slot.compare_exchange(now, tag(to), Ordering::AcqRel, Ordering::Acquire).is_ok() {
-                        moved += pages;
-                        page = self.chunk_end(chunk);
+            let whole = page % PER_CHUNK == 0 && range.end >= self.chunk_end(page);
+            match self.chunk(page) {
+                Held::All(state) if state != from => page = self.chunk_end(page),
+                Held::All(_) if whole => {
+                    let turned =
+                        self.directory(page).compare_exchange(tag(from), tag(to), Ordering::AcqRel, Ordering::Acquire);
+                    if turned.is_ok() {
+                        moved += self.chunk_end(page) - page;
+                        page = self.chunk_end(page);
                     }
-                    continue;
+                }
+                Held::All(state) => self.split(page, state),
+                Held::Each(chunk) => {
+                    let end = range.end.min(self.block_end(page));
+                    moved += self.transition_in(chunk, page..end, from, to);
+                    page = end;
                 }
             }
-            let end = range.end.min((page / PER_WORD + 1) * PER_WORD);
-            moved += swap_word(self.word_for_write(page / PER_WORD), mask(page, end), from, to);
-            page = end;
         }
         if moved > 0 && from != to {
             self.counts[from as usize].fetch_sub(moved, Ordering::AcqRel);
             self.counts[to as usize].fetch_add(moved, Ordering::AcqRel);
+        }
+        moved
+    }
+
+    /// The same within one block.
+    fn transition_in(&self, chunk: &Chunk, range: Range<u64>, from: State, to: State) -> u64 {
+        let block = block_in_chunk(range.start);
+        let whole = range.start % PER_BLOCK == 0 && range.end == self.block_end(range.start);
+        let words = loop {
+            match chunk.block(block) {
+                Held::All(state) if state != from => return 0,
+                Held::All(_) if whole => {
+                    if chunk.turn(block, from, to) {
+                        return range.end - range.start;
+                    }
+                }
+                Held::All(_) => break chunk.split(block),
+                Held::Each(words) => break words,
+            }
+        };
+        let (mut moved, mut page) = (0, range.start);
+        while page < range.end {
+            let end = range.end.min((page / PER_WORD + 1) * PER_WORD);
+            moved += swap_word(&words[word_in_block(page)], mask(page, end), from, to);
+            page = end;
         }
         moved
     }
@@ -119,14 +142,14 @@ impl Pages {
 
     /// How many of the pages around `page` (an aligned stretch of 32, with it) are present or being filled.
     pub fn asked_around(&self, page: u64) -> u32 {
-        let word = self.word(page / PER_WORD);
+        let word = self.word(page);
         (matches(word, State::Present) | matches(word, State::Filling)).count_ones()
     }
 
     /// The pages around `page` that are in its state, within `window`, which has `page` in it and nothing of another
     /// aligned stretch of 32.
     pub fn alike_around(&self, page: u64, window: &Range<u64>) -> Range<u64> {
-        let word = self.word(page / PER_WORD);
+        let word = self.word(page);
         let at = page % PER_WORD * 2;
         // A bit for each page of the window that is in another state.
         let others = mask(window.start, window.end) & !matches(word, STATES[(word >> at & 3) as usize]);
@@ -141,16 +164,20 @@ impl Pages {
         let accept = STATES.map(&wanted);
         let mut page = range.start;
         while page < range.end {
-            let chunk = page / PER_CHUNK;
-            if let Some(state) = uniform(self.chunks[chunk as usize].load(Ordering::Acquire)) {
-                if accept[state as usize] {
-                    return Some(page);
+            let (held, uniform_to) = match self.chunk(page) {
+                Held::All(state) => (Held::All(state), self.chunk_end(page)),
+                Held::Each(chunk) => (chunk.block(block_in_chunk(page)), self.block_end(page)),
+            };
+            let words = match held {
+                Held::All(state) if accept[state as usize] => return Some(page),
+                Held::All(_) => {
+                    page = uniform_to;
+                    continue;
                 }
-                page = self.chunk_end(chunk);
-                continue;
-            }
+                Held::Each(words) => words,
+            };
             let end = range.end.min((page / PER_WORD + 1) * PER_WORD);
-            let word = self.word(page / PER_WORD);
+            let word = words[word_in_block(page)].load(Ordering::Acquire);
             let hits = STATES.iter().filter(|s| accept[**s as usize]).fold(0, |hits, s| hits | matches(word, *s));
             let hits = hits & mask(page, end);
             if hits != 0 {
@@ -161,39 +188,45 @@ impl Pages {
         None
     }
 
-    fn chunk_end(&self, chunk: u64) -> u64 {
-        self.len.min((chunk + 1) * PER_CHUNK)
+    /// Where the chunk that has `page` ends.
+    fn chunk_end(&self, page: u64) -> u64 {
+        self.len.min((page / PER_CHUNK + 1) * PER_CHUNK)
     }
 
-    fn word(&self, index: u64) -> u64 {
-        let chunk = self.chunks[(index / WORDS as u64) as usize].load(Ordering::Acquire);
-        match uniform(chunk) {
-            Some(state) => LOW * state as u64,
-            None => {
-                // SAFETY: not a tag, so it came from Box::into_raw in word_for_write and is freed only by drop.
-                let words = unsafe { &*chunk };
-                words[(index % WORDS as u64) as usize].load(Ordering::Acquire)
-            }
+    fn block_end(&self, page: u64) -> u64 {
+        self.len.min((page / PER_BLOCK + 1) * PER_BLOCK)
+    }
+
+    fn directory(&self, page: u64) -> &AtomicPtr<Chunk> {
+        &self.chunks[(page / PER_CHUNK) as usize]
+    }
+
+    fn chunk(&self, page: u64) -> Held<&Chunk> {
+        let chunk = self.directory(page).load(Ordering::Acquire);
+        // SAFETY: not a tag, so it came from Box::into_raw in `split` and is freed only by drop.
+        uniform(chunk).map_or_else(|| Held::Each(unsafe { &*chunk }), Held::All)
+    }
+
+    /// The word that has `page` in it.
+    fn word(&self, page: u64) -> u64 {
+        let held: Held<&Block> = match self.chunk(page) {
+            Held::All(state) => Held::All(state),
+            Held::Each(chunk) => chunk.block(block_in_chunk(page)),
+        };
+        match held {
+            Held::All(state) => uniform_words(state),
+            Held::Each(words) => words[word_in_block(page)].load(Ordering::Acquire),
         }
     }
 
-    fn word_for_write(&self, index: u64) -> &AtomicU64 {
-        let slot = &self.chunks[(index / WORDS as u64) as usize];
-        let mut chunk = slot.load(Ordering::Acquire);
-        while let Some(state) = uniform(chunk) {
-            let made = Box::into_raw(Box::new(std::array::from_fn(|_| AtomicU64::new(LOW * state as u64))));
-            match slot.compare_exchange(chunk, made, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => chunk = made,
-                Err(now) => {
-                    chunk = now;
-                    // SAFETY: made a moment ago and seen by nobody.
-                    drop(unsafe { Box::from_raw(made) });
-                }
-            }
+    /// Gives the chunk that has `page`, and was all in `state`, a table of its own, unless somebody was quicker.
+    fn split(&self, page: u64, state: State) {
+        let made = Box::into_raw(Chunk::new(state));
+        let put = self.directory(page).compare_exchange(tag(state), made, Ordering::AcqRel, Ordering::Acquire);
+        if put.is_err() {
+            // SAFETY: made a moment ago and seen by nobody.
+            drop(unsafe { Box::from_raw(made) });
         }
-        // SAFETY: as in `word`.
-        let words = unsafe { &*chunk };
-        &words[(index % WORDS as u64) as usize]
     }
 }
 
@@ -217,9 +250,22 @@ fn uniform(chunk: *mut Chunk) -> Option<State> {
     STATES.get(chunk.addr()).copied()
 }
 
+fn block_in_chunk(page: u64) -> usize {
+    (page / PER_BLOCK % BLOCKS as u64) as usize
+}
+
+fn word_in_block(page: u64) -> usize {
+    (page / PER_WORD % WORDS as u64) as usize
+}
+
+/// A word of pages that are all in `state`.
+fn uniform_words(state: State) -> u64 {
+    LOW * state as u64
+}
+
 /// Low bits of the pages of a word that are in `state`.
 fn matches(word: u64, state: State) -> u64 {
-    let differs = word ^ (LOW * state as u64);
+    let differs = word ^ uniform_words(state);
     !(differs | differs >> 1) & LOW
 }
 
@@ -285,6 +331,36 @@ mod tests {
     }
 
     #[test]
+    fn memory_is_for_what_was_touched() {
+        let pages = Pages::new(PER_CHUNK * 3);
+        let blocks = |pages: &Pages| -> usize {
+            let split = |chunk: u64, block| match pages.chunk(chunk * PER_CHUNK) {
+                Held::All(_) => false,
+                Held::Each(chunk) => matches!(chunk.block(block), Held::Each(_)),
+            };
+            (0..3).map(|chunk| (0..BLOCKS).filter(|block| split(chunk, *block)).count()).sum()
+        };
+        // Scattered: a block for each, and none for those between.
+        for n in 0..20 {
+            let page = PER_CHUNK + n * PER_BLOCK * 3 + 5;
+            assert_eq!(pages.transition(page..page + 1, State::Absent, State::Filling), 1);
+            assert_eq!(pages.transition(page..page + 1, State::Filling, State::Present), 1);
+        }
+        assert_eq!(blocks(&pages), 20);
+        // Whole blocks need none, wherever they are.
+        let whole = PER_CHUNK * 2 - PER_BLOCK * 2..PER_CHUNK * 2 + PER_BLOCK * 3;
+        assert_eq!(pages.transition(whole.clone(), State::Absent, State::Removed), PER_BLOCK * 5);
+        assert_eq!(blocks(&pages), 20);
+        assert_eq!(pages.first_run(0..pages.total(), State::Removed, u64::MAX), Some(whole));
+        // A range that begins and ends within blocks: the two at its ends.
+        let range = PER_CHUNK * 2 + PER_BLOCK * 4 + 1..PER_CHUNK * 2 + PER_BLOCK * 7 - 1;
+        assert_eq!(pages.transition(range.clone(), State::Absent, State::Present), PER_BLOCK * 3 - 2);
+        assert_eq!(blocks(&pages), 22);
+        assert_eq!(pages.first_run(PER_CHUNK * 2..pages.total(), State::Present, u64::MAX), Some(range));
+        assert!(pages.chunks.first().is_some_and(|c| uniform(c.load(Ordering::Acquire)) == Some(State::Absent)));
+    }
+
+    #[test]
     fn around_a_page() {
         let pages = Pages::new(PER_CHUNK + 40);
         assert_eq!(pages.alike_around(7, &(0..16)), 0..16);
@@ -307,13 +383,18 @@ mod tests {
 
     #[test]
     fn agrees_with_a_plain_array_under_random_transitions() {
-        const LEN: u64 = PER_CHUNK + 1_000;
+        const LEN: u64 = PER_CHUNK + PER_BLOCK + 1_000;
         let pages = Pages::new(LEN);
         let mut model = vec![State::Absent; LEN as usize];
         let mut random = crate::testing::random();
-        for _ in 0..3_000 {
-            let start = random(LEN);
-            let end = (start + 1 + random(300)).min(LEN);
+        for round in 0..3_000 {
+            // Some within a block or two, some of whole blocks, and some of about a chunk.
+            let (start, len) = match round % 50 {
+                0 => (random(3) * PER_BLOCK, PER_CHUNK),
+                1..10 => (random(BLOCKS as u64) * PER_BLOCK, (1 + random(4)) * PER_BLOCK),
+                _ => (random(LEN), 1 + random(300)),
+            };
+            let end = (start + len).min(LEN);
             let (from, to) = (STATES[random(4) as usize], STATES[random(4) as usize]);
             let mut moved = 0;
             for state in &mut model[start as usize..end as usize] {
@@ -325,6 +406,10 @@ mod tests {
             assert_eq!(pages.transition(start..end, from, to), moved);
             let at = random(LEN);
             assert_eq!(pages.get(at), model[at as usize]);
+            assert_eq!(pages.first_open(at..LEN).map(|p| model[p as usize]), {
+                let open = |s: &&State| matches!(s, State::Absent | State::Filling);
+                model[at as usize..].iter().find(open).copied()
+            });
             let run = pages.first_run(at..LEN, from, 50);
             let first = (at..LEN).find(|p| model[*p as usize] == from);
             assert_eq!(run.as_ref().map(|r| r.start), first);
