@@ -633,8 +633,8 @@ struct kuf_options {
      *
      * Of these, one run of at most 64 KiB, with the page in it, is asked for with KUF_FILL_DEMAND. What is left is
      * brought ahead of the toucher, which goes on meanwhile: in runs of at most populate_run without KUF_FILL_DEMAND,
-     * one at a time, while no other fault waits. What is brought ahead and fails poisons nothing: it is asked for again
-     * when it is touched.
+     * one at a time, while no other fault waits; what is missing in such a place, before the next fault, if fills take
+     * microseconds. What is brought ahead and fails poisons nothing: it is asked for again when it is touched.
      *
      * kuf_ensure asks for the range it is given in runs of at most demand_run and populate_run (or 64 KiB if that is more).
      */

@@ -1,5 +1,6 @@
 //! What a service thread does when nobody waits: it brings what is likely to be touched next (`crate::ahead` says which
-//! pages).
+//! pages). What is missing around a fault in a dense place it brings before the next fault, while fills are quick: faults
+//! that are queued want the same places, as a rule, and are fewer for it.
 //!
 //! One thread at a time does so, a piece at a time, and looks for demand before each. It holds no filler's place then, so
 //! that a fill here that takes long keeps no fault waiting, and there is one service thread more for it. While fills
@@ -31,7 +32,7 @@ const LEAD_PIECE: u64 = 2 * NEAR;
 /// Places where something is left to be brought. The oldest is given up for a new one.
 const TASKS: usize = 16;
 
-struct Task {
+pub(super) struct Task {
     slot: Arc<Slot>,
     pages: Range<u64>,
     /// To be recorded when it is claimed. What a stream comes to is recorded when it has come there.
@@ -90,18 +91,52 @@ impl Ahead {
 }
 
 impl Service {
-    /// The fault is served: `rest` is what to bring next.
-    pub(super) fn bring_later(&self, slot: &Arc<Slot>, rest: Rest) {
-        let (pages, record) = match rest {
-            Rest::Nothing => return,
-            Rest::Sequential(pages) => (pages, false),
-            // A source that takes its time has others to serve.
-            Rest::Dense(_) if !self.crew.quick() => return,
-            Rest::Dense(pages) => (pages, true),
-        };
+    /// The fault is served: `rest` is what to bring next. Returns what is to be brought at once.
+    pub(super) fn bring_later(&self, slot: &Arc<Slot>, rest: Rest) -> Option<Task> {
         // A forked child's copy is short-lived, as a rule.
-        if slot.parent.is_none() {
-            self.ahead.put(Task { slot: slot.clone(), pages, record });
+        if slot.parent.is_some() {
+            return None;
+        }
+        match rest {
+            // A source that takes its time has others to serve.
+            Rest::Dense(pages) if self.crew.quick() => Some(Task { slot: slot.clone(), pages, record: true }),
+            Rest::Nothing | Rest::Dense(_) => None,
+            Rest::Sequential(pages) => {
+                self.ahead.put(Task { slot: slot.clone(), pages, record: false });
+                None
+            }
+        }
+    }
+
+    /// What was to be brought at once is brought when there is time.
+    pub(super) fn put_off(&self, task: Option<Task>) {
+        if let Some(task) = task {
+            self.ahead.put(task);
+        }
+    }
+
+    /// Fills up a dense place, in at most as many pieces as it has pages.
+    pub(super) fn fill_up(&self, lead: Option<Lead>, mut task: Task) {
+        if self.ahead.busy.swap(true, Ordering::SeqCst) {
+            return self.ahead.put(task);
+        }
+        let _place = Place(self);
+        // A source that was quick may block.
+        if !self.crew.is_watched() {
+            self.crew.call();
+        }
+        let lead = lead.filter(|lead| self.crew.leads(*lead));
+        let inside = lead.map(|lead| self.crew.enter(lead, Instant::now()));
+        while self.running() && self.crew.quick() && lead.is_none_or(|lead| self.crew.leads(lead)) {
+            let Some(run) = self.claim_piece(&task, u64::MAX) else { break };
+            task.pages.start = run.pages.end;
+            if self.fill(&run).is_err() {
+                // Nobody has asked for these; who does will be told.
+                break;
+            }
+        }
+        if let Some(inside) = inside {
+            self.crew.leave(inside);
         }
     }
 

@@ -210,7 +210,9 @@ impl Service {
         self.read_at_the_end();
         while let Ok(work) = self.work.1.try_recv() {
             match work {
-                Work::Fault(fault) if fault.slot.pages.get(fault.page) != State::Absent => self.serve(fault),
+                Work::Fault(fault) if fault.slot.pages.get(fault.page) != State::Absent => {
+                    let _ = self.serve(fault);
+                }
                 _ => {}
             }
         }

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::fill::Run;
 use super::host::refuse_inside_callbacks;
-use super::{deadline, huge, Fault, Service};
+use super::{ahead, deadline, huge, Fault, Service};
 use crate::ahead::{Plan, Reach, Rest, NEAR};
 use crate::capi::types::*;
 use crate::claims::{Claims, Id, Owner, Terms};
@@ -34,13 +34,13 @@ enum Task {
 }
 
 impl Service {
-    /// Serves one fault that was read from the kernel.
-    pub(super) fn serve(&self, fault: Fault) {
+    /// Serves one fault that was read from the kernel. Returns what is to be brought before the next one.
+    pub(super) fn serve(&self, fault: Fault) -> Option<ahead::Task> {
         let since = Instant::now();
         self.stats.here().queueing(since.saturating_duration_since(fault.read_at));
         let (slot, page, flags, thread) = (fault.slot.clone(), fault.page, fault.flags, fault.thread);
         if slot.gone().is_some() {
-            return;
+            return None;
         }
         match self.task_for(fault, since) {
             Task::Nothing => {}
@@ -48,7 +48,7 @@ impl Service {
                 // A failure has poisoned the page and told the host.
                 let run = Run { slot, id, pages, wanted: Some(page), thread, ahead: false, since };
                 if self.fill(&run).is_ok() {
-                    self.bring_later(&run.slot, rest);
+                    return self.bring_later(&run.slot, rest);
                 }
             }
             Task::Zero(id) => self.zero(&slot, id, page..page + 1),
@@ -59,6 +59,7 @@ impl Service {
                 self.serve_for_child(fault, slot);
             }
         }
+        None
     }
 
     /// `since`: now.
@@ -250,14 +251,15 @@ impl Service {
         };
         let mut owner = wait(&child);
         if owner.is_none() {
-            self.serve(Fault { slot: slot.clone(), page, flags: flags | KUF_FAULT_FORKED, thread: 0, read_at });
+            let fault = Fault { slot: slot.clone(), page, flags: flags | KUF_FAULT_FORKED, thread: 0, read_at };
+            self.put_off(self.serve(fault));
             owner = wait(&child);
         }
         match owner {
             Some(Owner::Poison) => self.touch_poison(&child, page),
             // Served again when the root's page is settled.
             Some(_) => {}
-            None => self.serve(Fault { slot: child, page, flags, thread: 0, read_at }),
+            None => self.put_off(self.serve(Fault { slot: child, page, flags, thread: 0, read_at })),
         }
     }
 
@@ -373,7 +375,7 @@ impl Service {
                         self.record(slot, &pages);
                         one_by_one = self.fill(&Run::demand(slot, id, pages, page, 0)).is_err();
                         if !one_by_one && rest != Rest::Nothing {
-                            self.bring_later(slot, rest);
+                            self.put_off(self.bring_later(slot, rest));
                             self.wake_lead();
                         }
                     }

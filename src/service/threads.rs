@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll;
 use rustix::io::Errno;
 
+use super::ahead::Task;
 use super::config::Which;
 use super::cpus::Cpus;
 use super::{eventfd, lock_threads, Service, Work, OPEN};
@@ -343,12 +344,15 @@ impl Service {
             if self.fillers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |free| free.checked_sub(1)).is_err() {
                 return;
             }
-            let _place = Place(self);
+            let (place, mut next) = (Place(self), None);
             while let Ok(work) = self.work.1.try_recv() {
                 self.pump_starved();
-                self.work_as(lead.filter(|lead| self.crew.leads(*lead)), work);
+                next = self.work_as(lead.filter(|lead| self.crew.leads(*lead)), work);
                 if !self.running() {
                     return;
+                }
+                if next.is_some() {
+                    break;
                 }
                 if lead.is_some_and(|lead| !self.crew.leads(lead)) && !self.wants_help() {
                     // Whoever has the lead now has what is left of demand.
@@ -356,11 +360,17 @@ impl Service {
                 }
             }
             self.pump_starved();
+            // A fill that blocks there is to keep no fault waiting.
+            drop(place);
+            if let Some(task) = next {
+                self.fill_up(lead, task);
+            }
         }
         self.go_ahead(lead);
     }
 
-    fn work_as(&self, lead: Option<Lead>, work: Work) {
+    /// Returns what is to be brought before anything else.
+    fn work_as(&self, lead: Option<Lead>, work: Work) -> Option<Task> {
         let queued = self.work.1.len();
         let quick = match &work {
             Work::Fault(fault) if !self.serviced() || self.crew.quick() => Some(fault.read_at),
@@ -372,8 +382,9 @@ impl Service {
                     self.crew.call();
                 }
                 let inside = self.crew.enter(lead, since);
-                self.work_on(work);
+                let next = self.begin(work);
                 self.crew.leave(inside);
+                next
             }
             (lead, _) => {
                 if let Some(lead) = lead {
@@ -384,7 +395,7 @@ impl Service {
                 if more || !self.crew.is_watched() {
                     self.crew.call();
                 }
-                self.work_on(work);
+                self.begin(work)
             }
         }
     }
@@ -394,9 +405,15 @@ impl Service {
     }
 
     pub(super) fn work_on(&self, work: Work) {
+        self.put_off(self.begin(work));
+    }
+
+    /// Does a piece of work. Returns what is to be brought before the next.
+    fn begin(&self, work: Work) -> Option<Task> {
         let demand = work.is_demand();
+        let mut next = None;
         match work {
-            Work::Fault(fault) => self.serve(fault),
+            Work::Fault(fault) => next = self.serve(fault),
             Work::Sweep => self.sweep(),
             Work::Log(level, text) => self.config.host.log(level, || text),
             Work::Notice { kind, gpa, len, error, text } => self.config.host.event(kind, gpa, len, error, &text),
@@ -404,6 +421,7 @@ impl Service {
         if demand {
             self.demanded.fetch_sub(1, Ordering::SeqCst);
         }
+        next
     }
 
     /// Whatever else there is to do: steady faults of one process must not hide the end of another.

@@ -22,6 +22,9 @@ static atomic_int held;
 /* The page whose fills are held up. */
 static _Atomic uint64_t hold_gpa = NO_GPA;
 static atomic_int demand_held;
+/* How many runs had been brought ahead when this page was asked for. */
+static _Atomic uint64_t mark_gpa = NO_GPA;
+static atomic_uint ahead_at_mark;
 
 static void longest(_Atomic uint64_t *of, uint64_t length)
 {
@@ -37,6 +40,8 @@ static int fill(void *opaque, struct kuf_fill *fill)
     if (waits) {
         atomic_fetch_add(&demanded, 1);
         atomic_fetch_add(&demanded_bytes, fill->len);
+        if (atomic_load(&mark_gpa) == fill->gpa)
+            atomic_store(&ahead_at_mark, atomic_load(&ahead));
         uint64_t gpa = atomic_load(&hold_gpa);
         if (gpa >= fill->gpa && gpa - fill->gpa < fill->len) {
             atomic_fetch_add(&demand_held, 1);
@@ -60,6 +65,7 @@ static struct kuf *begin_part(struct kuf_options options)
 {
     source = (struct source)SOURCE_INIT;
     demanded = ahead = 0;
+    demand_held = 0;
     demanded_bytes = ahead_bytes = longest_demanded = longest_ahead = 0;
     options.fill = fill;
     options.event = source_event;
@@ -218,6 +224,70 @@ static void dense(void)
     wait_until(present(kuf) >= 33 && progress_of(kuf, BASE).filling == 0);
     comes_to(atomic_load(&demanded_bytes) + atomic_load(&ahead_bytes), present(kuf) * page, "each is asked for once");
     ok(present(kuf) == 33 || !filled_up, "and none beyond");
+    end_part(kuf);
+}
+
+/* Seven pages of the place of 32 that begins with `first`: one more makes it dense. */
+static void nearly_dense(uint64_t first)
+{
+    static const uint8_t order[] = {0, 5, 9, 14, 18, 24, 29};
+    for (unsigned i = 0; i < sizeof(order); i++)
+        must(good(first + order[i]), "page %" PRIu64 " comes", first + order[i]);
+}
+
+/*
+ * What is missing in a dense place comes before the next fault, if fills have been quick of late, and without taking the
+ * place of one. Whether they have been is for the machine to say: it is tried in one place after the other.
+ */
+static void dense_first(void)
+{
+    enum { ROUNDS = 50, EIGHTH = 20 };
+    if (page != 4096) {
+        skip_part("places of 32 pages of 4096 bytes");
+        return;
+    }
+    struct kuf *kuf = begin_part((struct kuf_options){.fill_threads = 1});
+    bool first = false, right = true;
+    for (unsigned round = 0; round < ROUNDS && !first; round++) {
+        uint64_t place = 320 + 64 * round, elsewhere = FAR_AWAY - 40 * round;
+        nearly_dense(place);
+        /* The only place for demand is taken: two faults are queued. */
+        int before = atomic_load(&demand_held);
+        unsigned brought = atomic_load(&ahead);
+        atomic_store(&hold_gpa, gpa_of(elsewhere));
+        pthread_t held_up = start(touch_page, (void *)(uintptr_t)elsewhere);
+        wait_until(atomic_load(&demand_held) > before);
+        unsigned faults = faults_of(kuf);
+        pthread_t eighth = start(touch_page, (void *)(uintptr_t)(place + EIGHTH));
+        wait_until(faults_of(kuf) == faults + 1);
+        atomic_store(&mark_gpa, gpa_of(elsewhere - 20));
+        pthread_t next = start(touch_page, (void *)(uintptr_t)(elsewhere - 20));
+        wait_until(faults_of(kuf) == faults + 2);
+        atomic_store(&hold_gpa, NO_GPA);
+        right = joins(held_up) && joins(eighth) && joins(next) && right;
+        first = atomic_load(&ahead_at_mark) > brought;
+    }
+    ok(right, "each page has its own bytes");
+    ok(first, "what is missing in a dense place comes before the next fault");
+    end_part(kuf);
+
+    kuf = begin_part((struct kuf_options){.fill_threads = 1});
+    atomic_store(&hold_ahead, true);
+    bool is_held = false;
+    uint64_t elsewhere = FAR_AWAY;
+    for (unsigned round = 0; round < ROUNDS && !is_held; round++) {
+        nearly_dense(320 + 64 * round);
+        right = good(320 + 64 * round + EIGHTH) && right;
+        for (unsigned ms = 0; ms < 20 && !is_held; ms++) {
+            sleep_ms(1);
+            is_held = atomic_load(&held) == 1;
+        }
+    }
+    ok(is_held, "it is held up");
+    for (unsigned n = 0; n < 20; n++, elsewhere -= 40)
+        right = good(elsewhere) && right;
+    ok(right, "with one place for fills, others come meanwhile");
+    atomic_store(&hold_ahead, false);
     end_part(kuf);
 }
 
@@ -481,6 +551,7 @@ int main(void)
     sequential();
     sparse();
     dense();
+    dense_first();
     nobody_waits();
     both_block();
     ends();
