@@ -90,6 +90,7 @@ impl Service {
                 Task::Nothing
             }
             State::Absent => {
+                let Some(waiter) = self.leave_to_replay(&slot, waiter) else { return Task::Nothing };
                 let (run, rest) = self.plan(&slot, page, thread);
                 match self.claim_from(&mut claims, &slot, run.start, run.end - run.start, waiter) {
                     Some((id, pages)) => {

@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use super::config::Which;
 use super::cpus::Cpus;
-use super::{eventfd, lock_threads, Service, Work, OPEN};
+use super::{eventfd, lock_threads, window, Service, Work, OPEN};
 use crate::capi::types::KUF_LOG_INFO;
 use crate::crew::Lead;
 use crate::error::{Error, Result};
@@ -283,6 +283,7 @@ impl Service {
                 break;
             }
             self.look_now_and_then();
+            self.serve_late();
             for event in events.iter() {
                 match event.data.u64() {
                     WORK => self.waking.clear(),
@@ -426,7 +427,9 @@ impl Service {
     }
 
     fn patience(&self) -> i64 {
-        if self.has_to_look.load(Ordering::Relaxed) {
+        if self.windows.has_left() {
+            window::LOOK_MS
+        } else if self.has_to_look.load(Ordering::Relaxed) {
             LOOK_MS
         } else {
             -1

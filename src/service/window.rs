@@ -1,0 +1,228 @@
+//! What a replay is about to bring, and the faults that are left to it.
+//!
+//! A guest that touches again what it touched when it was recorded is faster than its pages come: it catches up with the
+//! replay. Served at once, each of its faults would bring one page and end at the next, which is absent too. So a fault
+//! in the window that the replay is at is left to the replay. That fills the window from its end to its beginning:
+//! whoever has caught up stands at the beginning, and has all of the window before it when its page comes.
+//!
+//! To everybody else such a fault is one that was not served yet: no page is claimed for it, and whoever else brings the
+//! page, discards it or takes its slot away wakes its toucher as ever. Nor is it left for long. A window opens only if it
+//! is expected to be through in a moment; a source that takes its time all the same is noticed by the thread that has
+//! the lead, which then serves what was left ([`Service::serve_late`]); and a window that ends, for whatever reason, leaves
+//! nobody behind.
+
+use std::cmp::Reverse;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use smallvec::SmallVec;
+
+use super::{Fault, Service, Work};
+use crate::capi::types::KUF_FAULT_FORKED;
+use crate::claims::Claims;
+use crate::memory::{Slot, Waiter};
+use crate::sync::{lock, Mutex};
+
+/// How long a window may be expected to take for faults to be left to it: two dozen times what serving one takes.
+const MOMENT: Duration = Duration::from_micros(400);
+
+/// How long a fault is left to a replay at most, before the lead's next look.
+const LATE: Duration = Duration::from_micros(800);
+
+/// How often the lead looks, in milliseconds.
+pub const LOOK_MS: i64 = 1;
+
+/// Recorded pages of a slot.
+#[derive(Clone)]
+pub struct Part {
+    pub slot: Arc<Slot>,
+    pub pages: Range<u64>,
+    /// The place of the first of them in the recording, from the start of the window.
+    pub rank: usize,
+}
+
+/// The windows of a replay, and what is left to them.
+#[derive(Default)]
+pub struct Windows {
+    state: Mutex<State>,
+    /// Whether one is open, for a look without the lock.
+    any: AtomicBool,
+    /// How many faults are left to them, for a look without the lock.
+    left: AtomicUsize,
+}
+
+#[derive(Default)]
+struct State {
+    opened: u64,
+    /// At most two: the one that is filled, and the next.
+    open: SmallVec<[(u64, Vec<Part>); 2]>,
+    left: Vec<Left>,
+}
+
+struct Left {
+    slot: Arc<Slot>,
+    waiter: Waiter,
+    since: Instant,
+}
+
+impl State {
+    fn has(&self, slot: &Arc<Slot>, page: u64) -> bool {
+        let here = |part: &Part| part.pages.contains(&page) && Arc::ptr_eq(&part.slot, slot);
+        self.open.iter().any(|(_, parts)| parts.iter().any(here))
+    }
+
+    /// Those whose window is not open any more.
+    fn take_uncovered(&mut self) -> Vec<Left> {
+        let left = std::mem::take(&mut self.left);
+        let (stay, go) = left.into_iter().partition(|left| self.has(&left.slot, left.waiter.page));
+        self.left = stay;
+        go
+    }
+}
+
+impl Windows {
+    /// Leaves a fault at an absent page to the window that has it, or gives it back: there is none. The slot's claims are
+    /// locked.
+    fn leave(&self, slot: &Arc<Slot>, waiter: Waiter) -> Option<Waiter> {
+        if !self.any.load(Ordering::Relaxed) {
+            return Some(waiter);
+        }
+        let mut state = lock(&self.state);
+        if !state.has(slot, waiter.page) {
+            return Some(waiter);
+        }
+        state.left.push(Left { slot: slot.clone(), waiter, since: Instant::now() });
+        self.left.store(state.left.len(), Ordering::SeqCst);
+        None
+    }
+
+    /// What was left of `pages`. The slot's claims are locked, as they were when it was left.
+    fn take(&self, slot: &Arc<Slot>, pages: &Range<u64>) -> SmallVec<[Waiter; 1]> {
+        let mut taken = SmallVec::new();
+        if self.left.load(Ordering::Relaxed) > 0 {
+            let mut state = lock(&self.state);
+            while let Some(n) =
+                state.left.iter().position(|left| pages.contains(&left.waiter.page) && Arc::ptr_eq(&left.slot, slot))
+            {
+                taken.push(state.left.swap_remove(n).waiter);
+            }
+            self.left.store(state.left.len(), Ordering::SeqCst);
+        }
+        taken
+    }
+
+    fn open(&self, parts: &[Part]) -> u64 {
+        let mut state = lock(&self.state);
+        state.opened += 1;
+        let number = state.opened;
+        state.open.push((number, parts.to_vec()));
+        self.any.store(true, Ordering::Relaxed);
+        number
+    }
+
+    /// Returns the faults that nobody else has: to be served.
+    fn close(&self, which: impl Fn(u64) -> bool) -> Vec<Left> {
+        let mut state = lock(&self.state);
+        state.open.retain(|(number, _)| !which(*number));
+        let gone = state.take_uncovered();
+        self.any.store(!state.open.is_empty(), Ordering::Relaxed);
+        self.left.store(state.left.len(), Ordering::SeqCst);
+        gone
+    }
+
+    /// Whether somebody waits, and is to be looked after.
+    pub fn has_left(&self) -> bool {
+        self.left.load(Ordering::SeqCst) > 0
+    }
+
+    fn is_late(&self, now: Instant) -> bool {
+        lock(&self.state).left.iter().any(|left| now.saturating_duration_since(left.since) >= LATE)
+    }
+}
+
+/// Parts that are filled one after the other.
+pub struct Window<'a> {
+    service: &'a Service,
+    /// In the order in which they are to be filled.
+    pub parts: Vec<Part>,
+    pages: u64,
+    /// Its number, if faults are left to it.
+    number: Option<u64>,
+}
+
+impl Drop for Window<'_> {
+    fn drop(&mut self) {
+        if let Some(number) = self.number {
+            self.service.close_windows(|n| n == number);
+        }
+    }
+}
+
+/// What windows have taken of late.
+#[derive(Default)]
+pub struct Pace(Option<(Duration, u64)>);
+
+impl Pace {
+    /// Nothing is expected of the first one.
+    fn is_quick(&self, pages: u64) -> bool {
+        let expected = |(took, n): (Duration, u64)| took.as_nanos() * u128::from(pages) / u128::from(n.max(1));
+        self.0.map(expected).is_some_and(|nanos| nanos <= MOMENT.as_nanos())
+    }
+
+    pub fn took(&mut self, window: &Window<'_>, took: Duration) {
+        self.0 = Some((took, window.pages));
+    }
+}
+
+impl Service {
+    /// Opens a window if it is expected to be quick.
+    pub(super) fn window(&self, mut parts: Vec<Part>, pace: &Pace) -> Window<'_> {
+        let pages = parts.iter().map(|part| part.pages.end - part.pages.start).sum();
+        let number = pace.is_quick(pages).then(|| self.windows.open(&parts));
+        if number.is_some() {
+            parts.sort_unstable_by_key(|part| Reverse(part.rank));
+        }
+        Window { service: self, parts, pages, number }
+    }
+
+    /// Leaves a fault at an absent page to a replay that is about to bring the page, or gives it back. The slot's claims
+    /// are locked.
+    pub(super) fn leave_to_replay(&self, slot: &Arc<Slot>, waiter: Waiter) -> Option<Waiter> {
+        // What is served for a child is joined by the child's own fault at once.
+        if waiter.flags & KUF_FAULT_FORKED != 0 {
+            return Some(waiter);
+        }
+        let back = self.windows.leave(slot, waiter);
+        if back.is_none() {
+            // To look at the clock from now on.
+            self.wake_lead();
+        }
+        back
+    }
+
+    /// `pages` were claimed to be filled: whose faults were left to that waits for it now.
+    pub(super) fn join_left(&self, slot: &Arc<Slot>, pages: &Range<u64>, claims: &mut Claims<Waiter>) {
+        for waiter in self.windows.take(slot, pages) {
+            self.stats.faults_joined.add(1);
+            self.record_joined(slot, waiter.page, claims);
+            // It is claimed.
+            let _ = claims.join(waiter);
+        }
+    }
+
+    /// Serves what was left for too long.
+    pub(super) fn serve_late(&self) {
+        if self.windows.has_left() && self.windows.is_late(Instant::now()) {
+            self.close_windows(|_| true);
+        }
+    }
+
+    fn close_windows(&self, which: impl Fn(u64) -> bool) {
+        for Left { slot, waiter, .. } in self.windows.close(which) {
+            let Waiter { page, read_at, thread, flags, .. } = waiter;
+            self.push(Work::Fault(Fault { slot, page, flags, thread, read_at }));
+        }
+    }
+}
