@@ -160,19 +160,23 @@ impl Drop for Window<'_> {
     }
 }
 
-/// What windows have taken of late.
+/// How long windows take of late.
 #[derive(Default)]
-pub struct Pace(Option<(Duration, u64)>);
+pub struct Pace {
+    /// Nanoseconds a page; 0: not known.
+    page: u64,
+}
 
 impl Pace {
     /// Nothing is expected of the first one.
     fn is_quick(&self, pages: u64) -> bool {
-        let expected = |(took, n): (Duration, u64)| took.as_nanos() * u128::from(pages) / u128::from(n.max(1));
-        self.0.map(expected).is_some_and(|nanos| nanos <= MOMENT.as_nanos())
+        self.page > 0 && self.page.saturating_mul(pages) <= MOMENT.as_nanos() as u64
     }
 
+    /// One window that is slow says little of the source: the thread may have been preempted. The second says it.
     pub fn took(&mut self, window: &Window<'_>, took: Duration) {
-        self.0 = Some((took, window.pages));
+        let page = (took.as_nanos() as u64 / window.pages.max(1)).max(1);
+        self.page = if self.page > 0 { page.min(2 * self.page) } else { page };
     }
 }
 
