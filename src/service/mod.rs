@@ -30,6 +30,8 @@ mod slots;
 mod tests;
 #[cfg(test)]
 mod tests_kvm;
+#[cfg(test)]
+mod tests_window;
 mod threads;
 mod window;
 mod zero;

@@ -328,7 +328,7 @@ impl Service {
         }
     }
 
-    fn claim_ahead(&self, slot: &Arc<Slot>, pages: Range<u64>, max: u64) -> Option<Run> {
+    pub(super) fn claim_ahead(&self, slot: &Arc<Slot>, pages: Range<u64>, max: u64) -> Option<Run> {
         let terms = slot.fill_terms(false);
         let mut claims = slot.claims();
         let first = slot.pages.first_run(pages.clone(), State::Absent, 1)?.start;
@@ -336,8 +336,9 @@ impl Service {
         let max = if max > 1 { huge::claim_max(slot, &(first..pages.end), max) } else { max };
         let max = max.min(pages.end - first);
         let (id, pages) = claims.claim(&slot.pages, first, max, State::Absent, terms)?;
-        self.join_left(slot, &pages, &mut claims);
-        Some(Run { slot: slot.clone(), id, pages, wanted: None, thread: 0, ahead: false, since: Instant::now() })
+        let waits = self.join_left(slot, &pages, &mut claims);
+        let (wanted, thread) = (waits.map(|(page, _)| page), waits.map_or(0, |(_, thread)| thread));
+        Some(Run { slot: slot.clone(), id, pages, wanted, thread, ahead: false, since: Instant::now() })
     }
 
     /// The pages of every slot that a guest physical range touches.

@@ -122,12 +122,14 @@ impl Service {
         let mut pace = Pace::default();
         let mut windows = windows(recording, map);
         let mut next = windows.next().map(|parts| self.window(parts, &pace));
-        while let Some(window) = next {
+        while let Some(mut window) = next {
             go_on()?;
             // Before this one ends: who is through with it comes to the next.
             next = windows.next().map(|parts| self.window(parts, &pace));
             let began = Instant::now();
-            window.parts.iter().try_for_each(|part| skip_removed(&part.slot, act(&part.slot, &part.pages)))?;
+            while let Some(part) = window.next() {
+                skip_removed(&part.slot, act(&part.slot, &part.pages))?;
+            }
             pace.took(&window, began.elapsed());
         }
         Ok(())

@@ -427,7 +427,7 @@ impl Service {
     }
 
     fn patience(&self) -> i64 {
-        if self.windows.has_left() {
+        if self.windows.left() > 0 {
             window::LOOK_MS
         } else if self.has_to_look.load(Ordering::Relaxed) {
             LOOK_MS

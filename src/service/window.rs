@@ -11,7 +11,6 @@
 //! the lead, which then serves what was left ([`Service::serve_late`]); and a window that ends, for whatever reason, leaves
 //! nobody behind.
 
-use std::cmp::Reverse;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -51,6 +50,9 @@ pub struct Windows {
     any: AtomicBool,
     /// How many faults are left to them, for a look without the lock.
     left: AtomicUsize,
+    /// No fault is late.
+    #[cfg(test)]
+    pub patient: AtomicBool,
 }
 
 #[derive(Default)]
@@ -132,12 +134,22 @@ impl Windows {
         gone
     }
 
-    /// Whether somebody waits, and is to be looked after.
-    pub fn has_left(&self) -> bool {
-        self.left.load(Ordering::SeqCst) > 0
+    /// Whether there is one that faults are left to.
+    #[cfg(test)]
+    pub fn is_open(&self) -> bool {
+        self.any.load(Ordering::SeqCst)
+    }
+
+    /// How many faults are left to them.
+    pub fn left(&self) -> usize {
+        self.left.load(Ordering::SeqCst)
     }
 
     fn is_late(&self, now: Instant) -> bool {
+        #[cfg(test)]
+        if self.patient.load(Ordering::SeqCst) {
+            return false;
+        }
         lock(&self.state).left.iter().any(|left| now.saturating_duration_since(left.since) >= LATE)
     }
 }
@@ -145,11 +157,18 @@ impl Windows {
 /// Parts that are filled one after the other.
 pub struct Window<'a> {
     service: &'a Service,
-    /// In the order in which they are to be filled.
-    pub parts: Vec<Part>,
+    /// What is still to be filled, from the end.
+    parts: Vec<Part>,
     pages: u64,
     /// Its number, if faults are left to it.
     number: Option<u64>,
+}
+
+impl Window<'_> {
+    /// The next part to be filled.
+    pub fn next(&mut self) -> Option<Part> {
+        self.parts.pop()
+    }
 }
 
 impl Drop for Window<'_> {
@@ -164,7 +183,7 @@ impl Drop for Window<'_> {
 #[derive(Default)]
 pub struct Pace {
     /// Nanoseconds a page; 0: not known.
-    page: u64,
+    pub page: u64,
 }
 
 impl Pace {
@@ -181,12 +200,14 @@ impl Pace {
 }
 
 impl Service {
-    /// Opens a window if it is expected to be quick.
+    /// Of `parts`, which are in the order of their addresses. Faults are left to it if it is expected to be quick.
     pub(super) fn window(&self, mut parts: Vec<Part>, pace: &Pace) -> Window<'_> {
         let pages = parts.iter().map(|part| part.pages.end - part.pages.start).sum();
         let number = pace.is_quick(pages).then(|| self.windows.open(&parts));
         if number.is_some() {
-            parts.sort_unstable_by_key(|part| Reverse(part.rank));
+            parts.sort_unstable_by_key(|part| part.rank);
+        } else {
+            parts.reverse();
         }
         Window { service: self, parts, pages, number }
     }
@@ -206,19 +227,28 @@ impl Service {
         back
     }
 
-    /// `pages` were claimed to be filled: whose faults were left to that waits for it now.
-    pub(super) fn join_left(&self, slot: &Arc<Slot>, pages: &Range<u64>, claims: &mut Claims<Waiter>) {
+    /// `pages` were claimed to be filled: who was left to that waits for the claim now. Returns the first of them, as page
+    /// and thread.
+    pub(super) fn join_left(
+        &self,
+        slot: &Arc<Slot>,
+        pages: &Range<u64>,
+        claims: &mut Claims<Waiter>,
+    ) -> Option<(u64, u32)> {
+        let mut first = None;
         for waiter in self.windows.take(slot, pages) {
             self.stats.faults_joined.add(1);
             self.record_joined(slot, waiter.page, claims);
+            first = first.or(Some((waiter.page, waiter.thread)));
             // It is claimed.
             let _ = claims.join(waiter);
         }
+        first
     }
 
     /// Serves what was left for too long.
     pub(super) fn serve_late(&self) {
-        if self.windows.has_left() && self.windows.is_late(Instant::now()) {
+        if self.windows.left() > 0 && self.windows.is_late(Instant::now()) {
             self.close_windows(|_| true);
         }
     }
