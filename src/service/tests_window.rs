@@ -154,6 +154,24 @@ fn a_fill_that_fails_is_the_end_for_who_was_left() {
 }
 
 #[test]
+fn who_was_left_is_known_to_wait() {
+    let Some(rig) = rig(false) else { return };
+    rig.service.quiesce(0).unwrap();
+    let (window, toucher) = rig.window_with_fault();
+    assert_eq!(rig.service.quiesce(0).unwrap_err().errno(), libc::ETIMEDOUT);
+    rig.fill_left();
+    assert_eq!(ends(toucher), 7);
+    rig.service.quiesce(-1).unwrap();
+    let other = rig.touch(LEFT + 1);
+    rig.wait_for_left();
+    assert_eq!(rig.service.quiesce(0).unwrap_err().errno(), libc::ETIMEDOUT);
+    drop(window);
+    assert_eq!(ends(other), 7);
+    rig.service.quiesce(-1).unwrap();
+    rig.end(KUF_CLOSE_POISON);
+}
+
+#[test]
 fn a_panic_leaves_nobody_behind() {
     let Some(rig) = rig(false) else { return };
     let (window, toucher) = rig.window_with_fault();

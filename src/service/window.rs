@@ -88,9 +88,6 @@ impl Windows {
     /// Leaves a fault at an absent page to the window that has it, or gives it back: there is none. The slot's claims are
     /// locked.
     fn leave(&self, slot: &Arc<Slot>, waiter: Waiter) -> Option<Waiter> {
-        if !self.any.load(Ordering::Relaxed) {
-            return Some(waiter);
-        }
         let mut state = lock(&self.state);
         if !state.has(slot, waiter.page) {
             return Some(waiter);
@@ -216,13 +213,17 @@ impl Service {
     /// are locked.
     pub(super) fn leave_to_replay(&self, slot: &Arc<Slot>, waiter: Waiter) -> Option<Waiter> {
         // What is served for a child is joined by the child's own fault at once.
-        if waiter.flags & KUF_FAULT_FORKED != 0 {
+        if waiter.flags & KUF_FAULT_FORKED != 0 || !self.windows.any.load(Ordering::Relaxed) {
             return Some(waiter);
         }
+        // Demand until it is a claim's, or served: see `quiesce`. It is being served, so it counts still.
+        self.demanded.fetch_add(1, Ordering::SeqCst);
         let back = self.windows.leave(slot, waiter);
         if back.is_none() {
             // To look at the clock from now on.
             self.wake_lead();
+        } else {
+            self.demanded.fetch_sub(1, Ordering::SeqCst);
         }
         back
     }
@@ -242,6 +243,7 @@ impl Service {
             first = first.or(Some((waiter.page, waiter.thread)));
             // It is claimed.
             let _ = claims.join(waiter);
+            self.demanded.fetch_sub(1, Ordering::SeqCst);
         }
         first
     }
@@ -257,6 +259,7 @@ impl Service {
         for Left { slot, waiter, .. } in self.windows.close(which) {
             let Waiter { page, read_at, thread, flags, .. } = waiter;
             self.push(Work::Fault(Fault { slot, page, flags, thread, read_at }));
+            self.demanded.fetch_sub(1, Ordering::SeqCst);
         }
     }
 }
