@@ -1241,11 +1241,16 @@ int kuf_record_start(struct kuf *kuf, uint32_t flags);
 int kuf_record_stop(struct kuf *kuf, int fd);
 
 /*
- * Fills the pages of a recording in the background, in the order in which they were demanded, behind all demand and
- * ahead of every kuf_populate, also of one that is running. Memory may be laid out otherwise than it was then, in
+ * Fills the pages of a recording in the background, in about the order in which they were demanded, behind all demand
+ * and ahead of every kuf_populate, also of one that is running. Memory may be laid out otherwise than it was then, in
  * other slots and with another granule (whole granules are filled); what lies in no slot, is present or was given back
  * is skipped. The slots are those there are when the replay begins. KUF_EVENT_REPLAYED ends it; a fill that fails ends
- * it early and poisons nothing. Replays queue up; KUF_POPULATE_STOP ends them.
+ * it early, and poisons nothing but a page that somebody waits for. Replays queue up; KUF_POPULATE_STOP ends them.
+ *
+ * A guest that runs meanwhile catches up with it. While fills are quick, a fault at one of the pages that come next (of
+ * up to 128 runs of the recording) is then left to the replay, which asks for the page with KUF_FILL_DEMAND, so that
+ * the guest has many pages before it when it goes on. That takes some hundred microseconds at most as a rule; a fault
+ * that was left for about a millisecond is served like any other. kuf_vcpu_fault and kuf_ensure are not left to it.
  *
  * fd: where kuf_record_stop has written, read from where it stands up to the end of the recording and not further;
  * waited for as long as it takes. It may be closed afterwards. flags: 0.

@@ -93,6 +93,7 @@ impl Service {
                 Task::Nothing
             }
             State::Absent => {
+                let Some(waiter) = self.leave_to_replay(&slot, waiter) else { return Task::Nothing };
                 let (run, rest) = self.plan(&slot, page, thread);
                 match claim_from(&mut claims, &slot, run.start, run.end - run.start, terms, waiter) {
                     Some((id, pages)) => {

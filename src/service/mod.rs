@@ -30,7 +30,10 @@ mod slots;
 mod tests;
 #[cfg(test)]
 mod tests_kvm;
+#[cfg(test)]
+mod tests_window;
 mod threads;
+mod window;
 mod zero;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -132,6 +135,7 @@ pub struct Service {
     ready: Ready,
     populate: populate::Queue,
     lately: behind::Lately,
+    windows: window::Windows,
     recorder: record::Recorder,
     ahead: ahead::Ahead,
     buffers: Pool,
@@ -177,6 +181,7 @@ impl Service {
             ready: Ready::new()?,
             populate: populate::Queue::default(),
             lately: behind::Lately::default(),
+            windows: window::Windows::default(),
             recorder: record::Recorder::default(),
             ahead: ahead::Ahead::default(),
             buffers: Pool::default(),

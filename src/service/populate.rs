@@ -224,13 +224,17 @@ impl Service {
         // does not keep a request from ending.
         for _ in 0..ROUNDS {
             let mut failed = Ok(());
-            target.each(&go_on, &mut |slot, pages| match self.fill_ahead(slot, pages, ahead) {
+            let mut fill = |slot: &Arc<Slot>, pages: &Range<u64>| match self.fill_ahead(slot, pages, ahead) {
                 Err(errno) if ahead.on_failure != OnFailure::End && errno != libc::ECANCELED => {
                     failed = Err(errno);
                     Ok(())
                 }
                 other => other,
-            })?;
+            };
+            match target {
+                Target::Recording(recording, map) => self.each_window(recording, map, &go_on, &mut fill)?,
+                Target::Runs(_) => target.each(&go_on, &mut fill)?,
+            }
             // Deferred runs and those that demand is filling are part of the request.
             target.each(&go_on, &mut |slot, pages| {
                 while self.on_their_way(slot, pages) {
@@ -324,7 +328,7 @@ impl Service {
         }
     }
 
-    fn claim_ahead(&self, slot: &Arc<Slot>, pages: Range<u64>, max: u64) -> Option<Run> {
+    pub(super) fn claim_ahead(&self, slot: &Arc<Slot>, pages: Range<u64>, max: u64) -> Option<Run> {
         let terms = slot.fill_terms(false);
         let mut claims = slot.claims();
         let first = slot.pages.first_run(pages.clone(), State::Absent, 1)?.start;
@@ -332,7 +336,9 @@ impl Service {
         let max = if max > 1 { huge::claim_max(slot, &(first..pages.end), max) } else { max };
         let max = max.min(pages.end - first);
         let (id, pages) = claims.claim(&slot.pages, first, max, State::Absent, terms)?;
-        Some(Run { slot: slot.clone(), id, pages, wanted: None, thread: 0, ahead: false, since: Instant::now() })
+        let waits = self.join_left(slot, &pages, &mut claims);
+        let (wanted, thread) = (waits.map(|(page, _)| page), waits.map_or(0, |(_, thread)| thread));
+        Some(Run { slot: slot.clone(), id, pages, wanted, thread, ahead: false, since: Instant::now() })
     }
 
     /// The pages of every slot that a guest physical range touches.

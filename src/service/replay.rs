@@ -1,9 +1,9 @@
 //! `kuf_replay`: a recorded working set is filled ahead of demand. The thread that populates does it; here is what a
 //! recording means for the slots there are.
 
-use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use super::host::refuse_inside_quiet;
 use super::populate::{Act, Step};
 use super::record::{usable, wait_for};
+use super::window::{Pace, Part};
 use super::Service;
 use crate::capi::types::*;
 use crate::error::{Error, Result};
@@ -20,7 +21,7 @@ use crate::record::Recording;
 /// Runs, and bytes, of a recording that are put in the order of their addresses, so that neighbours are filled at once:
 /// vCPUs that each went through memory in order are recorded page by page in turn. A window this small keeps what was
 /// wanted first in front.
-const WINDOW_RUNS: usize = 32;
+const WINDOW_RUNS: usize = 64;
 const WINDOW_BYTES: u64 = 4 << 20;
 
 impl Service {
@@ -61,37 +62,78 @@ fn bytes_in_slots(recording: &Recording, map: &Map) -> Result<u64> {
     Ok(bytes)
 }
 
-/// Calls `act` with what slots of `map` have of `recording`, in whole pages, about in the order of the recording.
-pub(super) fn each_part(recording: &Recording, map: &Map, go_on: &dyn Fn() -> Step, act: &mut Act<'_>) -> Step {
+/// What slots of `map` have of `recording`, in whole pages, window by window: each in the order of addresses.
+fn windows<'a>(recording: &'a Recording, map: &'a Map) -> impl Iterator<Item = Vec<Part>> + 'a {
     let mut runs = recording.runs().peekable();
-    let mut window: Vec<(&Arc<Slot>, Range<u64>)> = Vec::new();
-    while runs.peek().is_some() {
-        go_on()?;
+    std::iter::from_fn(move || {
+        runs.peek()?;
         let (mut n, mut bytes) = (0, 0_u64);
+        let mut window: Vec<Part> = Vec::with_capacity(WINDOW_RUNS);
         // A run that is longer than a window is one of its own.
         let fits = |n, bytes: u64| n == 0 || n < WINDOW_RUNS && bytes <= WINDOW_BYTES;
         while let Some(run) = runs.next_if(|run| fits(n, bytes.saturating_add(run.end - run.start))) {
             n += 1;
             bytes = bytes.saturating_add(run.end - run.start);
-            window.extend(map.within_gpa(run).map(|(slot, offsets)| (slot, slot.pages_of(&offsets))));
+            window.extend(map.within_gpa(run).map(|(slot, offsets)| Part {
+                slot: slot.clone(),
+                pages: slot.pages_of(&offsets),
+                rank: n,
+            }));
         }
-        window.sort_unstable_by_key(|(slot, pages)| (slot.gpa, pages.start));
-        window.dedup_by(|(slot, pages), (last, before)| {
-            let joins = Arc::ptr_eq(slot, last) && pages.start <= before.end;
+        window.sort_unstable_by_key(|part| (part.slot.gpa, part.pages.start));
+        window.dedup_by(|part, last| {
+            let joins = Arc::ptr_eq(&part.slot, &last.slot) && part.pages.start <= last.pages.end;
             if joins {
-                before.end = before.end.max(pages.end);
+                last.pages.end = last.pages.end.max(part.pages.end);
+                last.rank = last.rank.min(part.rank);
             }
             joins
         });
-        for (slot, pages) in window.drain(..) {
-            // A slot that was removed meanwhile is skipped like memory that never was there.
-            match act(slot, &pages) {
-                Err(errno) if errno != libc::ECANCELED && slot.gone() == Some(libc::ENOENT) => {}
-                other => other?,
-            }
-        }
+        Some(window)
+    })
+}
+
+/// Calls `act` with what slots of `map` have of `recording`, in whole pages, about in the order of the recording.
+pub(super) fn each_part(recording: &Recording, map: &Map, go_on: &dyn Fn() -> Step, act: &mut Act<'_>) -> Step {
+    for window in windows(recording, map) {
+        go_on()?;
+        window.iter().try_for_each(|part| skip_removed(&part.slot, act(&part.slot, &part.pages)))?;
     }
     Ok(())
+}
+
+/// A slot that was removed meanwhile is skipped like memory that never was there.
+fn skip_removed(slot: &Slot, step: Step) -> Step {
+    match step {
+        Err(errno) if errno != libc::ECANCELED && slot.gone() == Some(libc::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
+impl Service {
+    /// As [`each_part`], for parts that `act` fills: faults in a window are left to it while windows are quick.
+    pub(super) fn each_window(
+        &self,
+        recording: &Recording,
+        map: &Map,
+        go_on: &dyn Fn() -> Step,
+        act: &mut Act<'_>,
+    ) -> Step {
+        let mut pace = Pace::default();
+        let mut windows = windows(recording, map);
+        let mut next = windows.next().map(|parts| self.window(parts, &pace));
+        while let Some(mut window) = next {
+            go_on()?;
+            // Before this one ends: who is through with it comes to the next.
+            next = windows.next().map(|parts| self.window(parts, &pace));
+            let began = Instant::now();
+            while let Some(part) = window.next() {
+                skip_removed(&part.slot, act(&part.slot, &part.pages))?;
+            }
+            pace.took(&window, began.elapsed());
+        }
+        Ok(())
+    }
 }
 
 /// Reads until `buffer` is full or there is no more.

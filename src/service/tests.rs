@@ -17,11 +17,11 @@ use crate::mechanism::userfaultfd::Userfaultfd;
 use crate::mechanism::{Content, Installed, Left, Mechanism, Message, Stop};
 use crate::memory::{Opaque, Slot};
 
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 const PAGES: usize = 16;
 
 /// A userfaultfd that fails as told.
-struct Faulty {
+pub(super) struct Faulty {
     real: Userfaultfd,
     no_poison: bool,
     /// Installs still to be refused for want of memory.
@@ -97,13 +97,13 @@ impl Mechanism for Faulty {
 
 /// What the host saw.
 #[derive(Default)]
-struct Seen {
+pub(super) struct Seen {
     events: Mutex<Vec<(u32, i32, String)>>,
-    fail: AtomicBool,
+    pub fail: AtomicBool,
 }
 
 impl Seen {
-    fn wait_for(&self, kind: u32) -> (i32, String) {
+    pub fn wait_for(&self, kind: u32) -> (i32, String) {
         let end = Instant::now() + Duration::from_secs(20);
         while Instant::now() < end {
             if let Some((_, error, text)) = self.events.lock().unwrap().iter().find(|(k, ..)| *k == kind) {
@@ -134,15 +134,15 @@ unsafe extern "C-unwind" fn event(opaque: *mut c_void, event: *const kuf_event) 
     seen.events.lock().unwrap().push((event.kind, event.error, text));
 }
 
-struct Rig {
-    service: Arc<Service>,
+pub(super) struct Rig {
+    pub service: Arc<Service>,
     faulty: Arc<Faulty>,
-    seen: Arc<Seen>,
-    hva: usize,
+    pub seen: Arc<Seen>,
+    pub hva: usize,
 }
 
 /// A service over a faulty userfaultfd with one slot. None where userfaultfd is not to be had.
-fn rig(no_poison: bool) -> Option<Rig> {
+pub(super) fn rig(no_poison: bool) -> Option<Rig> {
     let Ok((real, _)) = Userfaultfd::open(true, true, false, 1) else {
         eprintln!("SKIP: no userfaultfd for this process");
         return None;
@@ -211,13 +211,13 @@ fn memory(hva: usize) -> NewMemory {
 
 impl Rig {
     /// Reads one byte of a page, on a thread of its own.
-    fn touch(&self, page: usize) -> std::thread::JoinHandle<u8> {
+    pub fn touch(&self, page: usize) -> std::thread::JoinHandle<u8> {
         let at = self.hva + page * PAGE;
         // SAFETY: mapped for the life of the process; another thread only ever fills it with 7.
         std::thread::spawn(move || unsafe { std::ptr::without_provenance::<u8>(at).read_volatile() })
     }
 
-    fn end(&self, flags: u32) {
+    pub fn end(&self, flags: u32) {
         self.service.prepare_close(flags).unwrap();
         self.service.begin_end();
         self.service.settle_rest(flags);
@@ -225,7 +225,7 @@ impl Rig {
     }
 
     /// Whether the kernel lets a read of the page through. EFAULT: it is closed.
-    fn readable(&self, page: usize) -> bool {
+    pub fn readable(&self, page: usize) -> bool {
         let mut byte = [0_u8];
         let local = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
         let remote = libc::iovec { iov_base: (self.hva + page * PAGE) as *mut c_void, iov_len: 1 };

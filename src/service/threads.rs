@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use super::ahead::Task;
 use super::config::Which;
 use super::cpus::Cpus;
-use super::{eventfd, lock_threads, Service, Work, OPEN};
+use super::{eventfd, lock_threads, window, Service, Work, OPEN};
 use crate::capi::types::KUF_LOG_INFO;
 use crate::crew::Lead;
 use crate::error::{Error, Result};
@@ -281,6 +281,7 @@ impl Service {
                 break;
             }
             self.look_now_and_then();
+            self.serve_late();
             for event in events.iter() {
                 match event.data.u64() {
                     WORK => self.waking.clear(),
@@ -441,7 +442,9 @@ impl Service {
     }
 
     fn patience(&self) -> i64 {
-        if self.has_to_look.load(Ordering::Relaxed) {
+        if self.windows.left() > 0 {
+            window::LOOK_MS
+        } else if self.has_to_look.load(Ordering::Relaxed) {
             LOOK_MS
         } else {
             -1
