@@ -238,7 +238,7 @@ impl Service {
     ) -> Option<(u64, u32)> {
         let mut first = None;
         for waiter in self.windows.take(slot, pages) {
-            self.stats.faults_joined.add(1);
+            self.stats.here().faults_joined(1);
             self.record_joined(slot, waiter.page, claims);
             first = first.or(Some((waiter.page, waiter.thread)));
             // It is claimed.
