@@ -12,7 +12,7 @@ use super::Service;
 use crate::claims::{Early, Id};
 use crate::error::{Error, Result};
 use crate::mechanism::Content;
-use crate::memory::outside::{bring_in, read_host, resident};
+use crate::memory::outside::{bring_in, mapped, read_host};
 use crate::memory::{Map, Slot};
 
 impl Service {
@@ -33,11 +33,15 @@ impl Service {
         // A single page that the kernel copies is copied as a whole or not at all: it says itself when src is too short.
         let whole = pages.end - pages.start == 1 && !slot.in_place();
         if let Resolution::Data(src) = how {
-            let there = if whole { last_src(src) } else { check_mapped(src, len)? };
+            if !whole {
+                check_mapped(src, len)?;
+            }
             check_not_unresolved(&map, src, len)?;
-            if !there && !slot.in_place() && !self.detects(slot) {
-                // The kernel copies from there with the gate held, which nobody may hold while a disk is read. What is wrong
-                // with it, the copy will say.
+            let by_kernel = !slot.in_place() && !self.detects(slot);
+            if by_kernel && !(whole && last_src(src)) {
+                // The kernel copies from there with the gate held, which nobody may hold while a disk is read. Whether that
+                // is needed mincore does not say of a file that this process may only read. What is wrong with it, the
+                // copy will say.
                 let _ = bring_in(src, len as usize);
             }
         }
@@ -203,9 +207,9 @@ fn failure(errno: i32) -> Error {
 }
 
 /// Refuses a source that ends before the range does, before anything is opened. What is mapped but unreadable is found
-/// by the kernel when it gets there. Returns whether it is all in memory.
-fn check_mapped(src: *const u8, len: u64) -> Result<bool> {
-    resident(src, len as usize)
+/// by the kernel when it gets there.
+fn check_mapped(src: *const u8, len: u64) -> Result<()> {
+    mapped(src, len as usize)
         .map_err(|errno| Error::new(errno, format!("src is not mapped over {len:#x} bytes: nothing was resolved")))
 }
 
