@@ -293,7 +293,11 @@ impl Mechanism for Userfaultfd {
         for extent in slot.extents() {
             for (queue, hva) in Stripes::pieces(slot.stripes.get(), extent) {
                 // What is unmapped by now needs no unregistering.
-                let _ = ioctl::unregister(self.fd(queue), hva.start, hva.end - hva.start);
+                let len = hva.end - hva.start;
+                let _ = ioctl::unregister(self.fd(queue), hva.start, len);
+                // The kernel wakes who waits before it is certain that nobody comes any more: a fault that has seen the
+                // registration still, and took no lock but its mapping's, would wait for ever.
+                let _ = ioctl::wake(self.fd(queue), hva.start, len);
             }
         }
     }
