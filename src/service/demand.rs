@@ -220,7 +220,7 @@ impl Service {
                 let marked = slot.mechanism.install(slot, &pages, content);
                 let mut claims = slot.claims();
                 for waiter in claims.poison(pages.clone(), id) {
-                    self.stats.overlap.end(waiter.thread, Instant::now());
+                    self.stats.overlap.end(waiter.thread, waiter.read_at, Instant::now());
                 }
                 slot.wake_sleepers(&claims);
                 marked.stop

@@ -440,7 +440,7 @@ impl Service {
     pub(super) fn closed_off(&self, slot: &Slot, id: Id, pages: &Range<u64>) {
         let mut claims = slot.claims();
         for waiter in claims.poison(pages.clone(), id) {
-            self.stats.overlap.end(waiter.thread, Instant::now());
+            self.stats.overlap.end(waiter.thread, waiter.read_at, Instant::now());
         }
         slot.wake_sleepers(&claims);
         self.stats.here().bytes_poisoned((pages.end - pages.start) * slot.granule);

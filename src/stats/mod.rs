@@ -78,7 +78,7 @@ impl Stats {
         let waited = now.saturating_duration_since(read_at);
         here.blocked(waited);
         if thread != 0 {
-            self.overlap.end(thread, now);
+            self.overlap.end(thread, read_at, now);
             if !here.blocked_thread(thread, waited) {
                 lock(&self.blocked).entry(thread).or_default().add(&Blocked::once(waited));
             }
