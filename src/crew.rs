@@ -209,6 +209,13 @@ impl Crew {
         true
     }
 
+    /// Before a fill that may block: calls a thread unless one has the lead and another stands by.
+    pub fn have_watched(&self) {
+        if !self.is_watched() {
+            self.call();
+        }
+    }
+
     /// Wakes everybody.
     pub fn call_all(&self) {
         let _resting = lock(&self.resting);

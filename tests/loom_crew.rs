@@ -34,9 +34,7 @@ fn who_lets_go_of_the_lead_leaves_somebody_who_takes_it() {
         };
         // Into a fill that takes its time: never to come back.
         crew.let_go(first);
-        if !crew.is_watched() {
-            crew.call();
-        }
+        crew.have_watched();
         other.join().unwrap();
     });
 }
@@ -68,9 +66,7 @@ fn of_two_that_rest_one_takes_the_lead() {
             })
             .collect();
         crew.let_go(first);
-        if !crew.is_watched() {
-            crew.call();
-        }
+        crew.have_watched();
         threads.into_iter().for_each(|thread| thread.join().unwrap());
         assert_eq!(led.load(Ordering::SeqCst), 1);
     });

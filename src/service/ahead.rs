@@ -122,9 +122,7 @@ impl Service {
         }
         let _place = Place(self);
         // A source that was quick may block.
-        if !self.crew.is_watched() {
-            self.crew.call();
-        }
+        self.crew.have_watched();
         let lead = lead.filter(|lead| self.crew.leads(*lead));
         let inside = lead.map(|lead| self.crew.enter(lead, Instant::now()));
         while self.running() && self.crew.quick() && lead.is_none_or(|lead| self.crew.leads(lead)) {
@@ -157,9 +155,7 @@ impl Service {
             match lead.filter(|lead| self.crew.leads(*lead)) {
                 Some(lead) if self.crew.quick() => {
                     // A source that was quick may block.
-                    if !self.crew.is_watched() {
-                        self.crew.call();
-                    }
+                    self.crew.have_watched();
                     let inside = self.crew.enter(lead, Instant::now());
                     self.bring_piece(task, LEAD_PIECE.min(self.config.populate_run));
                     self.crew.leave(inside);
@@ -169,9 +165,7 @@ impl Service {
                     if let Some(lead) = lead {
                         self.crew.let_go(lead);
                     }
-                    if !self.crew.is_watched() {
-                        self.crew.call();
-                    }
+                    self.crew.have_watched();
                     self.bring_piece(task, self.config.populate_run);
                 }
             }
