@@ -1,20 +1,27 @@
-//! Panics of the library's own: caught, kept as text, and not printed. The library does not write to the host's stderr.
+//! Panics in the library's own code: they are caught, kept as text, and not printed, for the library does not write to
+//! the caller's stderr.
 
 use std::any::Any;
 use std::cell::Cell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::Once;
+
+use crate::alloc::has_room;
+use crate::sync::{thread, thread_local, Once};
 
 thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs the library's own code; a panic comes back as its message.
+/// Runs the library's own code, and returns a panic as its message.
 ///
-/// The hook that would print it is replaced by one that passes on everything but these panics: nothing else in the
-/// process sees a difference, also where the library is linked as a crate and shares its hook with the host.
+/// The panic hook is replaced by one that passes on all other panics. So the rest of the process sees no difference,
+/// even where the library is linked as a crate and shares the hook with the caller.
 pub fn quietly<T>(body: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
+    // Without memory for the hook, a later call sets it.
+    if !HOOK.is_completed() && has_room().is_err() {
+        return with(true, body).map_err(|panic| message(&*panic));
+    }
     HOOK.call_once(|| {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
@@ -26,12 +33,12 @@ pub fn quietly<T>(body: impl FnOnce() -> T) -> Result<T, String> {
     with(true, body).map_err(|panic| message(&*panic))
 }
 
-/// Runs the host's code: its panics are caught as well, but are its own to print. None: it panicked.
+/// Runs the caller's code: its panics are caught as well, but printed as the caller wants. None: it panicked.
 pub fn loudly<T>(body: impl FnOnce() -> T) -> Option<T> {
     with(false, body).ok()
 }
 
-fn with<T>(quiet: bool, body: impl FnOnce() -> T) -> std::thread::Result<T> {
+fn with<T>(quiet: bool, body: impl FnOnce() -> T) -> thread::Result<T> {
     let before = QUIET.replace(quiet);
     let result = catch_unwind(AssertUnwindSafe(body));
     QUIET.set(before);

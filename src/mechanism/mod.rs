@@ -1,29 +1,71 @@
-//! What differs between kernels, behind one trait: how a fault arrives, and how a page is opened.
+//! The differences between kernels, behind two traits: how a fault arrives ([`Mechanism`]: the kernel's queues), and how a
+//! page is installed ([`Binding`]: one slot under a mechanism).
 //!
-//! The service calls a mechanism with page claims in hand and knows nothing of what is behind it. Where they differ in
-//! what the service has to do, the trait has a question: [`Mechanism::marks`], [`Mechanism::vcpu_exits`],
-//! [`Mechanism::reveal`].
+//! The service calls them with page claims in hand and does not know the implementations. Where these differ in what the
+//! service has to do, the mechanism's [`Facts`] tell it. A mechanism knows the region that a slot maps and the states of its
+//! pages, and no slots.
 
+pub mod bitmap;
 pub mod gate;
 pub mod kvm_async;
 pub mod kvm_bitmap;
-pub mod kvm_ioctl;
+pub mod over;
 pub mod userfaultfd;
 
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::Arc;
+
+use rustix::io::Errno;
 
 use crate::error::Result;
-use crate::memory::Slot;
+use crate::mapping::Region;
+use crate::pages::Pages;
+use crate::sync::atomic::{AtomicU32, Ordering};
+use crate::sync::Arc;
+use bitmap::{Bitmap, Memslot};
 use gate::Gate;
 
-/// A number for [`Mechanism::id`].
-fn next_id() -> u32 {
-    static NEXT: AtomicU32 = AtomicU32::new(1);
-    NEXT.fetch_add(1, Ordering::Relaxed)
+/// The constants of a mechanism.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts {
+    /// Unique among the mechanisms of this process.
+    pub id: u32,
+    /// How many kernel queues it has. Each page has one for as long as its slot is armed.
+    pub queues: usize,
+    /// The name of these queues in error texts.
+    pub queue_name: &'static str,
+    /// Only KVM regards the marks on absent pages. So bytes are written straight through the slot's own mapping, a poisoned
+    /// page keeps its mark for KVM, and a vCPU that waits inside KVM for a poisoned page stays there.
+    pub gates_kvm_only: bool,
+    /// A vCPU leaves KVM_RUN at an absent page, or at one that the guest gave back, with an exit that names the page.
+    pub vcpu_exits: bool,
+    /// [`Mechanism::read`] is to be called now and then without a signal.
+    pub needs_polling: bool,
+    /// Pages of this process can be moved to their place ([`Content::Move`]), if the kernel offers that.
+    pub can_move: bool,
+    /// Its addresses are another process's.
+    pub remote: bool,
+    /// The caller holds its own descriptor and could hand it to another handler.
+    pub adopted: bool,
+}
+
+impl Facts {
+    /// The facts of a new mechanism with one userfaultfd of this process's own.
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            queues: 1,
+            queue_name: "the userfaultfd",
+            gates_kvm_only: false,
+            vcpu_exits: false,
+            needs_polling: false,
+            can_move: false,
+            remote: false,
+            adopted: false,
+        }
+    }
 }
 
 /// Where a fault is.
@@ -35,9 +77,9 @@ pub enum Address {
     Gpa(u64),
 }
 
-/// What a kernel queue had to say.
+/// A message from a kernel queue.
 pub enum Message {
-    /// Somebody waits for the page at this address.
+    /// A thread waits for the page at this address.
     Fault {
         at: Address,
         /// KUF_FAULT_* bits the kernel knows.
@@ -45,7 +87,7 @@ pub enum Message {
         /// The toucher's thread id, or 0.
         thread: u32,
     },
-    /// The range was given back (madvise): what was there is about to be dropped, or has been.
+    /// The range was given back (madvise): its content is about to be dropped, or has been.
     Removed(Range<u64>),
     /// The range was unmapped.
     Unmapped(Range<u64>),
@@ -58,49 +100,49 @@ pub enum Message {
     },
     /// The process forked; this descriptor serves the child's copy.
     Forked(OwnedFd),
-    /// A fault was taken off the kernel's queue and nobody knows of which page.
+    /// A fault was taken off the kernel's queue and its page is unknown.
     Lost,
-    /// A fault was in the queue that nobody had been told of.
+    /// A fault was in the queue without a signal.
     Unsignalled,
 }
 
 /// Where the bytes for a run come from.
 #[derive(Clone, Copy)]
 pub enum Content {
-    /// A buffer that holds the whole run. It may be unreadable: then the install stops with [`Stop::BadSource`].
-    Data(*const u8),
-    /// The same in memory of the library's that may be moved to its place instead, if it is one huge page
-    /// ([`Mechanism::moves`]). What cannot be moved stops with [`Stop::Unsupported`], and can be opened as `Data`.
-    Staged(*const u8),
+    /// Copied from a buffer that holds the whole run. It may be unreadable: then the install stops with
+    /// [`Stop::BadSource`].
+    Copy(*const u8),
+    /// Moved from memory of the library's, if it is one huge page ([`Facts::can_move`]). An install that cannot move stops
+    /// with [`Stop::Unsupported`]; its bytes can be copied.
+    Move(*const u8),
     /// Zeroes.
     Zero,
-    /// They are where [`Mechanism::place`] pointed.
-    InPlace,
-    /// They are there, and zero.
-    ZeroInPlace,
-    /// The page is present; this mapping of it does not show it yet.
-    Shown,
-    /// The pages were there before anybody asked. What is not there after all ends the install with
-    /// [`Stop::BadSource`].
-    There,
-    /// There are none: touching the pages is to be a memory error.
-    Poison,
-    /// The same at the end of a service, which does not wait for host code that may still be writing in place.
-    PoisonAtEnd,
+    /// The bytes are where [`Binding::in_place_buffer`] pointed, or the page is present and this mapping does not show it
+    /// yet.
+    Map,
+    /// The pages hold their bytes already. A page that does not exist after all ends the install with [`Stop::BadSource`].
+    Verify,
+    /// There are no bytes: touching the pages is to be a memory error.
+    Poison {
+        /// At the end of a service, which does not wait for a callback that may still be writing in place.
+        at_end: bool,
+    },
 }
 
 impl Content {
     /// Whether there are no bytes.
     pub fn is_poison(self) -> bool {
-        matches!(self, Self::Poison | Self::PoisonAtEnd)
+        matches!(self, Self::Poison { .. })
     }
 }
 
 /// Why an install ended before the end of its run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// The next page is there already. Whoever waits for it has to be woken by hand.
+    /// The next page exists already. Its waiters have to be woken explicitly.
     Exists,
+    /// The kernel has reported that the next page exists and it did not: it is poisoned now.
+    Marked,
     /// An event is unread: read it and try again.
     Again,
     /// The next page is not mapped any more.
@@ -108,154 +150,138 @@ pub enum Stop {
     /// The process is gone.
     Dead,
     /// No memory: ENOMEM or ENOSPC.
-    NoMemory(i32),
+    NoMemory(Errno),
+    /// A look-up has shown that the kernel's answer on the next page is wrong.
+    Untrue,
     /// The buffer is not readable at the next page, or the page is not in place.
     BadSource,
     /// The kernel cannot do this to this memory.
     Unsupported,
     /// Anything else: an errno.
-    Other(i32),
+    Other(Errno),
+}
+
+/// Memory that is registered with a queue and in no slot.
+pub enum Stray {
+    /// The page at `hva`; that queue has reported a touch of it.
+    Page { queue: usize, hva: u64 },
+    /// Addresses that slots have moved away from.
+    Range(Range<u64>),
 }
 
 /// How far an install came.
 #[derive(Clone, Copy, Debug)]
 pub struct Installed {
-    /// Pages from the start of the run that are open now and whose waiters were woken.
+    /// Pages from the start of the run that are installed now and whose waiters were woken.
     pub pages: u64,
-    /// None when there was nothing to stop for; the run may still be longer than `pages` (call again).
+    /// None: the kernel met no obstacle; the run may still be longer than `pages` (call again).
     pub stop: Option<Stop>,
 }
 
-/// Whether the queue was emptied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Left {
-    /// Yes: the next message is a new edge of the descriptor.
-    Nothing,
-    /// No: there was no room for more.
-    More,
+/// A slot as KVM has it, where its mechanism is one of KVM's.
+#[derive(Clone, Copy, Default)]
+pub struct ForKvm {
+    /// KVM_MEMORY_ATTRIBUTE_* that the caller has declared for it, other than USERFAULT.
+    pub attributes: u64,
+    /// Its memslot, when the library sets it.
+    pub memslot: Option<Memslot>,
 }
 
-/// One way to catch a guest's touch of a page and to open the page.
+/// One way to catch a guest's touch of a page: the kernel's queues, and the operations on them.
 pub trait Mechanism: Send + Sync {
-    /// Unique among the mechanisms of this process.
-    fn id(&self) -> u32;
+    /// Its constants.
+    fn facts(&self) -> &Facts;
 
     /// Held shared while installing, exclusively while reading events and applying them.
     fn gate(&self) -> &Gate;
 
-    /// How many kernel queues it has. Each page has one for as long as it is attached.
-    fn queues(&self) -> usize {
-        1
-    }
-
     /// Readable when there is something to [`Mechanism::read`] from that queue. None when faults arrive by other ways
     /// only.
-    fn inlet(&self, queue: usize) -> Option<BorrowedFd<'_>>;
+    fn fd(&self, queue: usize) -> Option<BorrowedFd<'_>>;
 
-    /// What is read there, in words.
-    fn queue_name(&self) -> &'static str {
-        "the userfaultfd"
-    }
-
-    /// Pages are closed by marks that only KVM regards: bytes are written straight through the slot's own mapping, a
-    /// poisoned page keeps its mark, and whoever waits inside KVM for one stays there.
-    fn marks(&self) -> bool {
-        false
-    }
-
-    /// A vCPU leaves KVM_RUN at a closed page, also one that the guest gave back, with an exit that names it.
-    fn vcpu_exits(&self) -> bool {
-        false
-    }
-
-    /// Whether [`Mechanism::read`] is to be called now and then although nothing was signalled.
-    fn ticks(&self) -> bool {
-        false
-    }
-
-    /// Reads up to `room` messages of a queue without waiting. The caller holds the gate exclusively. Err is an errno.
+    /// Reads a queue without waiting, until it is empty: the next message is a new edge of the descriptor then. The caller
+    /// holds the gate exclusively. Err is an errno.
     ///
-    /// Allocates nothing but space in `out`, where that has none left: `service::fork` reads while malloc is locked.
-    fn read(&self, queue: usize, room: usize, out: &mut Vec<Message>) -> std::result::Result<Left, i32>;
+    /// Stops after `room` messages, and allocates nothing but space in `out`, where that has none left: `service::threads::fork`
+    /// reads while malloc is locked.
+    fn read(&self, queue: usize, room: usize, out: &mut Vec<Message>) -> std::result::Result<(), Errno>;
 
-    /// Starts catching touches of the slot's absent pages. The caller holds the gate exclusively.
-    fn attach(&self, slot: &Slot) -> Result<()>;
+    /// Makes the binding of the slot that maps `region`. No touch is caught before [`Binding::arm`].
+    fn bind(self: Arc<Self>, region: Arc<Region>, kvm: ForKvm) -> Result<Box<dyn Binding>>;
 
-    /// What follows it that may have to wait for those who wait for pages.
-    fn attached(&self, _slot: &Slot) -> Result<()> {
-        Ok(())
-    }
+    /// Wakes the threads that wait at addresses that are in no slot any more.
+    fn wake_range(&self, _hva: Range<u64>) {}
 
-    /// Stops it. Every page must be present, removed or poisoned. `in_use`: host code that was not waited for may still
-    /// write to pages that are poisoned by now.
-    fn detach(&self, slot: &Slot, in_use: bool);
-
-    /// What follows it, when every slot that ends with this one is detached: it may have to wait for who waited for
-    /// pages of those.
-    fn detached(&self, _slot: &Slot) {}
-
-    /// Every page of the slot is present or removed: what it costs to catch touches may be saved. Called where waiting
-    /// for KVM harms nobody.
-    fn completed(&self, _slot: &Slot) {}
-
-    /// Where to write the bytes of `pages` directly; None when they have to be in a buffer. Err is an errno: no memory.
-    fn place(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<Option<NonNull<u8>>, i32>;
-
-    /// Opens pages from the start of `pages`, which the caller has claimed, and wakes who waits for them. The caller
-    /// holds the gate shared.
-    fn install(&self, slot: &Slot, pages: &Range<u64>, content: Content) -> Installed;
-
-    /// Whether pages can be moved into private memory of this process ([`Content::Staged`]).
-    fn moves(&self) -> bool {
-        false
-    }
-
-    /// The pages of `pages` that hold bytes already, in this process's memory. The caller holds the gate shared. None:
-    /// that cannot be found out here.
-    fn there(&self, _slot: &Slot, _pages: &Range<u64>) -> Option<Vec<Range<u64>>> {
-        None
-    }
-
-    /// How to let somebody go on who touched a page that is present. None: nothing is to be done.
-    fn reveal(&self, slot: &Slot) -> Option<Content> {
-        Some(if slot.shared.is_some() { Content::Shown } else { Content::Zero })
-    }
-
-    /// Wakes who waits for `pages`, to look again.
-    fn wake(&self, slot: &Slot, pages: &Range<u64>);
-
-    /// Wakes who waits at addresses that are in no slot any more.
-    fn wake_range(&self, hva: Range<u64>);
-
-    /// To be called before pages are claimed to be dropped, with nothing held: it may have to wait for who waits for
-    /// pages.
-    fn before_drop(&self, _slot: &Slot) -> std::result::Result<(), i32> {
-        Ok(())
-    }
-
-    /// Drops the content of `pages`, so that touching them is caught again. Err is an errno.
-    fn drop_pages(&self, slot: &Slot, pages: &Range<u64>) -> std::result::Result<(), i32>;
-
-    /// Makes touching `pages` fail without [`Content::Poison`]; false when there is no way.
-    fn close_off(&self, slot: &Slot, pages: &Range<u64>) -> bool;
-
-    /// Whether the memory's process still exists.
-    fn alive(&self) -> bool {
+    /// Whether no thread is in the middle of an event of that queue: each was read, and the thread that made it has gone
+    /// on.
+    fn is_quiet(&self, _queue: usize) -> bool {
         true
     }
 
-    /// Whether its addresses are another process's.
-    fn remote(&self) -> bool {
-        false
-    }
+    /// Stops catching touches there, and wakes the threads that wait: it becomes ordinary memory.
+    fn disown(&self, _stray: Stray) {}
 
-    /// Whether the host holds a descriptor of its own and could hand it to another handler.
-    fn adopted(&self) -> bool {
-        false
-    }
+    /// Lets go of the kernel's queues, which cannot be read: a thread that waits for an event of theirs to be read, or for a
+    /// page, goes on. Every page must be present, removed, poisoned or inaccessible. `instead` takes the place of the
+    /// descriptors.
+    fn give_up(&self, _instead: BorrowedFd<'_>) {}
 
-    /// The mechanism for the child that `fd` serves. None: it reports no forks.
-    fn child(&self, _fd: OwnedFd) -> Option<Arc<dyn Mechanism>> {
+    /// Whether the memory's process still exists.
+    fn is_alive(&self) -> bool {
+        true
+    }
+}
+
+/// One slot under a mechanism, by the pages of its region. It keeps the mechanism.
+pub trait Binding: Send + Sync {
+    /// Starts catching touches of absent pages. The caller holds the gate exclusively. `pages` tells which pages are present
+    /// already.
+    fn arm(&self, pages: &Pages) -> Result<()>;
+
+    /// Stops catching touches. Every page must be present, removed or poisoned. `poisoned`: the poisoned runs. `in_use`: a
+    /// callback that the end did not wait for may still write to them.
+    fn detach(&self, pages: &Pages, poisoned: &mut dyn Iterator<Item = Range<u64>>, in_use: bool);
+
+    /// Stops catching touches of `pages`, which were given back and are no longer served.
+    fn release(&self, _pages: &Range<u64>) {}
+
+    /// Where to write the bytes of `pages` directly; None when they have to be in a buffer. Err is an errno: no memory.
+    fn in_place_buffer(&self, pages: &Range<u64>) -> std::result::Result<Option<NonNull<u8>>, Errno>;
+
+    /// Installs pages from the start of `pages`, which the caller has claimed, and wakes their waiters. The caller holds the
+    /// gate shared.
+    fn install(&self, pages: &Range<u64>, content: Content) -> Installed;
+
+    /// The pages of `pages` that hold bytes already, in this process's memory. The caller holds the gate shared. None:
+    /// that cannot be found out here.
+    fn resident(&self, _pages: &Range<u64>) -> Option<Vec<Range<u64>>> {
         None
+    }
+
+    /// Wakes the waiters of `pages`, which then touch them again.
+    fn wake(&self, _pages: &Range<u64>) {}
+
+    /// Drops the content of `pages`, so that touching them is caught again. Err is an errno.
+    fn drop_pages(&self, pages: &Range<u64>) -> std::result::Result<(), Errno>;
+
+    /// Makes touching `pages` fail without [`Content::Poison`]; false when there is no way.
+    fn make_inaccessible(&self, pages: &Range<u64>) -> bool;
+
+    /// The bitmap that KVM reads to let vCPUs exit at absent pages. Where the library sets the memslot, the caller switches
+    /// the exits on and off ([`Bitmap::set_exits`]).
+    fn bitmap(&self) -> Option<&Bitmap> {
+        None
+    }
+}
+
+impl dyn Mechanism + '_ {
+    /// [`Facts::id`].
+    pub fn id(&self) -> u32 {
+        self.facts().id
+    }
+
+    /// Whether no thread is in the middle of an event of any queue.
+    pub fn is_all_quiet(&self) -> bool {
+        (0..self.facts().queues).all(|queue| self.is_quiet(queue))
     }
 }

@@ -1,19 +1,20 @@
 //! Memory slots, and the way from an address to a page.
 
-pub mod buffer;
-pub mod maps;
-pub mod outside;
-pub mod pagemap;
-pub mod shared;
+pub mod huge;
+pub mod ranges;
 mod slot;
 pub mod staging;
 
 use std::ops::Range;
-use std::sync::{Arc, PoisonError, RwLock};
 
-use crate::error::{Error, Result};
+use rustix::io::Errno;
+
+use crate::alloc::{refusable, try_collect, NoMemory};
+use crate::error::{words, Error, Result};
+use crate::mapping::Extent;
 use crate::mechanism::Address;
-pub use slot::{Extent, ForKvm, Opaque, Parts, Slot, Waiter};
+use crate::sync::{read, write, Arc, RwLock};
+pub use slot::{Opaque, Parts, Slot, Waiter};
 
 /// Every slot of a handle. Readers take a snapshot; changes make a new one.
 #[derive(Default)]
@@ -22,7 +23,7 @@ pub struct Memory {
 }
 
 /// A snapshot of the slots.
-#[derive(Default, Clone)]
+#[derive(Default)]
 pub struct Map {
     /// By gpa, disjoint.
     slots: Vec<Arc<Slot>>,
@@ -40,50 +41,66 @@ struct Placed {
 }
 
 impl Placed {
-    /// The pages of the slot that are in `hva`.
+    /// The bytes of the slot that are in `hva`.
     fn within(&self, hva: &Range<u64>) -> Option<Range<u64>> {
         let Extent { offset, len, hva: here } = self.extent;
         let (start, end) = (here.max(hva.start), (here + len).min(hva.end));
-        (start < end).then(|| {
-            let granule = self.slot.granule;
-            (offset + (start - here)) / granule..(offset + (end - here)).div_ceil(granule)
-        })
+        (start < end).then(|| offset + (start - here)..offset + (end - here))
     }
 }
 
 impl Memory {
     /// The slots now.
     pub fn map(&self) -> Arc<Map> {
-        self.map.read().unwrap_or_else(PoisonError::into_inner).clone()
+        read(&self.map).clone()
     }
 
-    /// Changes the map; `change` sees a copy, which takes its place if it returns Ok.
+    /// Looks at the slots while none is added or removed. `look` takes no lock under which another thread reads the map.
+    pub fn hold<T>(&self, look: impl FnOnce(&Map) -> T) -> T {
+        look(&read(&self.map))
+    }
+
+    /// Changes the map. When `change` returns Err, the map is as it was. It is copied only while another thread looks at it,
+    /// and none sees it while it is being changed.
     pub fn update<T>(&self, change: impl FnOnce(&mut Map) -> Result<T>) -> Result<T> {
-        let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
-        let mut next = Map::clone(&map);
-        let value = change(&mut next)?;
-        next.reindex();
-        *map = Arc::new(next);
-        Ok(value)
+        change(self.own(&mut write(&self.map))?)
     }
 
-    /// Brings the address index up to date after a slot's mapping was moved or removed.
-    pub fn reindex(&self) {
-        let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
-        let mut next = Map::clone(&map);
-        next.reindex();
-        *map = Arc::new(next);
+    /// The kernel moved (`to` given) or unmapped the mappings that slots of `mechanism` had at `hva`. Err: there is no
+    /// memory to record it.
+    pub fn moved(&self, mechanism: u32, hva: &Range<u64>, to: Option<u64>) -> Result<()> {
+        let mut map = write(&self.map);
+        if map.within_hva(mechanism, hva.clone()).next().is_none() {
+            return Ok(());
+        }
+        self.own(&mut map)?.moved(mechanism, hva, to)
+    }
+
+    /// The map, which no other thread looks at.
+    fn own<'a>(&self, map: &'a mut Arc<Map>) -> Result<&'a mut Map> {
+        if Arc::get_mut(map).is_none() {
+            *map = Arc::new(map.copy()?);
+        }
+        Arc::get_mut(map).ok_or(NoMemory.into())
     }
 }
 
 impl Map {
+    fn copy(&self) -> std::result::Result<Self, NoMemory> {
+        Ok(Self {
+            slots: try_collect(self.slots.iter().cloned())?,
+            forks: try_collect(self.forks.iter().cloned())?,
+            index: try_collect(self.index.iter().cloned())?,
+        })
+    }
+
     /// The slots by gpa, without forked views.
     pub fn slots(&self) -> &[Arc<Slot>] {
         &self.slots
     }
 
     /// The slots and the forked views.
-    pub fn all(&self) -> impl Iterator<Item = &Arc<Slot>> {
+    pub fn all(&self) -> impl Iterator<Item = &Arc<Slot>> + Clone {
         self.slots.iter().chain(&self.forks)
     }
 
@@ -99,24 +116,29 @@ impl Map {
         (gpa - slot.gpa < slot.len).then_some(slot)
     }
 
+    /// The slot that starts there.
+    pub fn starting_at(&self, gpa: u64) -> Option<&Arc<Slot>> {
+        self.at_gpa(gpa).filter(|slot| slot.gpa == gpa)
+    }
+
     /// The slot that holds all of `gpa..gpa+len`, and the offset of `gpa` in it.
     pub fn range(&self, gpa: u64, len: u64) -> Result<(&Arc<Slot>, Range<u64>)> {
         if len == 0 {
-            return Err(Error::new(libc::EINVAL, "len is 0"));
+            return Err(Error::new(Errno::INVAL, "len is 0"));
         }
         let Some(end) = gpa.checked_add(len) else {
-            return Err(Error::new(libc::EINVAL, format!("gpa {gpa:#x} + len {len:#x} overflows")));
+            return Err(Error::new(Errno::INVAL, words!("gpa {gpa:#x} + len {len:#x} overflows")));
         };
         let slot = self
             .at_gpa(gpa)
-            .ok_or_else(|| Error::new(libc::ENOENT, format!("gpa {gpa:#x} is in no memory slot of this handle")))?;
+            .ok_or_else(|| Error::new(Errno::NOENT, words!("gpa {gpa:#x} is in no memory slot of this handle")))?;
         if end > slot.gpa + slot.len {
-            let text = format!(
+            let text = words!(
                 "{gpa:#x}..{end:#x} leaves its memory slot {:#x}..{:#x}: one slot a call",
                 slot.gpa,
                 slot.gpa + slot.len
             );
-            return Err(Error::new(libc::ERANGE, text));
+            return Err(Error::new(Errno::RANGE, text));
         }
         Ok((slot, gpa - slot.gpa..end - slot.gpa))
     }
@@ -150,63 +172,146 @@ impl Map {
             .then(|| (&placed.slot, (placed.extent.offset + within) / placed.slot.granule))
     }
 
-    /// The parts of `hva..hva+len` that slots of `mechanism` have mapped: slot and page range.
-    pub fn within_hva(&self, mechanism: u32, hva: Range<u64>) -> Vec<(Arc<Slot>, Range<u64>)> {
-        let here = self.index.iter().filter(|placed| placed.mechanism == mechanism);
-        here.filter_map(|placed| Some((placed.slot.clone(), placed.within(&hva)?))).collect()
+    /// The parts of `hva` that slots of `mechanism` have mapped: slot and bytes of it. Whether the pages at the ends count
+    /// is for the caller to say: [`Slot::pages_of`] has all that are touched, [`Slot::pages_inside`] those that are covered
+    /// as a whole.
+    pub fn within_hva(&self, mechanism: u32, hva: Range<u64>) -> impl Iterator<Item = (&Arc<Slot>, Range<u64>)> {
+        let of = self.placed_in(mechanism, &hva);
+        self.index[of].iter().filter_map(move |placed| Some((&placed.slot, placed.within(&hva)?)))
     }
 
-    /// The same of all slots that this process has mapped, for a look.
+    /// The parts of `hva` that slots of `mechanism` have mapped, as addresses in order.
+    pub fn mapped_in(&self, mechanism: u32, hva: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let of = self.placed_in(mechanism, &hva);
+        self.index[of].iter().map(move |Placed { extent: Extent { hva: here, len, .. }, .. }| {
+            (*here).max(hva.start)..(here + len).min(hva.end)
+        })
+    }
+
+    /// Which entries of the index are of `hva`.
+    fn placed_in(&self, mechanism: u32, hva: &Range<u64>) -> Range<usize> {
+        let ends = |p: &Placed| (p.mechanism, p.extent.hva + p.extent.len);
+        let first = self.index.partition_point(|p| ends(p) <= (mechanism, hva.start));
+        let after = self.index.partition_point(|p| (p.mechanism, p.extent.hva) < (mechanism, hva.end));
+        first..after.max(first)
+    }
+
+    /// Refuses a source that is unresolved guest memory: reading it would wait for the very service that reads it.
+    pub fn check_not_unresolved(&self, src: *const u8, len: u64) -> Result<()> {
+        let src = src.addr() as u64;
+        if self.mapped_here(src..src.saturating_add(len)).any(|(slot, pages)| slot.pages.first_open(pages).is_some()) {
+            let text = "src is guest memory that is not present itself: reading it would wait for this service";
+            return Err(Error::new(Errno::DEADLK, text));
+        }
+        Ok(())
+    }
+
+    /// The pages that `hva` touches of all slots that this process has mapped.
     pub fn mapped_here(&self, hva: Range<u64>) -> impl Iterator<Item = (&Arc<Slot>, Range<u64>)> {
-        let overlapping = self.index.iter().filter_map(move |placed| Some((&placed.slot, placed.within(&hva)?)));
-        overlapping.filter(|(slot, _)| !slot.mechanism.remote())
+        let mut next = 0;
+        let mechanisms = std::iter::from_fn(move || {
+            let mechanism = self.index.get(next)?.mechanism;
+            next = self.index.partition_point(|placed| placed.mechanism <= mechanism);
+            Some(mechanism)
+        });
+        let overlapping = mechanisms.flat_map(move |mechanism| self.within_hva(mechanism, hva.clone()));
+        let here = overlapping.filter(|(slot, _)| !slot.facts().remote);
+        here.map(|(slot, bytes)| (slot, slot.pages_of(&bytes)))
     }
 
     /// Adds a slot, unless it overlaps another in guest physical or host virtual addresses.
     pub fn add(&mut self, slot: Arc<Slot>) -> Result<()> {
-        let (gpa, end) = (slot.gpa, slot.gpa + slot.len);
-        if let Some(other) = self.slots.iter().find(|s| s.gpa < end && gpa < s.gpa + s.len) {
-            let text = format!("gpa {gpa:#x}..{end:#x} overlaps the memory slot at {:#x}", other.gpa);
-            return Err(Error::new(libc::EEXIST, text));
-        }
-        for extent in slot.extents() {
-            let taken = self.within_hva(slot.mechanism.id(), extent.hva..extent.hva + extent.len);
-            if let Some((other, _)) = taken.first() {
-                let text = format!("the host mapping overlaps that of the memory slot at gpa {:#x}", other.gpa);
-                return Err(Error::new(libc::EEXIST, text));
-            }
-        }
-        let at = self.slots.partition_point(|s| s.gpa < gpa);
+        self.check_free(&slot)?;
+        refusable(|| self.slots.try_reserve(1)).map_err(NoMemory::from)?;
+        self.place(&slot)?;
+        let at = self.slots.partition_point(|s| s.gpa < slot.gpa);
         self.slots.insert(at, slot);
         Ok(())
     }
 
+    /// Puts a slot in the index.
+    fn place(&mut self, slot: &Arc<Slot>) -> Result<()> {
+        let (mechanism, extents) = (slot.mechanism.id(), slot.extents()?);
+        refusable(|| self.index.try_reserve(extents.len())).map_err(NoMemory::from)?;
+        for extent in extents {
+            self.put(Placed { mechanism, extent, slot: slot.clone() });
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, placed: Placed) {
+        let key = |p: &Placed| (p.mechanism, p.extent.hva);
+        let at = self.index.partition_point(|p| key(p) < key(&placed));
+        self.index.insert(at, placed);
+    }
+
+    fn moved(&mut self, mechanism: u32, hva: &Range<u64>, to: Option<u64>) -> Result<()> {
+        let places = self.placed_in(mechanism, hva);
+        // A place may become three.
+        refusable(|| self.index.try_reserve(2 * places.len())).map_err(NoMemory::from)?;
+        let mut were = Vec::new();
+        refusable(|| were.try_reserve_exact(places.len())).map_err(NoMemory::from)?;
+        for placed in &self.index[places.clone()] {
+            placed.slot.reserve_extents(2)?;
+        }
+        were.extend(self.index.drain(places));
+        for placed in were {
+            placed.slot.moved(hva, to);
+            for extent in placed.extent.moved(hva, to) {
+                self.put(Placed { extent, ..placed.clone() });
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a slot that overlaps another.
+    pub fn check_free(&self, slot: &Slot) -> Result<()> {
+        let (gpa, end) = (slot.gpa, slot.gpa + slot.len);
+        if let Some((other, _)) = self.within_gpa(gpa..end).next() {
+            let text = words!("gpa {gpa:#x}..{end:#x} overlaps the memory slot at {:#x}", other.gpa);
+            return Err(Error::new(Errno::EXIST, text));
+        }
+        for extent in slot.extents()? {
+            let mut taken = self.within_hva(slot.mechanism.id(), extent.hva..extent.hva + extent.len);
+            if let Some((other, _)) = taken.next() {
+                let text = words!("the host mapping overlaps that of the memory slot at gpa {:#x}", other.gpa);
+                return Err(Error::new(Errno::EXIST, text));
+            }
+        }
+        Ok(())
+    }
+
     /// Adds a forked child's view.
-    pub fn add_fork(&mut self, slot: Arc<Slot>) {
+    pub fn add_fork(&mut self, slot: Arc<Slot>) -> Result<()> {
+        refusable(|| self.forks.try_reserve(1)).map_err(NoMemory::from)?;
+        self.place(&slot)?;
         self.forks.push(slot);
+        Ok(())
     }
 
     /// Takes a slot and the views of it out.
     pub fn remove(&mut self, slot: &Arc<Slot>) {
-        self.slots.retain(|s| !Arc::ptr_eq(s, slot));
-        self.forks.retain(|f| !f.parent.as_ref().is_some_and(|p| Arc::ptr_eq(p, slot)));
+        let at = self.slots.partition_point(|other| other.gpa < slot.gpa);
+        if self.slots.get(at).is_some_and(|other| Arc::ptr_eq(other, slot)) {
+            self.slots.remove(at);
+        }
+        let mechanism = slot.mechanism.id();
+        slot.each_extent(|extent| {
+            let mut places = self.placed_in(mechanism, &(extent.hva..extent.hva + extent.len));
+            if let Some(at) = places.find(|at| Arc::ptr_eq(&self.index[*at].slot, slot)) {
+                self.index.remove(at);
+            }
+        });
+        let is_view = |other: &Arc<Slot>| other.parent.as_ref().is_some_and(|parent| Arc::ptr_eq(parent, slot));
+        if self.forks.iter().any(is_view) {
+            self.forks.retain(|other| !is_view(other));
+            self.index.retain(|placed| !is_view(&placed.slot));
+        }
     }
 
     /// Takes out the views of a child that is gone.
     pub fn remove_forks(&mut self, mechanism: u32) {
         self.forks.retain(|fork| fork.mechanism.id() != mechanism);
-    }
-
-    fn reindex(&mut self) {
-        self.index.clear();
-        for slot in self.slots.iter().chain(&self.forks) {
-            let mechanism = slot.mechanism.id();
-            self.index.extend(slot.extents().into_iter().map(|extent| Placed {
-                mechanism,
-                extent,
-                slot: slot.clone(),
-            }));
-        }
-        self.index.sort_by_key(|p| (p.mechanism, p.extent.hva));
+        self.index.retain(|placed| placed.mechanism != mechanism);
     }
 }

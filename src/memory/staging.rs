@@ -1,20 +1,19 @@
 //! A huge page to fill before it is moved to the guest whole (`KUF_MEMORY_HUGE`).
 //!
-//! UFFDIO_MOVE takes the page away from here, so each stretch needs a new one: the kernel zeroes it at the first touch,
+//! UFFDIO_MOVE takes the page out of this buffer, so each stretch needs a new one: the kernel zeroes it at the first touch,
 //! which costs about what UFFDIO_COPY spends on 512 single pages.
 
 use std::ptr::NonNull;
 
 use rustix::io::Errno;
 
-use super::buffer::Buffer;
+use crate::alloc::try_push;
 use crate::error::Result;
+use crate::mapping::buffer::Buffer;
+use crate::mapping::HUGE;
 use crate::sync::{lock, Mutex};
 
-/// Bytes of a huge page, where base pages have 4 KiB.
-pub const HUGE: u64 = 2 << 20;
-
-/// Whether the kernel's huge pages are of that size.
+/// Whether the kernel's huge pages are of [`HUGE`] bytes.
 pub fn possible() -> bool {
     rustix::param::page_size() == 4096
 }
@@ -32,7 +31,7 @@ impl Staging {
         let room = Buffer::new(2 * HUGE as usize)?;
         let staging = Self { room, policy: Policy::default(), whole: false };
         let at = staging.at().as_ptr().cast();
-        // SAFETY: this buffer's own memory. What either refuses shows in `ready`. A page that a forked child shared could
+        // SAFETY: this buffer's own memory. A refusal of either shows in `ready`. A page that a forked child shares could
         // not be moved.
         unsafe {
             libc::madvise(at, HUGE as usize, libc::MADV_HUGEPAGE);
@@ -49,7 +48,7 @@ impl Staging {
         unsafe { start.add(up as usize) }
     }
 
-    /// Sees to it that a huge page is here, of the kind that memory at `like` is made of. False: none is to be had.
+    /// Makes sure that the buffer has a huge page, with the NUMA policy of the memory at `like`. False: the kernel has none.
     fn ready(&mut self, like: u64) -> bool {
         let Some(policy) = Policy::of(like) else { return false };
         if policy != self.policy {
@@ -61,7 +60,7 @@ impl Staging {
         if self.whole {
             return true;
         }
-        // Single pages that a move left behind, or that mlockall made.
+        // Drops single pages that a move left behind, or that mlockall made.
         if !self.drop_pages() || self.resident() {
             return false;
         }
@@ -74,13 +73,13 @@ impl Staging {
     fn drop_pages(&self) -> bool {
         const MADV_DONTNEED_LOCKED: libc::c_int = 24;
         let advise = |advice| {
-            // SAFETY: this buffer's own memory, of which nobody needs the content.
+            // SAFETY: this buffer's own memory, whose content is not needed.
             unsafe { libc::madvise(self.at().as_ptr().cast(), HUGE as usize, advice) == 0 }
         };
         advise(libc::MADV_DONTNEED) || advise(MADV_DONTNEED_LOCKED)
     }
 
-    /// Whether the last base page is there: when only the first was touched, it is if one page is all of them.
+    /// Whether the last base page is resident. When only the first was touched, that means one huge page.
     fn resident(&self) -> bool {
         let page = rustix::param::page_size();
         let mut resident = 0_u8;
@@ -99,10 +98,10 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// A huge page of undefined content, for memory at `like` in this process. None: there is none to be had now.
+    /// A huge page of undefined content, for memory at `like` in this process. None: the kernel has none now.
     pub fn take(&self, like: u64) -> Option<Staging> {
         let used = lock(&self.free).pop();
-        // One whose page table was broken up gets no huge page any more, before Linux 6.14: a new one does.
+        // Before Linux 6.14 a buffer whose page table was broken up gets no huge page any more; a new buffer does.
         for old in [used, None] {
             let mut staging = old.map_or_else(Staging::new, Ok).ok()?;
             if staging.ready(like) {
@@ -115,11 +114,12 @@ impl Pool {
     /// Gives it back. `moved`: its page, or part of it, is the guest's by now.
     pub fn put(&self, mut staging: Staging, moved: bool) {
         staging.whole &= !moved;
-        lock(&self.free).push(staging);
+        // Without memory to remember it, it is unmapped.
+        let _ = try_push(&mut lock(&self.free), staging);
     }
 }
 
-/// Whether a huge page is to be had at this moment.
+/// Whether the kernel has a huge page at this moment.
 pub fn works() -> bool {
     possible() && Pool::default().take(0).is_some()
 }
@@ -127,8 +127,8 @@ pub fn works() -> bool {
 /// Most NUMA nodes of any kernel.
 const NODES: usize = 1024;
 
-/// From which nodes memory comes. A page that is moved stays where it was allocated, so that staging has to follow the
-/// policy of the memory it is for.
+/// The NUMA nodes that memory comes from. A moved page stays on the node where it was allocated, so staging has to follow
+/// the policy of the memory that it is for.
 #[derive(Clone, PartialEq, Eq)]
 struct Policy {
     mode: libc::c_int,
@@ -142,7 +142,7 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// That of the memory at `hva`; 0: any. None: it cannot be followed, because it depends on the address.
+    /// The policy of the memory at `hva`; 0: any. None: it cannot be followed, because it depends on the address.
     fn of(hva: u64) -> Option<Self> {
         const MPOL_F_ADDR: libc::c_ulong = 1 << 1;
         const MPOL_MODE_FLAGS: libc::c_int = 0b111 << 13;

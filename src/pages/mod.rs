@@ -1,29 +1,33 @@
 //! Page states: two bits a page in atomic words, for the blocks of pages that are not all in one state.
 //!
-//! There are two levels above the words: a chunk of pages that are all in one state is one pointer-sized tag, so a terabyte
-//! that nobody has touched costs a directory of 16 KiB, and "all of it was given back" costs no more. In a chunk where
-//! something was touched, a block of pages in one state is a byte (`chunk.rs`), so a page touched here and there costs 256
-//! bytes.
+//! Two levels stand above the words. A chunk of pages that are all in one state is one pointer-sized tag, so an
+//! untouched terabyte costs a directory of 16 KiB, and a terabyte that is removed as a whole costs no more. In a chunk
+//! with a touched page, each block of pages in one state is a byte (`chunk.rs`), and a block with pages in different
+//! states takes 256 bytes.
 
 mod chunk;
+pub mod claims;
+#[cfg(not(loom))]
+pub mod readahead;
 
 use std::ops::Range;
 use std::ptr;
 
+use crate::alloc::{patiently, try_collect, NoMemory};
 use crate::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use chunk::{Block, Chunk, Held, BLOCKS, WORDS};
 
-/// What a page holds, and so who may touch its place in the guest.
+/// The content of a page, which decides what may be written to its place in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum State {
-    /// Nothing yet: the source has its bytes.
+    /// The page holds nothing yet: the source has its bytes.
     Absent = 0,
-    /// Somebody owns it: see [`crate::claims`].
+    /// A claim owns the page: see [`claims`].
     Filling = 1,
-    /// Its bytes.
+    /// The page holds its bytes.
     Present = 2,
-    /// Given back by the guest, or unmapped: zero at the next touch, whatever the source has.
+    /// The guest gave the page back, or it was unmapped: it is zero at the next touch, whatever the source has.
     Removed = 3,
 }
 
@@ -45,13 +49,38 @@ pub struct Pages {
 
 impl Pages {
     /// `len` pages, all absent.
-    pub fn new(len: u64) -> Self {
-        let chunks = len.div_ceil(PER_CHUNK);
-        Self {
+    pub fn new(len: u64) -> Result<Self, NoMemory> {
+        let chunks = (0..len.div_ceil(PER_CHUNK)).map(|_| AtomicPtr::new(tag(State::Absent)));
+        Ok(Self {
             len,
-            chunks: (0..chunks).map(|_| AtomicPtr::new(tag(State::Absent))).collect(),
+            chunks: try_collect(chunks)?.into_boxed_slice(),
             counts: [AtomicU64::new(len), AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0)],
+        })
+    }
+
+    /// Gives each block of `range` words of its own, so that no change of state within it needs memory.
+    pub fn reserve(&self, range: Range<u64>) -> Result<(), NoMemory> {
+        let mut page = range.start;
+        while page < range.end {
+            match self.chunk(page) {
+                Held::All(state) => self.split(page, state)?,
+                Held::Each(chunk) => {
+                    chunk.split(block_in_chunk(page))?;
+                    page = self.block_end(page);
+                }
+            }
         }
+        Ok(())
+    }
+
+    /// Makes room for a change of state of all of `range`: only the blocks at its two ends may need words.
+    pub fn reserve_ends(&self, range: &Range<u64>) -> Result<(), NoMemory> {
+        for at in [range.start, range.end] {
+            if at % PER_BLOCK != 0 && at < self.len {
+                self.reserve(at..at + 1)?;
+            }
+        }
+        Ok(())
     }
 
     /// Number of pages.
@@ -64,17 +93,25 @@ impl Pages {
         self.counts[state as usize].load(Ordering::Relaxed)
     }
 
+    /// Whether every page is present or removed. The caller holds the lock on the slot's claims: a page that moves from
+    /// one state to another counts in neither meanwhile.
+    pub fn whole(&self) -> bool {
+        self.count(State::Absent) == 0 && self.count(State::Filling) == 0
+    }
+
     /// The state of `page`.
     pub fn get(&self, page: u64) -> State {
         STATES[(self.word(page) >> (page % PER_WORD * 2) & 3) as usize]
     }
 
     /// Moves every page of `range` that is in `from` to `to`, each by compare-and-swap. Returns how many.
+    ///
+    /// The caller reserves the memory for it before. Pages of a block for which there is no memory stay as they are.
     pub fn transition(&self, range: Range<u64>, from: State, to: State) -> u64 {
         debug_assert!(range.end <= self.len);
         let mut moved = 0;
         let mut page = range.start;
-        // What turned out to be another thing than it was a moment ago is looked at again.
+        // A compare-and-swap that fails, because another thread changed this chunk, is retried.
         while page < range.end {
             let whole = page % PER_CHUNK == 0 && range.end >= self.chunk_end(page);
             match self.chunk(page) {
@@ -87,7 +124,11 @@ impl Pages {
                         page = self.chunk_end(page);
                     }
                 }
-                Held::All(state) => self.split(page, state),
+                Held::All(state) => {
+                    if patiently(|| self.split(page, state)).is_err() {
+                        page = self.chunk_end(page);
+                    }
+                }
                 Held::Each(chunk) => {
                     let end = range.end.min(self.block_end(page));
                     moved += self.transition_in(chunk, page..end, from, to);
@@ -114,7 +155,10 @@ impl Pages {
                         return range.end - range.start;
                     }
                 }
-                Held::All(_) => break chunk.split(block),
+                Held::All(_) => match patiently(|| chunk.split(block)) {
+                    Ok(words) => break words,
+                    Err(NoMemory) => return 0,
+                },
                 Held::Each(words) => break words,
             }
         };
@@ -135,7 +179,7 @@ impl Pages {
         Some(start..end)
     }
 
-    /// The first page of `range` that is neither present nor removed.
+    /// The first page of `range` that is absent or being filled.
     pub fn first_open(&self, range: Range<u64>) -> Option<u64> {
         self.scan(range, |s| matches!(s, State::Absent | State::Filling))
     }
@@ -157,6 +201,21 @@ impl Pages {
         let start = if below == 0 { window.start } else { page - page % PER_WORD + u64::from(below.ilog2()) / 2 + 1 };
         let end = if above == 0 { window.end } else { page + u64::from(above.trailing_zeros()) / 2 };
         start..end
+    }
+
+    /// The run of pages in the state of `page` that has `page` in it, within `range`.
+    pub fn run_around(&self, page: u64, range: &Range<u64>) -> Range<u64> {
+        let state = self.get(page);
+        let word = |page: u64| {
+            let start = page - page % PER_WORD;
+            start.max(range.start)..(start + PER_WORD).min(range.end)
+        };
+        let mut run = self.alike_around(page, &word(page));
+        while run.start > range.start && run.start % PER_WORD == 0 && self.get(run.start - 1) == state {
+            run.start = self.alike_around(run.start - 1, &word(run.start - 1)).start;
+        }
+        run.end = self.scan(run.end..range.end, |other| other != state).unwrap_or(range.end);
+        run
     }
 
     /// The first page of `range` whose state `wanted` accepts.
@@ -219,14 +278,16 @@ impl Pages {
         }
     }
 
-    /// Gives the chunk that has `page`, and was all in `state`, a table of its own, unless somebody was quicker.
-    fn split(&self, page: u64, state: State) {
-        let made = Box::into_raw(Chunk::new(state));
+    /// Gives the chunk of `page`, whose pages were all in `state`, a table of its own, unless another thread has done
+    /// so.
+    fn split(&self, page: u64, state: State) -> Result<(), NoMemory> {
+        let made = Box::into_raw(Chunk::new(state)?);
         let put = self.directory(page).compare_exchange(tag(state), made, Ordering::AcqRel, Ordering::Acquire);
         if put.is_err() {
-            // SAFETY: made a moment ago and seen by nobody.
+            // SAFETY: made a moment ago; no other thread has seen it.
             drop(unsafe { Box::from_raw(made) });
         }
+        Ok(())
     }
 }
 
@@ -235,7 +296,7 @@ impl Drop for Pages {
         for chunk in &self.chunks {
             let chunk = chunk.load(Ordering::Acquire);
             if uniform(chunk).is_none() {
-                // SAFETY: not a tag, so it came from Box::into_raw; nobody else has a reference any more.
+                // SAFETY: not a tag, so it came from Box::into_raw; `&mut self` shows that no reference to it is left.
                 drop(unsafe { Box::from_raw(chunk) });
             }
         }
@@ -297,7 +358,7 @@ mod tests {
 
     #[test]
     fn new_pages_are_absent_and_counted() {
-        let pages = Pages::new(100_000);
+        let pages = Pages::new(100_000).expect("memory");
         assert_eq!(pages.count(State::Absent), 100_000);
         assert_eq!(pages.get(99_999), State::Absent);
         assert_eq!(pages.first_run(0..100_000, State::Absent, u64::MAX), Some(0..100_000));
@@ -306,7 +367,7 @@ mod tests {
 
     #[test]
     fn transition_moves_only_pages_in_from() {
-        let pages = Pages::new(PER_CHUNK * 3 + 7);
+        let pages = Pages::new(PER_CHUNK * 3 + 7).expect("memory");
         assert_eq!(pages.transition(5..70, State::Absent, State::Filling), 65);
         assert_eq!(pages.transition(0..100, State::Filling, State::Present), 65);
         assert_eq!(pages.transition(0..100, State::Absent, State::Removed), 35);
@@ -321,7 +382,7 @@ mod tests {
 
     #[test]
     fn whole_chunks_need_no_memory_and_can_be_split_later() {
-        let pages = Pages::new(PER_CHUNK * 4 + 9);
+        let pages = Pages::new(PER_CHUNK * 4 + 9).expect("memory");
         assert_eq!(pages.transition(0..PER_CHUNK * 4 + 9, State::Absent, State::Removed), PER_CHUNK * 4 + 9);
         assert!(pages.chunks.iter().all(|c| uniform(c.load(Ordering::Acquire)) == Some(State::Removed)));
         assert_eq!(pages.transition(PER_CHUNK..PER_CHUNK + 1, State::Removed, State::Present), 1);
@@ -331,8 +392,8 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_for_what_was_touched() {
-        let pages = Pages::new(PER_CHUNK * 3);
+    fn touched_blocks_alone_take_memory() {
+        let pages = Pages::new(PER_CHUNK * 3).expect("memory");
         let blocks = |pages: &Pages| -> usize {
             let split = |chunk: u64, block| match pages.chunk(chunk * PER_CHUNK) {
                 Held::All(_) => false,
@@ -340,19 +401,19 @@ mod tests {
             };
             (0..3).map(|chunk| (0..BLOCKS).filter(|block| split(chunk, *block)).count()).sum()
         };
-        // Scattered: a block for each, and none for those between.
+        // Scattered pages take one block each, and the blocks between take none.
         for n in 0..20 {
             let page = PER_CHUNK + n * PER_BLOCK * 3 + 5;
             assert_eq!(pages.transition(page..page + 1, State::Absent, State::Filling), 1);
             assert_eq!(pages.transition(page..page + 1, State::Filling, State::Present), 1);
         }
         assert_eq!(blocks(&pages), 20);
-        // Whole blocks need none, wherever they are.
+        // Whole blocks need no words, wherever they are.
         let whole = PER_CHUNK * 2 - PER_BLOCK * 2..PER_CHUNK * 2 + PER_BLOCK * 3;
         assert_eq!(pages.transition(whole.clone(), State::Absent, State::Removed), PER_BLOCK * 5);
         assert_eq!(blocks(&pages), 20);
         assert_eq!(pages.first_run(0..pages.total(), State::Removed, u64::MAX), Some(whole));
-        // A range that begins and ends within blocks: the two at its ends.
+        // A range that begins and ends within blocks needs words for these two.
         let range = PER_CHUNK * 2 + PER_BLOCK * 4 + 1..PER_CHUNK * 2 + PER_BLOCK * 7 - 1;
         assert_eq!(pages.transition(range.clone(), State::Absent, State::Present), PER_BLOCK * 3 - 2);
         assert_eq!(blocks(&pages), 22);
@@ -361,8 +422,27 @@ mod tests {
     }
 
     #[test]
-    fn around_a_page() {
-        let pages = Pages::new(PER_CHUNK + 40);
+    fn a_reserved_range_needs_no_memory() {
+        let words = |pages: &Pages, page| match pages.chunk(page) {
+            Held::All(_) => false,
+            Held::Each(chunk) => matches!(chunk.block(block_in_chunk(page)), Held::Each(_)),
+        };
+        let has_words = |pages: &Pages| (0..6).filter(|n| words(pages, n * PER_BLOCK)).collect::<Vec<_>>();
+        let pages = Pages::new(PER_CHUNK * 2 + 9).expect("memory");
+        pages.reserve(PER_BLOCK - 1..PER_BLOCK * 2 + 1).expect("memory");
+        assert_eq!(has_words(&pages), [0, 1, 2]);
+        assert_eq!(pages.count(State::Absent), pages.total());
+        let pages = Pages::new(PER_CHUNK * 2 + 9).expect("memory");
+        pages.reserve_ends(&(PER_BLOCK - 1..PER_BLOCK * 3)).expect("memory");
+        pages.reserve_ends(&(PER_BLOCK * 4..PER_BLOCK * 5 + 1)).expect("memory");
+        pages.reserve_ends(&(0..pages.total())).expect("memory");
+        assert_eq!(has_words(&pages), [0, 5]);
+        assert_eq!(Pages::new(u64::MAX).err(), Some(NoMemory));
+    }
+
+    #[test]
+    fn finds_pages_of_the_same_state_around_a_page() {
+        let pages = Pages::new(PER_CHUNK + 40).expect("memory");
         assert_eq!(pages.alike_around(7, &(0..16)), 0..16);
         assert_eq!(pages.asked_around(7), 0);
         for (page, state) in [(3, State::Present), (9, State::Filling), (12, State::Removed), (31, State::Present)] {
@@ -384,11 +464,11 @@ mod tests {
     #[test]
     fn agrees_with_a_plain_array_under_random_transitions() {
         const LEN: u64 = PER_CHUNK + PER_BLOCK + 1_000;
-        let pages = Pages::new(LEN);
+        let pages = Pages::new(LEN).expect("memory");
         let mut model = vec![State::Absent; LEN as usize];
         let mut random = crate::testing::random();
         for round in 0..3_000 {
-            // Some within a block or two, some of whole blocks, and some of about a chunk.
+            // Some ranges lie within a block or two, some are whole blocks, and some are about a chunk.
             let (start, len) = match round % 50 {
                 0 => (random(3) * PER_BLOCK, PER_CHUNK),
                 1..10 => (random(BLOCKS as u64) * PER_BLOCK, (1 + random(4)) * PER_BLOCK),
@@ -410,6 +490,11 @@ mod tests {
                 let open = |s: &&State| matches!(s, State::Absent | State::Filling);
                 model[at as usize..].iter().find(open).copied()
             });
+            let (window, state) = (at.saturating_sub(300)..(at + 300).min(LEN), model[at as usize]);
+            let run = pages.run_around(at, &window);
+            assert!(run.contains(&at) && run.clone().all(|p| model[p as usize] == state));
+            assert!(run.start == window.start || model[run.start as usize - 1] != state);
+            assert!(run.end == window.end || model[run.end as usize] != state);
             let run = pages.first_run(at..LEN, from, 50);
             let first = (at..LEN).find(|p| model[*p as usize] == from);
             assert_eq!(run.as_ref().map(|r| r.start), first);

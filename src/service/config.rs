@@ -1,65 +1,62 @@
-//! What a handle was opened with, checked.
+//! The options of a handle, checked.
 
 use std::os::fd::OwnedFd;
-use std::time::Duration;
 
-use super::cpus::Cpus;
-pub use super::host::Host;
-use crate::mechanism::kvm_bitmap::Memslot;
+use crate::caller::Keep;
+use crate::mechanism::bitmap::Memslot;
 use crate::memory::Opaque;
+use crate::os::cpus::Cpus;
+pub use crate::service::callbacks::Callbacks;
 pub use crate::source::NewSource;
+use crate::sync::time::Duration;
 
 /// The mechanism of a handle.
 pub enum Which {
     Userfaultfd,
-    /// On this VM.
+    /// The bitmap mechanism on this VM.
     KvmBitmap(OwnedFd),
     KvmAsync {
         vm: OwnedFd,
-        /// The host vouches for ENOENT on an empty queue.
+        /// The caller vouches for ENOENT on an empty queue.
         drain: bool,
     },
 }
 
+/// Bytes of deferred populate runs that may be outstanding at once: enough to keep a distant source busy. The
+/// simulation reaches the limit with little memory.
+pub const POPULATE_INFLIGHT: u64 = if cfg!(shuttle) { 16 << 10 } else { 16 << 20 };
+
 /// Options of `kuf_open`, in range and with defaults filled in.
 pub struct Config {
-    pub host: Host,
+    pub callbacks: Callbacks,
     pub mechanism: Which,
     pub user_mode_only: bool,
     pub follow_fork: bool,
     pub direct: bool,
     pub adopt_only: bool,
-    /// Pages of zeroes are looked for.
+    /// The library looks for pages of zeroes in filled bytes.
     pub detect_zero: bool,
-    /// Serviced, with or without a callback.
-    pub sources: bool,
+    /// Pages come from a callback or from sources, and not from the caller's own loop.
+    pub serviced: bool,
     pub fill_threads: usize,
     /// Bytes.
     pub demand_run: u64,
     /// Bytes.
     pub populate_run: u64,
-    /// Bytes.
+    /// Bytes of deferred populate runs that may be outstanding at once.
     pub populate_inflight: u64,
     /// At least 1.
     pub userfaultfds: usize,
-    /// Where service threads may run; None: where the host's thread may that opens.
+    /// The CPUs of service threads. None: those of the thread that calls kuf_open.
     pub cpus: Option<Cpus>,
-    /// The same for kuf-populate; None: as `cpus`.
-    pub populate_cpus: Option<Cpus>,
-    pub queue_max: usize,
-    /// How long a service thread may look for the next fault before it sleeps.
+    /// How long a service thread may poll for the next fault before it sleeps.
     pub spin: Duration,
 }
 
 impl Config {
-    /// Whether pages come from a callback or from sources.
-    pub fn serviced(&self) -> bool {
-        self.host.fill.is_some() || self.sources
-    }
-
-    /// Whether faults bring more than their own page.
+    /// Whether faults fill more than their own page.
     pub fn goes_ahead(&self) -> bool {
-        self.serviced() && self.demand_run > rustix::param::page_size() as u64
+        self.serviced && self.demand_run > rustix::param::page_size() as u64
     }
 
     /// How many service threads there are.
@@ -67,14 +64,14 @@ impl Config {
         if self.direct {
             return 0;
         }
-        // Without a callback one of them may still be inside an event callback.
-        let threads = if self.serviced() { self.fill_threads + 1 } else { 2 };
-        // One more may be bringing what nobody has asked for.
+        // Without a fill callback, one of them may still be inside an event callback.
+        let threads = if self.serviced { self.fill_threads + 1 } else { 2 };
+        // One more thread may be prefetching.
         threads + usize::from(self.goes_ahead())
     }
 }
 
-/// A slot to be added, with what can be checked without the kernel checked.
+/// A slot to be added, after the checks that need no system call.
 pub struct NewMemory {
     pub gpa: u64,
     pub len: u64,
@@ -86,34 +83,38 @@ pub struct NewMemory {
     pub uffd: Option<i32>,
     pub remote: bool,
     pub fill_all: bool,
-    /// Huge pages, where they are possible.
+    /// The memory may hold pages already, which are the guest's own.
+    pub populated: bool,
+    /// Fill with huge pages, where that is possible.
     pub huge: bool,
     pub kvm_attributes: u64,
     /// The memslot, when the library is to set it.
     pub memslot: Option<Memslot>,
     pub opaque: Opaque,
-    /// Where its pages come from; None: the fill callback.
+    /// The source of its pages. None: the fill callback.
     pub source: Option<NewSource>,
+    /// What to keep as long as the slot lives.
+    pub keep: Option<Keep>,
 }
 
 /// A populate request.
 pub struct NewPopulate {
     pub stop: bool,
-    /// As if somebody waited for each page: what cannot be filled is poisoned, and the rest is gone on with.
+    /// Fill as if a thread waited for each page: poison pages that cannot be filled, and go on with the rest.
     pub sweep: bool,
-    /// None: everything.
+    /// None: all slots.
     pub range: Option<(u64, u64)>,
     /// Bytes per second; 0: no limit.
     pub rate: u64,
 }
 
-/// What `kuf_resolve` brings.
+/// The bytes that `kuf_resolve` passes.
 #[derive(Clone, Copy)]
 pub enum Resolution {
     Data(*const u8),
     Zero,
     InPlace,
     Poison,
-    /// Nothing: the pages hold their bytes already.
+    /// No bytes: the pages hold theirs already.
     Present,
 }

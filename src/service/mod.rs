@@ -1,68 +1,54 @@
 //! The fault service of one handle.
 //!
-//! A fault's way, left to right: `inlet` (read from the kernel) → `demand` (whose page is it?) → `fill` (ask the host)
-//! → `install` (open the page). What the host brings unasked enters at `resolve`; what nobody waits for, at `populate` (and
-//! `replay`). What was demanded is written down in `record`.
+//! The way of a fault, left to right: `queues` (read it from the kernel) → `demand` (find its page) → `fill` (ask the
+//! caller) → `install` (make the page present). Pages that the caller resolves without being asked enter at `resolve`;
+//! background fills at `populate` and `replay`. `recorder` notes the demanded pages.
 
-mod ahead;
-mod asking;
-mod behind;
-mod caller;
-mod close;
+pub mod background;
+mod buffers;
+mod callbacks;
+pub mod calls;
 pub mod config;
-pub mod cpus;
-mod demand;
-mod discard;
-mod fill;
-mod fork;
-mod host;
-pub mod huge;
-mod inlet;
-mod install;
-mod kvm;
-mod populate;
-mod present;
-mod record;
-mod replay;
-mod resolve;
-mod slots;
+mod fault;
+mod inside;
+mod life;
+mod queues;
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod tests_kvm;
-#[cfg(test)]
-mod tests_window;
-mod threads;
-mod window;
-mod zero;
+pub mod threads;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
-use crossbeam_channel::{unbounded, Receiver, Sender};
+use rustix::io::Errno;
 
-use crate::capi::types::*;
-use crate::crew::Crew;
-use crate::error::{Error, Result};
+use crate::abi::*;
+use crate::error::{words, Error, Result, Words};
 use crate::mechanism::kvm_async::KvmAsync;
 use crate::mechanism::kvm_bitmap::KvmBitmap;
 use crate::mechanism::userfaultfd::Userfaultfd;
 use crate::mechanism::Mechanism;
-use crate::memory::buffer::Pool;
-use crate::memory::{staging, Memory, Slot, Waiter};
+use crate::memory::{Memory, Slot, Waiter};
+use crate::os::descriptor::duplicate;
+use crate::pages::readahead::NEAR;
 use crate::pages::State;
 use crate::probe;
+use crate::service::queues::watch;
+use crate::stats::all_blocked::Wait;
 use crate::stats::Stats;
-use crate::sync::{lock, Mutex};
-use caller::Ready;
+use crate::sync::atomic::Ordering;
+use crate::sync::time::{Duration, Instant};
+use crate::sync::Arc;
+use background::Background;
+use buffers::Buffers;
 use config::{Config, Which};
-use inlet::Inlet;
+use fault::ask::{self, Ready};
+use fault::notice::Notice;
+use fault::shortage::Shortage;
+use life::Life;
+use queues::Queues;
+use threads::{fork, start, Threads};
 
-pub use host::refuse_inside_callbacks;
-pub use slots::duplicate_vm;
+pub use inside::refuse_inside_callbacks;
 
 /// A page fault on its way.
 pub struct Fault {
@@ -70,83 +56,49 @@ pub struct Fault {
     page: u64,
     /// KUF_FAULT_*.
     flags: u32,
-    /// The toucher's thread id, or 0.
-    thread: u32,
-    read_at: Instant,
+    wait: Wait,
 }
 
-/// Something for a service thread to do.
-enum Work {
+impl Fault {
+    /// Makes a fault of `waiter` again, which has waited for a page of `slot` or of a view of it.
+    fn again(slot: &Arc<Slot>, waiter: Waiter) -> Self {
+        let Waiter { page, wait, flags, fork } = waiter;
+        Self { slot: fork.unwrap_or_else(|| slot.clone()), page, flags, wait }
+    }
+}
+
+/// A piece of work for a service thread.
+pub enum Work {
     Fault(Fault),
-    /// Faults were lost: whatever is closed may be waited for.
+    /// Faults were lost: a thread may wait for any page that is not present.
     Sweep,
-    /// A log record, from where no host code may run.
-    Log(u32, String),
-    /// An event found while reading the kernel: raised by a thread that is free to enter host code.
-    Notice {
-        kind: u32,
-        gpa: u64,
-        len: u64,
-        error: i32,
-        text: String,
-    },
+    /// A log record, found where no callback may run.
+    Log(u32, Words),
+    /// An event found while reading the kernel: raised by a thread that is free to enter the caller's code.
+    Notice(Notice),
 }
 
 impl Work {
-    /// Whether somebody waits for it, as opposed to something that the host is to be told.
+    /// Whether a thread waits for it; the rest are reports to the caller.
     fn is_demand(&self) -> bool {
         matches!(self, Self::Fault(_) | Self::Sweep)
     }
 }
 
-const OPEN: u8 = 0;
-const CLOSING: u8 = 1;
-const DEAD: u8 = 2;
-
 /// One handle's service.
 pub struct Service {
     config: Config,
+    life: Life,
     memory: Memory,
-    /// The library's own mechanism; None when every slot brings one.
+    /// The library's own mechanism. None: every slot has an adopted one.
     own: Option<Arc<dyn Mechanism>>,
-    /// Every queue there is to read.
-    inlets: RwLock<Arc<Vec<Arc<Inlet>>>>,
-    /// Held while it is looked up which mechanism has a userfaultfd of the host's, until its slot is on the map, and while
-    /// that is given up: one queue has one mechanism. Locked before any gate; no host code runs under it.
-    adopting: Mutex<()>,
-    work: (Sender<Work>, Receiver<Work>),
-    /// Service threads that may be inside host code, of `config.fill_threads`: one more thread than that always
-    /// watches.
-    fillers: AtomicUsize,
-    crew: Crew,
-    /// The thread that watches the kernel is asleep there.
-    lead_asleep: AtomicBool,
-    /// Some queue holds messages that there was no room for.
-    starving: AtomicBool,
-    /// Demand that is queued or being served.
-    demanded: AtomicUsize,
-    /// A [`Work::Sweep`] is queued and has not begun.
-    sweep_queued: AtomicBool,
-    /// The host was told of a queue whose signals go elsewhere.
-    warned: AtomicBool,
-    waking: threads::Waking,
-    /// Looking for the next fault takes no CPU that somebody needs to cause it.
-    may_spin: AtomicBool,
+    queues: Queues,
+    threads: Threads,
+    background: Background,
+    buffers: Buffers,
+    shortage: Shortage,
+    /// Faults for a caller that reads them itself.
     ready: Ready,
-    populate: populate::Queue,
-    lately: behind::Lately,
-    windows: window::Windows,
-    recorder: record::Recorder,
-    ahead: ahead::Ahead,
-    buffers: Pool,
-    staging: staging::Pool,
-    life: AtomicU8,
-    opened: Instant,
-    /// Something is to be looked after now and then: another process, a queue whose signals may be lost.
-    has_to_look: AtomicBool,
-    /// When processes were last looked after, in milliseconds since then.
-    looked: AtomicU64,
-    threads: Mutex<Vec<JoinHandle<()>>>,
     /// None: forks are not followed.
     forks: Option<fork::Watch>,
     stats: Stats,
@@ -161,136 +113,129 @@ impl Service {
 
     /// Starts a service over `own`.
     fn open_with(config: Config, own: Option<Arc<dyn Mechanism>>) -> Result<Arc<Self>> {
-        // With kuf-populate.
+        // One more than the service threads: kuf-populate.
         let threads = config.service_threads() + 1;
+        // The reserve has to have room for a service.
+        #[cfg(all(feature = "reserve", not(shuttle)))]
+        const {
+            assert!(size_of::<Self>() <= crate::alloc::reserve::LARGEST)
+        };
         let service = Arc::new(Self {
+            life: Life::new(),
             memory: Memory::default(),
             own,
-            inlets: RwLock::default(),
-            adopting: Mutex::default(),
-            work: unbounded(),
-            fillers: AtomicUsize::new(if config.serviced() { config.fill_threads } else { 1 }),
-            crew: Crew::default(),
-            lead_asleep: AtomicBool::new(false),
-            starving: AtomicBool::new(false),
-            demanded: AtomicUsize::new(0),
-            sweep_queued: AtomicBool::new(false),
-            warned: AtomicBool::new(false),
-            waking: threads::Waking::new(!config.direct)?,
-            may_spin: AtomicBool::new(false),
+            queues: Queues::default(),
+            threads: Threads::new(&config)?,
+            background: Background::default(),
+            buffers: Buffers::default(),
+            shortage: Shortage::default(),
             ready: Ready::new()?,
-            populate: populate::Queue::default(),
-            lately: behind::Lately::default(),
-            windows: window::Windows::default(),
-            recorder: record::Recorder::default(),
-            ahead: ahead::Ahead::default(),
-            buffers: Pool::default(),
-            staging: staging::Pool::default(),
-            life: AtomicU8::new(OPEN),
-            opened: Instant::now(),
-            has_to_look: AtomicBool::new(false),
-            looked: AtomicU64::new(0),
-            threads: Mutex::new(Vec::new()),
             forks: config.follow_fork.then(fork::Watch::new).transpose()?,
-            stats: Stats::new(threads),
+            stats: Stats::new(threads)?,
             config,
         });
+        service.reserve_buffers(NEAR)?;
         if let Some(own) = &service.own {
-            service.add_inlet(own.clone(), None)?;
+            watch::add_mechanism(&service, own.clone(), None)?;
         }
-        // Forks last: once they are announced nothing here may fail.
-        if let Err(error) = service.start_threads().and_then(|()| service.start_forks()) {
-            service.stop_threads(false);
+        // Forks come last: once they are announced, no step here may fail.
+        if let Err(error) = start::start_threads(&service).and_then(|()| fork::start_forks(&service)) {
+            start::stop_threads(&service, false);
+            fork::end_forks(&service);
             return Err(error);
         }
-        service.config.host.opened.store(true, Ordering::Release);
         Ok(service)
+    }
+
+    /// Makes a buffer of `len` bytes for each service thread.
+    fn reserve_buffers(&self, len: u64) -> Result<()> {
+        match self.serviced() {
+            true => self.buffers.reserve(self.config.service_threads(), len),
+            false => Ok(()),
+        }
     }
 
     /// Whether pages come from a callback or from sources, as opposed to kuf_read.
     fn serviced(&self) -> bool {
-        self.config.serviced()
+        self.config.serviced
     }
 
     /// Refuses work on a service that is ending or has failed.
     fn check_open(&self) -> Result<()> {
-        match self.life.load(Ordering::Acquire) {
-            OPEN => Ok(()),
-            CLOSING => Err(Error::new(libc::ECANCELED, "kuf_close has begun on this handle")),
-            _ => Err(Error::new(libc::EIO, "the service of this handle is dead after an internal failure: close it")),
+        self.life.check()
+    }
+
+    /// Whether `slot` or the handle is ending, so that no page of `slot` is filled any more.
+    fn ends(&self, slot: &Slot) -> bool {
+        slot.ending.load(Ordering::Acquire) || self.check_open().is_err()
+    }
+
+    /// The error of a call on `slot` that stopped with `errno`: ECANCELED stands for the end of the handle and for that
+    /// of the slot.
+    fn ended_or(&self, slot: &Slot, errno: Errno, other: impl Fn(Errno) -> Error) -> Error {
+        match errno {
+            Errno::CANCELED => self.check_open().err().unwrap_or_else(|| slot.removed()),
+            errno => other(errno),
         }
     }
 
-    /// A failure inside the library: nothing is opened any more.
+    /// Fails the service after a kuf_close has panicked (a bug): pages that it has not settled may stay so.
+    pub fn fail_at_the_end(&self) {
+        self.life.fail_at_the_end();
+    }
+
+    /// Fails the service after a failure inside the library: it installs no page any more.
     pub fn fail(&self, what: &str) {
-        if self.life.compare_exchange(OPEN, DEAD, Ordering::AcqRel, Ordering::Acquire).is_err() {
+        if !self.life.fail() {
             return;
         }
-        self.wake_everybody();
+        self.wake_all();
         let text =
-            format!("the fault service is dead: {what}; unresolved pages stay closed until kuf_close poisons them");
-        self.config.host.event(KUF_EVENT_FATAL, 0, 0, libc::EIO, &text);
+            words!("the fault service is dead: {what}; unresolved pages stay closed until kuf_close poisons them");
+        self.config.callbacks.event(KUF_EVENT_FATAL, 0, 0, Some(Errno::IO), &text);
     }
 
-    /// Wakes every thread that sleeps in the library, to look at `life`.
-    fn wake_everybody(&self) {
+    /// Wakes every thread that sleeps in the library, so that it checks `life`.
+    fn wake_all(&self) {
         for slot in self.memory.map().all() {
             let claims = slot.claims();
             slot.wake_sleepers(&claims);
         }
         self.ready.end();
-        self.populate.wake();
-        self.crew.call_all();
-        self.waking.wake();
+        self.background.populate.wake();
+        self.threads.wake_all();
     }
 
-    /// Gives service threads something to do.
+    /// Gives work to the service threads.
     fn push(&self, work: Work) {
-        self.count(&work);
+        self.threads.count(&work);
         self.push_counted(work);
     }
 
-    /// As [`Service::push`], of work that was counted when it was read.
+    /// As [`Service::push`], for work that was counted when it was read.
     fn push_counted(&self, work: Work) {
-        self.send(work);
+        self.threads.queue(work);
         if self.config.direct {
-            self.ready.signal();
-        } else if !self.crew.call() {
-            self.wake_lead();
+            ask::signal_caller(self);
+        } else {
+            self.threads.call();
         }
     }
 
-    /// Wakes the thread that watches the kernel, if it sleeps.
-    fn wake_lead(&self) {
-        if self.lead_asleep.load(Ordering::SeqCst) {
-            self.waking.wake();
-        }
-    }
-
-    /// Demand counts from when it is taken from the kernel until it is served.
-    fn count(&self, work: &Work) {
-        if work.is_demand() {
-            self.demanded.fetch_add(1, Ordering::SeqCst);
-        }
-    }
-
-    /// Queues work for this thread, or whoever comes.
+    /// Queues work that was counted, for this thread or another.
     fn send(&self, work: Work) {
-        // The channel is unbounded, and closed only with the service.
-        let _ = self.work.0.send(work);
+        self.threads.queue(work);
     }
 
-    /// Serves faults anew whose page turned out not to be on its way after all.
+    /// Serves faults anew whose page is not being filled after all.
     fn push_again(&self, slot: &Arc<Slot>, waiters: impl IntoIterator<Item = Waiter>) {
         for waiter in waiters {
-            let slot = waiter.fork.clone().unwrap_or_else(|| slot.clone());
-            let (page, flags, thread, read_at) = (waiter.page, waiter.flags, waiter.thread, waiter.read_at);
-            self.push(Work::Fault(Fault { slot, page, flags, thread, read_at }));
+            self.push(Work::Fault(Fault::again(slot, waiter)));
         }
     }
 
     /// `kuf_progress`.
-    pub fn progress(&self, gpa: u64) -> Result<kuf_progress> {
+    pub fn progress(&self, gpa: u64) -> Result<kuf_progress_info> {
         let map = self.memory.map();
         if gpa == KUF_ALL {
             let mut all = progress_of(map.slots().iter());
@@ -302,22 +247,18 @@ impl Service {
     }
 
     /// `kuf_stats`.
-    pub fn stats(&self) -> kuf_stats {
+    pub fn stats(&self) -> kuf_stats_info {
         self.stats.to_c()
     }
 
     /// `kuf_watch_threads`.
     pub fn watch_threads(&self, threads: &[u32]) {
-        self.stats.overlap.watch(threads);
+        self.stats.all_blocked.watch(threads);
     }
 
     /// `kuf_block_times`.
     pub fn block_times(&self, out: &mut [std::mem::MaybeUninit<kuf_block_time>]) -> usize {
         self.stats.block_times(out)
-    }
-
-    fn inlets(&self) -> Arc<Vec<Arc<Inlet>>> {
-        self.inlets.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -325,7 +266,7 @@ fn open_mechanism(config: &Config) -> Result<Option<Arc<dyn Mechanism>>> {
     let userfaultfd = || {
         let (uffd, way) =
             Userfaultfd::open(config.user_mode_only, !config.direct, config.follow_fork, config.userfaultfds)?;
-        config.host.log(KUF_LOG_INFO, || format!("userfaultfd {}; {} of them", way.text(), config.userfaultfds));
+        config.callbacks.log(KUF_LOG_INFO, || words!("userfaultfd {}; {} of them", way.text(), config.userfaultfds));
         Ok::<_, Error>(uffd)
     };
     Ok(match &config.mechanism {
@@ -334,29 +275,29 @@ fn open_mechanism(config: &Config) -> Result<Option<Arc<dyn Mechanism>>> {
         Which::KvmBitmap(vm) => {
             probe::own_vm(vm)?;
             probe::kvm_bitmap()?;
-            Some(Arc::new(KvmBitmap::new(userfaultfd()?, slots::duplicate(vm.as_fd(), "vm_fd")?)))
+            Some(Arc::new(KvmBitmap::new(userfaultfd()?, duplicate(vm.as_fd(), "vm_fd")?)))
         }
         Which::KvmAsync { vm, drain } => {
             probe::kvm_async(Some(vm))?;
-            Some(Arc::new(KvmAsync::open(slots::duplicate(vm.as_fd(), "vm_fd")?, *drain)?))
+            Some(Arc::new(KvmAsync::open(duplicate(vm.as_fd(), "vm_fd")?, *drain)?))
         }
     })
 }
 
-/// When a call with this timeout has to return; None: it may wait for ever.
+/// The time at which a call with this timeout has to return. None: it may wait for ever.
 fn deadline(timeout_ms: i32) -> Result<Option<Instant>> {
     if timeout_ms < -1 {
-        return Err(Error::new(libc::EINVAL, format!("timeout_ms is {timeout_ms}: -1 waits for ever")));
+        return Err(Error::new(Errno::INVAL, words!("timeout_ms is {timeout_ms}: -1 waits for ever")));
     }
     Ok(u64::try_from(timeout_ms).ok().map(|ms| Instant::now() + Duration::from_millis(ms)))
 }
 
 fn no_slot(gpa: u64) -> Error {
-    Error::new(libc::ENOENT, format!("gpa {gpa:#x} is in no memory slot of this handle"))
+    Error::new(Errno::NOENT, words!("gpa {gpa:#x} is in no memory slot of this handle"))
 }
 
-fn progress_of<'a>(slots: impl Iterator<Item = &'a Arc<Slot>>) -> kuf_progress {
-    let mut sum = kuf_progress {
+fn progress_of<'a>(slots: impl Iterator<Item = &'a Arc<Slot>>) -> kuf_progress_info {
+    let mut sum = kuf_progress_info {
         size: 0,
         flags: KUF_PROGRESS_COMPLETE,
         gpa: 0,
@@ -369,7 +310,7 @@ fn progress_of<'a>(slots: impl Iterator<Item = &'a Arc<Slot>>) -> kuf_progress {
         poisoned: 0,
     };
     for slot in slots {
-        // Locked while reading, so that the parts add up to the total.
+        // Hold the lock while reading, so that the parts add up to the total.
         let claims = slot.claims();
         let tally = claims.tally();
         sum.gpa = slot.gpa;
@@ -391,12 +332,7 @@ fn progress_of<'a>(slots: impl Iterator<Item = &'a Arc<Slot>>) -> kuf_progress {
 }
 
 /// A new eventfd for the library's own threads.
-fn eventfd() -> Result<OwnedFd> {
+pub(crate) fn eventfd() -> Result<OwnedFd> {
     use rustix::event::EventfdFlags;
-    rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-        .map_err(|e| Error::system("eventfd", e.raw_os_error()))
-}
-
-fn lock_threads(threads: &Mutex<Vec<JoinHandle<()>>>) -> Vec<JoinHandle<()>> {
-    std::mem::take(&mut *lock(threads))
+    rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| Error::system("eventfd", e))
 }

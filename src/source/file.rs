@@ -1,18 +1,25 @@
-//! A regular file or a block device as a source.
+//! A source that reads a regular file or a block device.
 //!
-//! Two ways, by what the bytes are for. Memory that the kernel copies into (UFFDIO_COPY) is copied from a mapping of the
-//! file: nothing is copied twice. What has to be in a buffer or in the page itself is read there. Both go through the page
-//! cache, unless direct I/O was asked for, which always reads.
+//! The kernel copies the bytes from a mapping of the file, to the guest (UFFDIO_COPY) or to a buffer
+//! (process_vm_readv). For direct I/O, or where the file cannot be mapped, the library reads them with pread(2).
 //!
-//! **The mapping is never touched by the library's own code**: a file may be truncated at any time, and touching what is
-//! gone raises SIGBUS. The kernel touches it, in madvise(MADV_POPULATE_READ) and UFFDIO_COPY, and says EFAULT.
+//! **The mapping is never touched by the library's own code**: a file may be truncated at any time, and touching a
+//! truncated page raises SIGBUS. The kernel touches the mapping, in madvise(MADV_POPULATE_READ) and UFFDIO_COPY, and
+//! answers EFAULT. If the file ends inside a page, the rest of that page reads as zeroes without an error. So the
+//! library checks the file's length after it has the bytes.
 //!
-//! **Readahead.** Populate goes through the file in order, and the kernel's own readahead, which MADV_POPULATE_READ sets off,
-//! is the fastest way to do that: measured on a cold file of 512 MiB, in runs of 256 KiB, 2.8 to 3.7 us a page; asking for each
-//! run with WILLNEED 5.9 (that keeps readahead from seeing the order); O_DIRECT 4.5; pread 4.0. A single page that somebody
-//! waits for is another matter: the readahead of mappings reads all around it. Cold pages at random: 417 us each with it
-//! (a device with 8 MiB of readahead), 40 to 52 with WILLNEED, 39 with O_DIRECT. So short runs on demand are asked for by
-//! WILLNEED, and nothing else is. What io_uring could add is several runs in flight: that is what `fill_threads` are.
+//! **Locks.** A page fault on the mapping and fstat(2) take no lock that write(2) to the file holds while it reads its
+//! source. lseek(2) for holes takes such a lock, so the library looks for holes once, when the slot is added.
+//! MADV_WILLNEED takes it on xfs, so it is used only on file systems known not to. pread(2) takes it on xfs, and with
+//! O_DIRECT on ext4 and xfs.
+//!
+//! **Readahead.** Populate goes through the file in order, and the kernel's own readahead, which MADV_POPULATE_READ
+//! sets off, is the fastest way to do that: measured on a cold file of 512 MiB, in runs of 256 KiB, 2.8 to 3.7 us a
+//! page; asking for each run with WILLNEED 5.9 (that keeps readahead from seeing the order); O_DIRECT 4.5; pread 4.0. A
+//! single page on demand is another matter: the readahead of mappings reads all around it. Cold pages at random (ext4,
+//! a device with 8 MiB of readahead): 400 us each with it, 65 with WILLNEED, 97 from a mapping with MADV_RANDOM. Eight
+//! pages: 338, 140 and 572. So short runs on demand are requested by WILLNEED, or read from a second mapping with
+//! MADV_RANDOM if they are very short. io_uring could add several runs in flight, which `fill_threads` provide already.
 
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -23,33 +30,57 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::{check_len, Found, Source, Wanted};
-use crate::error::{Error, Result};
+use crate::alloc::refusable;
+use crate::error::{words, Error, Result};
+use crate::mapping::buffer::map_file;
+use crate::os::proc::Path;
 
-/// On demand, runs below this are read by themselves: what follows them is not known to be wanted.
+/// On demand, runs below this are read alone: the pages after them may not be wanted.
 const ALONE: u64 = 64 << 10;
 
-/// What O_DIRECT asks of offsets, on any disk.
+/// Where WILLNEED is not safe, runs up to this are read page by page.
+const FEW: u64 = 16 << 10;
+
+/// Holes that the library remembers, at most: each takes two system calls when the slot is added, and 16 bytes. Further
+/// holes are read, as zeroes.
+const MOST_HOLES: usize = 1 << 16;
+
+/// The alignment of offsets that O_DIRECT needs, enough for any disk.
 const BLOCK: u64 = 4096;
 
 /// The part of a file that a slot's pages come from.
 pub struct File {
     file: OwnedFd,
-    /// Of the slot's first byte.
+    /// The offset of the slot's first byte.
     offset: u64,
+    /// fstat reports the length, which it does not for a device.
+    regular: bool,
     map: Option<Map>,
-    /// The same file in a description whose position is the library's own, when it has holes.
-    holes: Option<OwnedFd>,
+    /// How to read few pages without those around them.
+    few: Few,
+    /// The holes at the time the slot was added: bytes of the slot, in order.
+    holes: Vec<Range<u64>>,
 }
 
-/// A mapping of that part.
+/// How to read a few pages without the pages around them.
+enum Few {
+    /// MADV_WILLNEED, which takes no lock on this file system.
+    Ask,
+    /// A mapping without readahead.
+    Map(Map),
+    /// There is no way to.
+    No,
+}
+
+/// A mapping of the file's part.
 struct Map {
     at: NonNull<u8>,
     len: usize,
-    /// Bytes of it before the slot's first: it starts with a page.
+    /// Bytes before the slot's first byte, for the mapping starts at a page.
     skip: usize,
 }
 
-// SAFETY: an address that nobody but the kernel reads at.
+// SAFETY: an address that only the kernel reads at.
 unsafe impl Send for Map {}
 // SAFETY: as above.
 unsafe impl Sync for Map {}
@@ -59,16 +90,13 @@ impl File {
     pub fn open(fd: i32, offset: u64, len: u64, direct: bool) -> Result<Self> {
         // SAFETY: looks up the descriptor and nothing else.
         if fd < 0 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
-            return Err(Error::new(libc::EBADF, format!("source->fd {fd} is not an open descriptor")));
+            return Err(Error::new(Errno::BADF, words!("source->fd {fd} is not an open descriptor")));
         }
-        // SAFETY: open, and the host keeps it open for the time of the call; used only to duplicate and to look at it.
+        // SAFETY: open, and the caller keeps it open during the call, which only duplicates it and looks at it.
         let host = unsafe { BorrowedFd::borrow_raw(fd) };
-        let system = |what: &str, e: Errno| Error::system(&format!("source->fd: {what}"), e.raw_os_error());
+        let system = |what: &str, e: Errno| Error::system(&words!("source->fd: {what}"), e);
         let stat = rustix::fs::fstat(host).map_err(|e| system("fstat", e))?;
-        let own = |flags| {
-            let path = format!("/proc/self/fd/{fd}");
-            rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | flags, Mode::empty())
-        };
+        let own = |flags| rustix::fs::open(&*Path::of_fd(fd), OFlags::RDONLY | OFlags::CLOEXEC | flags, Mode::empty());
         let has = match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => stat.st_size as u64,
             FileType::BlockDevice => {
@@ -76,89 +104,96 @@ impl File {
                 rustix::fs::seek(&device, SeekFrom::End(0)).map_err(|e| system("its size", e))?
             }
             _ => {
-                let text = format!("source->fd {fd} is neither a regular file nor a block device");
-                return Err(Error::new(libc::EBADFD, text));
+                let text = words!("source->fd {fd} is neither a regular file nor a block device");
+                return Err(Error::new(Errno::BADFD, text));
             }
         };
         check_len("the file", has, offset, len)?;
         if direct && offset % BLOCK != 0 {
             let text =
-                format!("source->offset {offset:#x} is not a multiple of {BLOCK}: KUF_SOURCE_DIRECT_IO needs that");
-            return Err(Error::new(libc::EINVAL, text));
+                words!("source->offset {offset:#x} is not a multiple of {BLOCK}: KUF_SOURCE_DIRECT_IO needs that");
+            return Err(Error::new(Errno::INVAL, text));
         }
         let file = if direct {
             own(OFlags::DIRECT).map_err(|e| match e {
-                Errno::INVAL => Error::new(libc::ENOTSUP, "source->fd: this file system has no direct I/O"),
+                Errno::INVAL => Error::new(Errno::NOTSUP, "source->fd: this file system has no direct I/O"),
                 e => system("opening it again for direct I/O", e),
             })?
         } else {
             rustix::io::fcntl_dupfd_cloexec(host, 0).map_err(|e| system("duplicating it", e))?
         };
-        let sparse = stat.st_size as u64 == has && (stat.st_blocks as u64).saturating_mul(512) < has;
-        let source = Self {
-            offset,
-            // What cannot be mapped (hugetlbfs at an odd offset) is read.
-            map: if direct { None } else { Map::new(&file, offset, len).ok() },
-            // Only to save work: holes read as zeroes too.
-            holes: if sparse { own(OFlags::empty()).ok() } else { None },
-            file,
+        let regular = stat.st_size as u64 == has;
+        let sparse = regular && (stat.st_blocks as u64).saturating_mul(512) < has;
+        // A file that cannot be mapped (hugetlbfs at an odd offset) is read.
+        let map = if direct { None } else { Map::new(&file, offset, len).ok() };
+        let few = match &map {
+            Some(_) if !regular || readahead_takes_no_lock(&file) => Few::Ask,
+            Some(_) => Map::new(&file, offset, len).map_or(Few::No, |map| map.without_readahead()),
+            None => Few::No,
         };
+        // Holes only save work: they would read as zeroes too.
+        let holes = if sparse { own(OFlags::empty()).ok() } else { None };
+        let holes = holes.map_or_else(Vec::new, |file| holes_of(&file, offset..offset + len));
+        let source = Self { file, offset, regular, map, few, holes };
         source.check_readable()?;
         Ok(source)
     }
 
     fn check_readable(&self) -> Result<()> {
-        let flags = rustix::fs::fcntl_getfl(&self.file).map_err(|e| Error::system("source->fd", e.raw_os_error()))?;
+        let flags = rustix::fs::fcntl_getfl(&self.file).map_err(|e| Error::system("source->fd", e))?;
         match flags & OFlags::ACCMODE {
-            OFlags::WRONLY => Err(Error::new(libc::EBADF, "source->fd is not open for reading")),
+            OFlags::WRONLY => Err(Error::new(Errno::BADF, "source->fd is not open for reading")),
             _ => Ok(()),
         }
     }
 
-    /// Whether a hole is at the start of `bytes`, and how far what is there goes on.
+    /// Whether `bytes` starts with a hole, and the length of the hole or data there.
     fn extent(&self, bytes: &Range<u64>) -> (bool, u64) {
-        let len = bytes.end - bytes.start;
-        let Some(holes) = &self.holes else { return (false, len) };
-        let from = self.offset + bytes.start;
-        match rustix::fs::seek(holes, SeekFrom::Data(from)) {
-            Ok(data) if data > from => (true, (data - from).min(len)),
-            Ok(_) => {
-                let hole = rustix::fs::seek(holes, SeekFrom::Hole(from)).map_or(len, |hole| hole.saturating_sub(from));
-                (false, hole.min(len))
-            }
-            // No data up to the end of the file. If that is where the slot ends no more, reading finds out.
-            Err(Errno::NXIO) if self.still_holds(bytes.end) => (true, len),
-            Err(_) => (false, len),
+        let next = self.holes.get(self.holes.partition_point(|hole| hole.end <= bytes.start));
+        match next.filter(|hole| hole.start < bytes.end) {
+            Some(hole) if hole.start <= bytes.start => (true, hole.end.min(bytes.end) - bytes.start),
+            Some(hole) => (false, hole.start - bytes.start),
+            None => (false, bytes.end - bytes.start),
         }
     }
 
-    fn still_holds(&self, end: u64) -> bool {
-        rustix::fs::fstat(&self.file).is_ok_and(|stat| stat.st_size as u64 >= self.offset + end)
+    /// The address from which the kernel is to copy `len` bytes. A few pages on demand are read alone.
+    fn mapped<'a>(&'a self, map: &'a Map, wanted: &Wanted, len: u64) -> *const u8 {
+        let at = wanted.bytes.start;
+        match &self.few {
+            Few::Ask if wanted.demand && len < ALONE => map.want(at, len),
+            Few::Map(few) if wanted.demand && len <= FEW => return few.of(at),
+            _ => {}
+        }
+        map.of(at)
     }
 }
 
 impl Source for File {
     fn find(&self, wanted: &Wanted) -> Found {
-        let Wanted { bytes, granule, copied, demand } = wanted;
+        let Wanted { bytes, granule, .. } = wanted;
         let (hole, len) = self.extent(bytes);
         if hole && len >= *granule {
             return Found::Zero(len - len % granule);
         }
         // A granule that is part hole is data.
         let len = if hole { *granule } else { len.next_multiple_of(*granule) };
-        match self.map.as_ref().filter(|_| *copied) {
+        match &self.map {
             None => Found::Unread(len),
-            Some(map) => {
-                let at = map.of(bytes.start);
-                if *demand && len < ALONE {
-                    map.want(bytes.start, len);
-                }
-                Found::Memory(len, at)
-            }
+            Some(map) => Found::Memory(len, self.mapped(map, wanted, len)),
         }
     }
 
-    unsafe fn read(&self, bytes: &Range<u64>, to: NonNull<u8>) -> std::result::Result<(), i32> {
+    fn still_has(&self, bytes: &Range<u64>) -> u64 {
+        let len = bytes.end - bytes.start;
+        if !self.regular {
+            return len;
+        }
+        let end = rustix::fs::fstat(&self.file).map_or(0, |stat| stat.st_size as u64);
+        end.saturating_sub(self.offset + bytes.start).min(len)
+    }
+
+    unsafe fn read(&self, bytes: &Range<u64>, to: NonNull<u8>) -> std::result::Result<(), Errno> {
         let len = (bytes.end - bytes.start) as usize;
         let mut done = 0;
         while done < len {
@@ -168,11 +203,11 @@ impl Source for File {
                 libc::pread64(self.file.as_raw_fd(), to.add(done).as_ptr().cast(), len - done, at as libc::off64_t)
             };
             match n {
-                // It was long enough once.
-                0 => return Err(libc::EIO),
+                // The file has become shorter.
+                0 => return Err(Errno::IO),
                 // SAFETY: errno of this thread.
-                n if n < 0 => match unsafe { *libc::__errno_location() } {
-                    libc::EINTR => {}
+                n if n < 0 => match Errno::from_raw_os_error(unsafe { *libc::__errno_location() }) {
+                    Errno::INTR => {}
                     errno => return Err(errno),
                 },
                 n => done += n as usize,
@@ -187,24 +222,29 @@ impl Map {
         let page = rustix::param::page_size() as u64;
         let skip = offset % page;
         let len = usize::try_from(skip + len).map_err(|_| Errno::NOMEM)?;
-        // SAFETY: a new mapping where the kernel likes.
-        let at = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), len, ProtFlags::READ, MapFlags::PRIVATE, file, offset - skip)
-        }?;
-        NonNull::new(at.cast()).map(|at| Self { at, len, skip: skip as usize }).ok_or(Errno::NOMEM)
+        let at = map_file(file, offset - skip, len, ProtFlags::READ, MapFlags::PRIVATE)?;
+        Ok(Self { at, len, skip: skip as usize })
     }
 
-    /// Where the slot's byte `offset` is.
+    fn without_readahead(self) -> Few {
+        // SAFETY: advice about this mapping, whose content it does not change.
+        match unsafe { rustix::mm::madvise(self.at.as_ptr().cast(), self.len, Advice::Random) } {
+            Ok(()) => Few::Map(self),
+            Err(_) => Few::No,
+        }
+    }
+
+    /// The address of the slot's byte `offset`.
     fn of(&self, offset: u64) -> *const u8 {
         self.at.as_ptr().wrapping_add(self.skip + offset as usize).cast_const()
     }
 
-    /// Starts reading these bytes and nothing else, without waiting.
+    /// Starts to read these bytes and no others, without waiting.
     fn want(&self, offset: u64, len: u64) {
         let page = rustix::param::page_size();
         let at = self.of(offset);
         let start = at.map_addr(|addr| addr & !(page - 1));
-        // SAFETY: within the mapping, whose content it does not change.
+        // SAFETY: advice about a part of the mapping, whose content it does not change.
         let _ = unsafe {
             rustix::mm::madvise(start.cast_mut().cast(), at.addr() - start.addr() + len as usize, Advice::WillNeed)
         };
@@ -213,9 +253,43 @@ impl Map {
 
 impl Drop for Map {
     fn drop(&mut self) {
-        // SAFETY: mapped by `new` with this length; runs that are copied from it hold the source.
+        // SAFETY: mapped by `new` with this length; a run that is copied from it keeps the source alive.
         let _ = unsafe { rustix::mm::munmap(self.at.as_ptr().cast(), self.len) };
     }
+}
+
+/// Whether MADV_WILLNEED is safe on this file system. On others it may take the file's lock, as on xfs, or go on to
+/// another file system.
+fn readahead_takes_no_lock(file: &OwnedFd) -> bool {
+    const EXT: u32 = 0xef53;
+    const BTRFS: u32 = 0x9123_683e;
+    const TMPFS: u32 = 0x0102_1994;
+    rustix::fs::fstatfs(file).is_ok_and(|stat| [EXT, BTRFS, TMPFS].contains(&(stat.f_type as u32)))
+}
+
+/// The holes of `file` within `part`, counted from its start. `file` is the library's own description: the search moves
+/// its position.
+fn holes_of(file: &OwnedFd, part: Range<u64>) -> Vec<Range<u64>> {
+    let (mut holes, mut at) = (Vec::new(), part.start);
+    while at < part.end && holes.len() < MOST_HOLES {
+        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data.min(part.end),
+            // There is no data up to the end of the file.
+            Err(Errno::NXIO) => part.end,
+            Err(_) => break,
+        };
+        if data > at {
+            if refusable(|| holes.try_reserve(1)).is_err() {
+                break;
+            }
+            holes.push(at - part.start..data - part.start);
+        }
+        at = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
+            Ok(hole) if data < part.end => hole,
+            _ => break,
+        };
+    }
+    holes
 }
 
 #[cfg(test)]
@@ -235,21 +309,39 @@ mod tests {
         file
     }
 
-    fn wanted(bytes: Range<u64>, copied: bool) -> Wanted {
-        Wanted { bytes, granule: PAGE, copied, demand: true }
+    fn wanted(bytes: Range<u64>) -> Wanted {
+        Wanted { bytes, granule: PAGE, demand: true }
     }
 
     #[test]
     fn holes_are_zero_and_end_where_data_begins() {
         let fd = file(16 * PAGE, &[4, 5]);
         let source = File::open(fd.as_raw_fd(), PAGE, 15 * PAGE, false).unwrap();
-        assert_eq!(source.find(&wanted(0..8 * PAGE, false)), Found::Zero(3 * PAGE));
-        assert_eq!(source.find(&wanted(3 * PAGE..8 * PAGE, false)), Found::Unread(2 * PAGE));
-        assert!(matches!(source.find(&wanted(3 * PAGE..8 * PAGE, true)), Found::Memory(len, _) if len == 2 * PAGE));
-        assert_eq!(source.find(&wanted(5 * PAGE..15 * PAGE, true)), Found::Zero(10 * PAGE));
-        // Cut off behind the library's back: nothing is known to be zero any more.
-        ftruncate(&fd, 6 * PAGE).unwrap();
-        assert_eq!(source.find(&wanted(5 * PAGE..15 * PAGE, false)), Found::Unread(10 * PAGE));
+        assert_eq!(source.find(&wanted(0..8 * PAGE)), Found::Zero(3 * PAGE));
+        assert!(matches!(source.find(&wanted(3 * PAGE..8 * PAGE)), Found::Memory(len, _) if len == 2 * PAGE));
+        assert_eq!(source.find(&wanted(5 * PAGE..15 * PAGE)), Found::Zero(10 * PAGE));
+        assert_eq!(source.find(&wanted(7 * PAGE..9 * PAGE)), Found::Zero(2 * PAGE));
+        assert!(matches!(source.find(&wanted(PAGE..15 * PAGE)), Found::Zero(len) if len == 2 * PAGE));
+    }
+
+    #[test]
+    fn holes_are_found_within_the_part() {
+        let fd = file(16 * PAGE, &[1, 3, 5]);
+        let holes = holes_of(&fd, PAGE..8 * PAGE);
+        assert_eq!(holes, [PAGE..2 * PAGE, 3 * PAGE..4 * PAGE, 5 * PAGE..7 * PAGE]);
+        assert_eq!(holes_of(&fd, PAGE..2 * PAGE), []);
+        assert_eq!(holes_of(&fd, 2 * PAGE..3 * PAGE).first(), Some(&(0..PAGE)));
+        assert_eq!(holes_of(&file(4 * PAGE, &[]), 0..4 * PAGE).first(), Some(&(0..4 * PAGE)));
+    }
+
+    #[test]
+    fn a_truncation_is_reported_even_within_a_page() {
+        let fd = file(4 * PAGE, &[0, 1]);
+        let source = File::open(fd.as_raw_fd(), PAGE, 3 * PAGE, false).unwrap();
+        assert_eq!(source.still_has(&(0..3 * PAGE)), 3 * PAGE);
+        ftruncate(&fd, 2 * PAGE + 100).unwrap();
+        assert_eq!(source.still_has(&(0..3 * PAGE)), PAGE + 100);
+        assert_eq!(source.still_has(&(2 * PAGE..3 * PAGE)), 0);
     }
 
     #[test]
@@ -262,19 +354,19 @@ mod tests {
         assert_eq!(unsafe { source.read(&(0..4 * PAGE), to) }, Ok(()));
         ftruncate(&fd, 2 * PAGE).unwrap();
         // SAFETY: as above.
-        assert_eq!(unsafe { source.read(&(0..4 * PAGE), to) }, Err(libc::EIO));
-        assert_eq!(crate::memory::outside::bring_in(source.map.as_ref().unwrap().of(2 * PAGE), 1), Err(libc::EFAULT));
-        assert_eq!(crate::memory::outside::bring_in(source.map.as_ref().unwrap().of(PAGE), 1), Ok(()));
+        assert_eq!(unsafe { source.read(&(0..4 * PAGE), to) }, Err(Errno::IO));
+        assert_eq!(crate::os::usercopy::populate_read(source.map.as_ref().unwrap().of(2 * PAGE), 1), Err(Errno::FAULT));
+        assert_eq!(crate::os::usercopy::populate_read(source.map.as_ref().unwrap().of(PAGE), 1), Ok(()));
     }
 
     #[test]
-    fn what_is_refused() {
+    fn a_bad_length_or_offset_is_refused() {
         let fd = file(4 * PAGE, &[]);
         let errno = |offset, len, direct| File::open(fd.as_raw_fd(), offset, len, direct).err().map(|e| e.errno());
-        assert_eq!(errno(0, 5 * PAGE, false), Some(libc::EINVAL));
-        assert_eq!(errno(PAGE, 4 * PAGE, false), Some(libc::EINVAL));
-        assert_eq!(errno(u64::MAX - 1, 4 * PAGE, false), Some(libc::EINVAL));
-        assert_eq!(errno(8, PAGE, true), Some(libc::EINVAL));
+        assert_eq!(errno(0, 5 * PAGE, false), Some(Errno::INVAL));
+        assert_eq!(errno(PAGE, 4 * PAGE, false), Some(Errno::INVAL));
+        assert_eq!(errno(u64::MAX - 1, 4 * PAGE, false), Some(Errno::INVAL));
+        assert_eq!(errno(8, PAGE, true), Some(Errno::INVAL));
         assert_eq!(errno(8, PAGE, false), None);
     }
 }

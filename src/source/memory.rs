@@ -1,26 +1,32 @@
-//! Memory of the host's as a source.
+//! A source that reads the caller's memory.
 
 use std::ops::Range;
 use std::ptr::NonNull;
 
 use super::{Found, Source, Wanted};
-use crate::memory::outside::read_host;
+use rustix::io::Errno;
 
-/// From here on.
-pub struct Memory(*const u8);
+use crate::caller::Keep;
+use crate::os::usercopy::copy_nofault;
 
-// SAFETY: never looked behind but by the kernel; the header says how long it has to stay.
+/// The address of the slot's first byte, and the owner of the memory.
+pub struct Memory {
+    at: *const u8,
+    _keep: Option<Keep>,
+}
+
+// SAFETY: only the kernel reads at the address; the header says how long the memory has to stay.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    pub fn new(at: *const u8) -> Self {
-        Self(at)
+    pub fn new(at: *const u8, keep: Option<Keep>) -> Self {
+        Self { at, _keep: keep }
     }
 
     fn at(&self, bytes: &Range<u64>) -> *const u8 {
-        self.0.wrapping_add(bytes.start as usize)
+        self.at.wrapping_add(bytes.start as usize)
     }
 }
 
@@ -29,7 +35,7 @@ impl Source for Memory {
         Found::Memory(wanted.bytes.end - wanted.bytes.start, self.at(&wanted.bytes))
     }
 
-    unsafe fn read(&self, bytes: &Range<u64>, to: NonNull<u8>) -> std::result::Result<(), i32> {
-        read_host(self.at(bytes), to, (bytes.end - bytes.start) as usize)
+    unsafe fn read(&self, bytes: &Range<u64>, to: NonNull<u8>) -> std::result::Result<(), Errno> {
+        copy_nofault(self.at(bytes), to, (bytes.end - bytes.start) as usize)
     }
 }

@@ -1,11 +1,10 @@
-//! How long each thread stood still, as the owner of a shard counts it.
-
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
+//! How long each thread was blocked, as the owner of a shard counts it.
 
 use super::nanoseconds;
+use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::time::Duration;
 
-/// What is known of one thread.
+/// The blocked time of one thread.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Blocked {
     pub faults: u64,
@@ -14,13 +13,13 @@ pub struct Blocked {
 }
 
 impl Blocked {
-    /// One fault that took so long.
+    /// The blocked time of one fault.
     pub fn once(waited: Duration) -> Self {
         let ns = nanoseconds(waited);
         Self { faults: 1, total_ns: ns, max_ns: ns }
     }
 
-    /// Adds what was counted elsewhere.
+    /// Adds the counts of another table.
     pub fn add(&mut self, other: &Self) {
         self.faults += other.faults;
         self.total_ns += other.total_ns;
@@ -37,10 +36,10 @@ struct Entry {
     max_ns: AtomicU64,
 }
 
-/// Entries: a power of two. The threads of a VM have ids in a row, as a rule, and then each has a place of its own.
+/// Entries: a power of two. The threads of a VM mostly have consecutive ids, and then each has a place of its own.
 const ENTRIES: usize = 64;
 
-/// How far from its place a thread's entry is looked for.
+/// How many entries a search for a thread's entry looks at.
 const PROBES: usize = 8;
 
 /// A table that one thread writes to, and all may read. An entry stays with its thread.
@@ -57,7 +56,8 @@ impl Table {
     pub fn count(&self, thread: u32, waited: Duration) -> bool {
         let Some(entry) = self.entry(thread) else { return false };
         let ns = nanoseconds(waited);
-        // In this order: who reads a maximum has it in the sum, and who reads a number of faults has them in both.
+        // This order is what readers rely on: the sum contains every maximum they read, and both contain every fault
+        // they read.
         entry.total_ns.store(entry.total_ns.load(Ordering::Relaxed).wrapping_add(ns), Ordering::Relaxed);
         if entry.max_ns.load(Ordering::Relaxed) < ns {
             entry.max_ns.store(ns, Ordering::Release);
@@ -79,7 +79,7 @@ impl Table {
         None
     }
 
-    /// What was counted, by thread.
+    /// The counts, by thread.
     pub fn read(&self) -> impl Iterator<Item = (u32, Blocked)> + '_ {
         self.0.iter().filter_map(|entry| {
             let faults = entry.faults.load(Ordering::Acquire);
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn threads_that_would_have_the_same_place() {
+    fn threads_with_the_same_place_are_counted_apart() {
         let table = Table::default();
         let same = |n: u32| 7 + n * ENTRIES as u32;
         for n in 0..=PROBES as u32 {

@@ -1,57 +1,59 @@
-//! Counters, histograms and block times. Each is counted where it happens, and summed when somebody asks.
+//! Counters, histograms and block times. Events are counted where they happen, and summed when a caller asks.
 //!
-//! A thread of the library counts in a shard of its own (`shard.rs`), which nobody else writes to: adding is a load and a
-//! store in memory that its CPU has, where a locked instruction on what all threads write would take several times as
-//! long. Every other thread (vCPUs in `kuf_vcpu_fault`, callers of `kuf_resolve`) counts in one that they share.
+//! A thread of the library counts in a shard of its own (`shard.rs`), to which no other thread writes. So a count is a
+//! load and a store in memory that its CPU has cached; a locked instruction on shared memory would take several times
+//! as long. All other threads (vCPUs in `kuf_vcpu_fault`, callers of `kuf_resolve`) share one shard.
 
+pub mod all_blocked;
 mod blocked;
 mod shard;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
 
-use crate::capi::types::{kuf_block_time, kuf_stats};
-use crate::overlap::Overlap;
-use crate::sync::{lock, Mutex};
+use crate::abi::{kuf_block_time, kuf_stats_info};
+use crate::alloc::{try_collect, NoMemory};
+use crate::stats::all_blocked::{AllBlocked, Wait};
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::time::{Duration, Instant};
+use crate::sync::{lock, thread_local, Arc, Mutex};
 use blocked::Blocked;
 use shard::nothing;
 pub use shard::Shard;
 
 thread_local! {
-    /// Whose shard this thread has, by address, for comparison only, and which one it is. A thread of one handle that
-    /// calls another from a callback is a stranger there.
+    /// The address of the `Stats` of which this thread has a shard, for comparison only, and the shard's index. A
+    /// thread of one handle that calls another handle from a callback has no shard there.
     static MINE: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
 }
 
-/// The statistics of one handle. Where it is must not change once threads count.
+/// The statistics of one handle. It must not move once threads count.
 pub struct Stats {
     own: Box<[Shard]>,
     taken: AtomicUsize,
     shared: Shard,
-    /// Block times that are in no shard: counted by others, or of more threads than a shard has room for.
+    /// Block times that are in no shard: counted by threads without one, or of more threads than a shard has room for.
     blocked: Mutex<BTreeMap<u32, Blocked>>,
-    pub overlap: Overlap,
+    pub all_blocked: Arc<AllBlocked>,
 }
 
 impl Stats {
-    /// For a handle with so many threads.
-    pub fn new(threads: usize) -> Self {
-        Self {
-            own: (0..threads).map(|_| Shard::of_one_thread()).collect(),
+    /// The statistics of a handle with this many threads.
+    pub fn new(threads: usize) -> Result<Self, NoMemory> {
+        Ok(Self {
+            own: try_collect((0..threads).map(|_| Shard::of_one_thread()))?.into_boxed_slice(),
             taken: AtomicUsize::new(0),
             shared: Shard::of_many_threads(),
             blocked: Mutex::default(),
-            overlap: Overlap::default(),
-        }
+            all_blocked: Arc::default(),
+        })
     }
 
     fn address(&self) -> usize {
         std::ptr::from_ref(self).addr()
     }
 
-    /// Gives the calling thread, which ends before this does, a shard of its own.
+    /// Gives the calling thread a shard of its own. The thread ends before these statistics do.
     pub fn enlist(&self) {
         let n = self.taken.fetch_add(1, Ordering::Relaxed);
         if n < self.own.len() {
@@ -59,7 +61,7 @@ impl Stats {
         }
     }
 
-    /// Where the calling thread counts.
+    /// The shard in which the calling thread counts.
     pub fn here(&self) -> &Shard {
         let (whose, n) = MINE.get();
         if whose == self.address() {
@@ -73,26 +75,24 @@ impl Stats {
         std::iter::once(&self.shared).chain(&self.own)
     }
 
-    /// A fault that was read at `read_at` for `thread` (0: unknown) has ended now. `here`: [`Stats::here`].
-    pub fn ended(&self, here: &Shard, thread: u32, read_at: Instant, now: Instant) {
-        let waited = now.saturating_duration_since(read_at);
+    /// Counts a wait for a page that ended at `now`. `here`: [`Stats::here`].
+    pub fn ended(&self, here: &Shard, wait: Wait, now: Instant) {
+        let waited = now.saturating_duration_since(wait.read_at);
         here.blocked(waited);
-        if thread != 0 {
-            self.overlap.end(thread, read_at, now);
-            if !here.blocked_thread(thread, waited) {
-                lock(&self.blocked).entry(thread).or_default().add(&Blocked::once(waited));
-            }
+        if wait.thread != 0 && !here.blocked_thread(wait.thread, waited) {
+            lock(&self.blocked).entry(wait.thread).or_default().add(&Blocked::once(waited));
         }
+        wait.end(now);
     }
 
-    /// Faults and vCPU exits so far: changes while there is demand.
+    /// Faults and vCPU exits so far; the number changes while there is demand.
     pub fn demanded(&self) -> u64 {
         self.shards().map(Shard::demanded).sum()
     }
 
-    /// All of them, for the C ABI.
-    pub fn to_c(&self) -> kuf_stats {
-        let mut sum = kuf_stats { blocked_all_ns: nanoseconds(self.overlap.total()), ..nothing() };
+    /// The sum of all shards, for the C ABI.
+    pub fn to_c(&self) -> kuf_stats_info {
+        let mut sum = kuf_stats_info { blocked_all_ns: nanoseconds(self.all_blocked.total()), ..nothing() };
         self.shards().for_each(|shard| shard.add_to(&mut sum));
         sum
     }
@@ -120,22 +120,23 @@ fn nanoseconds(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sync::thread;
 
-    /// What kuf_block_times says, as (thread, faults, total, max).
+    /// The answer of kuf_block_times, as (thread, faults, total, max).
     fn times(stats: &Stats) -> Vec<(u32, u64, u64, u64)> {
         let mut out = [const { std::mem::MaybeUninit::uninit() }; 200];
         let n = stats.block_times(&mut out);
-        // SAFETY: so many were written.
+        // SAFETY: `block_times` has written this many.
         let written = out[..n].iter().map(|time| unsafe { time.assume_init_ref() });
         written.map(|time| (time.thread, time.faults, time.total_ns, time.max_ns)).collect()
     }
 
     #[test]
-    fn nothing_is_lost_and_nothing_goes_backwards_whoever_counts() {
+    fn counts_of_any_thread_are_complete_and_never_go_backwards() {
         const EACH: u64 = 20_000;
-        let stats = Stats::new(2);
-        std::thread::scope(|scope| {
-            // Two with a shard, one that there is none for, and one that is no thread of the library's.
+        let stats = Stats::new(2).expect("memory");
+        thread::scope(|scope| {
+            // Two threads get a shard, one finds none left, and one is not the library's.
             let workers = [true, true, true, false].map(|enlists| {
                 let stats = &stats;
                 scope.spawn(move || {
@@ -147,7 +148,11 @@ mod tests {
                         here.faults(1);
                         here.bytes_copied(4096);
                         here.filling(Duration::from_nanos(n));
-                        stats.ended(here, 1 + (n % 3) as u32, start, start + Duration::from_nanos(n));
+                        stats.ended(
+                            here,
+                            stats.all_blocked.wait(1 + (n % 3) as u32, (0, n), start),
+                            start + Duration::from_nanos(n),
+                        );
                     }
                 })
             });
@@ -174,16 +179,16 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_of_another_handle_is_a_stranger() {
-        let (mine, other) = (Stats::new(1), Stats::new(1));
+    fn a_thread_of_another_handle_uses_the_shared_shard() {
+        let (mine, other) = (Stats::new(1).expect("memory"), Stats::new(1).expect("memory"));
         mine.enlist();
         assert!(std::ptr::eq(mine.here(), &mine.own[0]));
         assert!(std::ptr::eq(other.here(), &other.shared));
         other.here().fills(1);
         mine.here().fills(2);
         assert_eq!((mine.to_c().fills, other.to_c().fills), (2, 1));
-        // There is one shard, and it has its thread.
-        std::thread::scope(|scope| {
+        // The one shard has its thread already.
+        thread::scope(|scope| {
             scope.spawn(|| {
                 mine.enlist();
                 assert!(std::ptr::eq(mine.here(), &mine.shared));
@@ -192,20 +197,21 @@ mod tests {
     }
 
     #[test]
-    fn block_times_of_more_threads_than_a_shard_has_room_for() {
-        let stats = Stats::new(1);
+    fn more_threads_than_a_shard_has_room_for_have_block_times() {
+        let stats = Stats::new(1).expect("memory");
         stats.enlist();
         let (here, start) = (stats.here(), Instant::now());
         for round in 1..=2 {
             for thread in 1..=150 {
-                stats.ended(here, thread, start, start + Duration::from_nanos(u64::from(thread) * round));
+                let end = start + Duration::from_nanos(u64::from(thread) * round);
+                stats.ended(here, stats.all_blocked.wait(thread, (0, 0), start), end);
             }
         }
         let expected: Vec<_> = (1..=150).rev().map(|n| (n, 2, u64::from(n) * 3, u64::from(n) * 2)).collect();
         assert_eq!(times(&stats), expected);
         assert!(!lock(&stats.blocked).is_empty());
-        // Nobody is known to have waited.
-        stats.ended(here, 0, start, start);
+        // The thread of this wait is unknown.
+        stats.ended(here, Wait::unknown(start), start);
         assert_eq!(times(&stats).len(), 150);
         assert_eq!(stats.to_c().blocked.count, 301);
     }

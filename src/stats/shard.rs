@@ -1,11 +1,10 @@
-//! The counters and histograms that one thread keeps, or that all those share which have none of their own.
-
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+//! The counters and histograms of one thread, or of all threads that have no shard of their own.
 
 use super::blocked::{Blocked, Table};
 use super::nanoseconds;
-use crate::capi::types::{kuf_histogram, kuf_stats, KUF_HISTOGRAM_BUCKETS};
+use crate::abi::{kuf_histogram, kuf_stats_info, KUF_HISTOGRAM_BUCKETS};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::time::Duration;
 
 /// A log2 histogram of nanoseconds.
 struct Histogram {
@@ -26,7 +25,7 @@ impl Histogram {
         for (to, from) in sum.bucket.iter_mut().zip(&self.buckets) {
             let n = from.load(Ordering::Acquire);
             *to += n;
-            // Of what was read here, so that count and buckets agree whatever is recorded meanwhile.
+            // Sum the buckets as read here, so that count and buckets agree even if more is recorded meanwhile.
             sum.count += n;
         }
         sum.sum_ns += self.sum.load(Ordering::Relaxed);
@@ -38,11 +37,11 @@ fn bucket(ns: u64) -> usize {
     (ns.max(1).ilog2() as usize).min(KUF_HISTOGRAM_BUCKETS - 1)
 }
 
-/// One thread's part of the statistics, or that of all the others. Its first cache line is nobody else's last: CPUs
-/// fetch pairs of lines.
+/// One thread's part of the statistics, or that of all the others. It is aligned to two cache lines, which CPUs fetch
+/// in pairs, so that no two shards share a pair.
 #[repr(align(128))]
 pub struct Shard {
-    /// Only one thread ever counts here.
+    /// Only one thread counts here.
     alone: bool,
     counters: Counters,
     histograms: Histograms,
@@ -51,7 +50,7 @@ pub struct Shard {
 
 macro_rules! stats {
     ($($counter:ident),* ; $($histogram:ident),*) => {
-        /// Each is documented in `struct kuf_stats`.
+        /// Each is documented in `struct kuf_stats_info`.
         #[derive(Default)]
         struct Counters {
             $($counter: AtomicU64,)*
@@ -63,27 +62,27 @@ macro_rules! stats {
         }
 
         /// Nothing counted yet.
-        pub fn nothing() -> kuf_stats {
+        pub fn nothing() -> kuf_stats_info {
             let none = kuf_histogram { count: 0, sum_ns: 0, max_ns: 0, bucket: [0; KUF_HISTOGRAM_BUCKETS] };
-            kuf_stats { size: 0, reserved: 0, $($counter: 0,)* $($histogram: none,)* blocked_all_ns: 0 }
+            kuf_stats_info { size: 0, reserved: 0, $($counter: 0,)* $($histogram: none,)* blocked_all_ns: 0 }
         }
 
         impl Shard {
             $(
-                /// Counts so many more.
+                /// Adds to the counter.
                 pub fn $counter(&self, n: u64) {
                     self.add(&self.counters.$counter, n);
                 }
             )*
             $(
-                /// Counts one that took so long.
+                /// Records one duration.
                 pub fn $histogram(&self, value: Duration) {
                     self.record(&self.histograms.$histogram, value);
                 }
             )*
 
-            /// Adds everything that was counted here.
-            pub fn add_to(&self, sum: &mut kuf_stats) {
+            /// Adds all counts of this shard to `sum`.
+            pub fn add_to(&self, sum: &mut kuf_stats_info) {
                 $(sum.$counter += self.counters.$counter.load(Ordering::Relaxed);)*
                 $(self.histograms.$histogram.add_to(&mut sum.$histogram);)*
             }
@@ -96,17 +95,17 @@ stats! {
     fills, fills_failed, fills_deferred,
     bytes_copied, bytes_zeroed, bytes_in_place, bytes_populated, bytes_poisoned, bytes_discarded, bytes_removed,
     events_remove, events_unmap, events_remap, events_fork,
-    install_again, install_exists, install_no_memory, queue_full, faults_lost, faults_unsignalled, bytes_ahead;
+    install_again, install_exists, install_no_memory, faults_lost, faults_unsignalled, bytes_ahead;
     queueing, filling, installing, blocked
 }
 
 impl Shard {
-    /// For one thread alone to count in.
+    /// A shard for one thread alone.
     pub fn of_one_thread() -> Self {
         Self { alone: true, ..Self::of_many_threads() }
     }
 
-    /// For any thread to count in.
+    /// A shard for any thread.
     pub fn of_many_threads() -> Self {
         Self {
             alone: false,
@@ -121,7 +120,7 @@ impl Shard {
             return;
         }
         if self.alone {
-            // Nobody else writes, so nothing comes between the two.
+            // No other thread writes, so no write comes between the load and the store.
             to.store(to.load(Ordering::Relaxed).wrapping_add(n), Ordering::Release);
         } else {
             to.fetch_add(n, Ordering::Release);
@@ -138,7 +137,7 @@ impl Shard {
                 to.max.fetch_max(ns, Ordering::Relaxed);
             }
         }
-        // Last: who finds it counted finds it in the sum and the maximum.
+        // The bucket comes last, so that sum and maximum contain every value that a reader finds counted.
         self.add(&to.buckets[bucket(ns)], 1);
     }
 
@@ -147,12 +146,12 @@ impl Shard {
         self.counters.faults.load(Ordering::Relaxed) + self.counters.vcpu_faults.load(Ordering::Relaxed)
     }
 
-    /// Counts a fault of `thread` (not 0) that took so long. False: that is not kept here.
+    /// Counts a fault of `thread` (not 0) that was blocked for `waited`. False: this shard does not keep it.
     pub fn blocked_thread(&self, thread: u32, waited: Duration) -> bool {
         self.alone && self.threads.count(thread, waited)
     }
 
-    /// What was counted so, by thread.
+    /// The blocked times in this shard, by thread.
     pub fn blocked_threads(&self) -> impl Iterator<Item = (u32, Blocked)> + '_ {
         self.threads.read()
     }

@@ -1,7 +1,7 @@
 //! KVM's userfault interfaces, both forms. No released kernel has either.
 //!
-//! Their capability numbers were given to other features since, so none of these numbers alone proves anything: see
-//! `probe`.
+//! Linux has since given their capability numbers to other features, so no number alone proves that a feature exists:
+//! see `probe`.
 
 use std::mem::{offset_of, size_of};
 
@@ -20,7 +20,7 @@ pub const KVM_MEMORY_ATTRIBUTE_USERFAULT: u64 = 1 << 4;
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct kvm_fault {
-    /// A guest frame number, whatever the name says.
+    /// A guest frame number, despite the field's name.
     pub address: u64,
 }
 
@@ -63,7 +63,7 @@ pub struct kvm_userspace_memory_region2 {
     pub pad2: [u64; 13],
 }
 
-/// Both: KVM_EXIT_MEMORY_FAULT was caused by a mark or a bit.
+/// With both interfaces: a mark or a bit caused the KVM_EXIT_MEMORY_FAULT.
 pub const KVM_MEMORY_EXIT_FLAG_USERFAULT: u64 = 1 << 4;
 
 pub const KVM_CHECK_EXTENSION: u32 = 0xAE03;

@@ -2,7 +2,10 @@
 //!
 //! They are our own because no published binding has all of them (UFFDIO_POISON and UFFDIO_MOVE, KVM userfaults).
 
+pub mod ioctl;
 pub mod kvm;
+pub mod pagemap;
+pub mod procfs;
 pub mod userfaultfd;
 
 /// Request number of an ioctl, as `_IOC` of `asm-generic/ioctl.h` builds it.

@@ -7,7 +7,7 @@ use super::{ioc, IOC_NONE, IOC_READ, IOC_WRITE};
 pub const UFFD_API: u64 = 0xAA;
 pub const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 
-/// On `/dev/userfaultfd`: a new userfaultfd, allowed by the file's permissions alone.
+/// Makes a new userfaultfd from `/dev/userfaultfd`, which needs only the permissions of that file.
 pub const USERFAULTFD_IOC_NEW: u32 = ioc(IOC_NONE, 0xAA, 0x00, 0);
 
 pub const UFFD_FEATURE_EVENT_FORK: u64 = 1 << 1;
@@ -20,10 +20,13 @@ pub const UFFD_FEATURE_THREAD_ID: u64 = 1 << 8;
 pub const UFFD_FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
 pub const UFFD_FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 pub const UFFD_FEATURE_POISON: u64 = 1 << 14;
+pub const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 pub const UFFD_FEATURE_MOVE: u64 = 1 << 16;
 
 pub const UFFDIO_REGISTER_MODE_MISSING: u64 = 1 << 0;
+pub const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
 pub const UFFDIO_REGISTER_MODE_MINOR: u64 = 1 << 2;
+pub const UFFDIO_REGISTER_MODE_RWP: u64 = 1 << 3;
 
 pub const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
 pub const UFFD_EVENT_FORK: u8 = 0x13;

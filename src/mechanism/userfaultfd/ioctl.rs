@@ -1,10 +1,11 @@
-//! The userfaultfd ioctls, one safe function each. What makes them unsafe in C, the address, is the kernel's to check:
-//! it touches only memory registered with this userfaultfd, and reads buffers fault-safely.
+//! The userfaultfd ioctls, one safe function each. They are safe although they take addresses: the kernel touches only
+//! memory registered with this userfaultfd, and reads buffers fault-safely.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 
+use crate::uapi::ioctl;
 use crate::uapi::userfaultfd::*;
 
 type Done = (u64, Option<Errno>);
@@ -21,9 +22,14 @@ pub fn register(fd: BorrowedFd<'_>, start: u64, len: u64, mode: u64) -> Result<(
     call(fd, UFFDIO_REGISTER, &mut uffdio_register { range: uffdio_range { start, len }, mode, ioctls: 0 })
 }
 
-/// UFFDIO_UNREGISTER: also wakes everybody who waits there.
+/// UFFDIO_UNREGISTER, then UFFDIO_WAKE of the same range. The only way to unregister, because UNREGISTER alone leaves
+/// threads blocked: it wakes before it takes the mapping's lock, so that a fault which still sees the registration blocks
+/// after the wake-up (CVE-2026-99660), and it wakes no thread where the range was not registered for missing pages.
 pub fn unregister(fd: BorrowedFd<'_>, start: u64, len: u64) -> Result<(), Errno> {
-    call(fd, UFFDIO_UNREGISTER, &mut uffdio_range { start, len })
+    let result = call(fd, UFFDIO_UNREGISTER, &mut uffdio_range { start, len });
+    // Also when it failed: it may have unregistered a part.
+    let _ = wake(fd, start, len);
+    result
 }
 
 /// UFFDIO_WAKE.
@@ -72,26 +78,18 @@ fn done(result: Result<(), Errno>, count: i64, len: u64) -> Done {
     match result {
         Ok(()) => (len, None),
         Err(errno) if count > 0 => {
-            // Part was done. EAGAIN says only that; what stopped it shows at the next call.
+            // Part was done. EAGAIN says only that; the next call shows the reason for the stop.
             (count as u64, (errno != Errno::AGAIN).then_some(errno))
         }
         Err(errno) => (0, Some(errno)),
     }
 }
 
+// Nothing of its own: a fault passes it.
+#[inline(always)]
 fn call<T>(fd: BorrowedFd<'_>, request: u32, argument: &mut T) -> Result<(), Errno> {
-    loop {
-        // SAFETY: `argument` is the struct that `request` was computed from (asserted in uapi), valid for the call.
-        let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::c_ulong::from(request) as _, argument as *mut T) };
-        if result >= 0 {
-            return Ok(());
-        }
-        // SAFETY: errno of this thread.
-        match Errno::from_raw_os_error(unsafe { *libc::__errno_location() }) {
-            Errno::INTR => {}
-            errno => return Err(errno),
-        }
-    }
+    // SAFETY: `argument` is the struct that `request` was computed from (asserted in uapi), valid for the call.
+    unsafe { ioctl::call(fd, request, argument) }.map(drop)
 }
 
 #[cfg(test)]

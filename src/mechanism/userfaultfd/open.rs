@@ -7,7 +7,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use super::ioctl;
-use crate::error::{Error, Result};
+use crate::error::{words, Error, Result};
 use crate::uapi::userfaultfd::*;
 
 /// Which way a userfaultfd was opened.
@@ -70,36 +70,36 @@ fn owned(fd: libc::c_int) -> std::result::Result<OwnedFd, Errno> {
         // SAFETY: errno of this thread.
         return Err(Errno::from_raw_os_error(unsafe { *libc::__errno_location() }));
     }
-    // SAFETY: just returned by the kernel, owned by nobody else.
+    // SAFETY: just returned by the kernel, with no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn refusal(device: Errno, syscall: Errno) -> Error {
-    let seen = format!("/dev/userfaultfd: {device}; userfaultfd(2): {syscall}");
+    let seen = words!("/dev/userfaultfd: {device}; userfaultfd(2): {syscall}");
     match syscall {
         Errno::NOSYS => {
-            let text = format!("this kernel has no userfaultfd (CONFIG_USERFAULTFD), or seccomp hides it ({seen})");
-            Error::new(libc::ENOSYS, text)
+            let text = words!("this kernel has no userfaultfd (CONFIG_USERFAULTFD), or seccomp hides it ({seen})");
+            Error::new(Errno::NOSYS, text)
         }
         Errno::PERM => Error::new(
-            libc::EPERM,
-            format!(
+            Errno::PERM,
+            words!(
                 "userfaultfd is not allowed for this process ({seen}). Any one of these grants it: read and write \
                  permission on /dev/userfaultfd; the capability CAP_SYS_PTRACE; the sysctl vm.unprivileged_userfaultfd=1"
             ),
         ),
-        other => Error::new(other.raw_os_error(), format!("userfaultfd could not be opened ({seen})")),
+        other => Error::new(other, words!("userfaultfd could not be opened ({seen})")),
     }
 }
 
-/// The UFFD_FEATURE_* bits this kernel offers, and the way that worked. Found out once; a failure is looked into again
-/// at the next call, for permissions change.
+/// The UFFD_FEATURE_* bits this kernel offers, and the way that worked. Probed once; after a failure the next call probes
+/// again, for permissions change.
 pub fn offered(user_mode_only: bool) -> Result<(u64, Way)> {
     static OFFERED: OnceCell<(u64, Way)> = OnceCell::new();
     OFFERED
         .get_or_try_init(|| {
             let (fd, way) = open(user_mode_only)?;
-            let features = ioctl::api(fd.as_fd(), 0).map_err(|e| Error::system("UFFDIO_API", e.raw_os_error()))?;
+            let features = ioctl::api(fd.as_fd(), 0).map_err(|e| Error::system("UFFDIO_API", e))?;
             Ok((features, way))
         })
         .copied()
@@ -112,11 +112,11 @@ mod tests {
     #[test]
     fn a_refusal_names_the_three_ways_to_grant_it() {
         let error = refusal(Errno::ACCESS, Errno::PERM);
-        assert_eq!(error.errno(), libc::EPERM);
+        assert_eq!(error.errno(), Errno::PERM);
         for way in ["/dev/userfaultfd", "CAP_SYS_PTRACE", "vm.unprivileged_userfaultfd"] {
             assert!(error.text().contains(way), "{error}");
         }
-        assert_eq!(refusal(Errno::NOENT, Errno::NOSYS).errno(), libc::ENOSYS);
-        assert_eq!(refusal(Errno::NOENT, Errno::MFILE).errno(), libc::EMFILE);
+        assert_eq!(refusal(Errno::NOENT, Errno::NOSYS).errno(), Errno::NOSYS);
+        assert_eq!(refusal(Errno::NOENT, Errno::MFILE).errno(), Errno::MFILE);
     }
 }

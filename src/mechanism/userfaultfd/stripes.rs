@@ -1,14 +1,14 @@
 //! Which of several userfaultfds a page is under.
 //!
-//! A userfaultfd has one list of who waits, under one lock: each fault is put on it, each read moves what it has read,
-//! and each install walks all of it for those it has to wake. With several userfaultfds a slot is divided in stripes,
-//! which they have in turn, so that vCPUs that are in different parts of memory seldom meet.
+//! A userfaultfd has one list of waiting threads, under one lock: each fault is put on it, each read moves entries, and each
+//! install walks the whole list for the threads to wake. With several userfaultfds a slot is divided in stripes, which they
+//! have in turn, so that vCPUs in different parts of memory seldom contend for one lock.
 //!
-//! Each stripe is a mapping of its own to the kernel. So they are few and large, and end where huge pages end.
+//! Each stripe is a separate mapping in the kernel. So stripes are few and large, and end where huge pages end.
 
 use std::ops::Range;
 
-use crate::memory::Extent;
+use crate::mapping::Extent;
 
 /// No stripe is shorter: sequential access stays on one queue for long, and a small slot is one mapping.
 const SHORTEST: u64 = 16 << 20;
@@ -35,7 +35,7 @@ impl Stripes {
         Self { origin, len, queues }
     }
 
-    /// The queue of what is at `offset` in the slot, and how far from there on it is the same one.
+    /// The queue of the byte at `offset` in the slot, and how far from there on it is the same one.
     pub fn at(&self, offset: u64) -> (usize, u64) {
         let at = self.origin + offset;
         let stripe = at / self.len;
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_moved_keeps_its_queue() {
+    fn a_moved_mapping_keeps_its_queue() {
         let stripes = Stripes::new(0, 64 * MIB, 4096, 2);
         let moved = Extent { offset: SHORTEST - 4096, len: 8192, hva: 0x7000_0000 };
         let pieces: Vec<_> = Stripes::pieces(Some(&stripes), moved).collect();

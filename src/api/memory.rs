@@ -1,0 +1,234 @@
+//! Memory slots and their sources.
+
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use crate::api::checks::invalid;
+use crate::caller::Keep;
+use crate::error::{words, Result};
+use crate::memory::Opaque;
+use crate::service::config::{NewMemory, NewSource};
+use crate::source::check_len as check_source_len;
+use crate::sync::Arc;
+use crate::uapi::kvm::{KVM_MEMORY_ATTRIBUTE_USERFAULT, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
+
+/// The flags that a memslot set by the library may have besides KVM_MEM_USERFAULT.
+const MEMSLOT_FLAGS: u32 = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY;
+
+/// A memory slot to be added: a guest physical range and the host mapping behind it. Descriptors are borrowed and
+/// duplicated.
+pub struct Memory<'a> {
+    pub(crate) new: NewMemory,
+    pub(crate) source: Option<Source<'a>>,
+}
+
+/// Where the pages of a slot come from without a callback.
+pub struct Source<'a> {
+    pub(crate) kind: SourceKind,
+    descriptor: PhantomData<BorrowedFd<'a>>,
+}
+
+pub(crate) enum SourceKind {
+    File { fd: i32, offset: u64, direct: bool },
+    Memory { addr: *const u8, len: u64, offset: u64, keep: Option<Keep> },
+    Zero,
+}
+
+impl<'a> Memory<'a> {
+    /// `len` bytes of guest memory at the guest physical address `gpa`, mapped in this process at `host`. All three are
+    /// multiples of the page size of the mapping.
+    ///
+    /// # Safety
+    /// The library writes to this memory whenever it likes, from [`Kuf::add_memory`](crate::Kuf::add_memory) on, until
+    /// [`Slot::remove`](crate::Slot::remove) or the end of the handle has returned (after
+    /// [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting), until the fill callback is dropped).
+    /// - As long, the memory stays mapped, but for what madvise(2), munmap(2) and mremap(2) may do to the memory of any guest.
+    ///   [`Memory::keep`] can keep its owner alive.
+    /// - As long, it is used by raw pointers only, and no reference to its bytes exists: they change at any time.
+    pub unsafe fn new(gpa: u64, len: u64, host: *mut u8) -> Self {
+        Self::at(gpa, len, host.expose_provenance() as u64)
+    }
+
+    /// As [`Memory::new`], for memory of another process: the one that opened `userfaultfd`, in which the memory is at the
+    /// address `host`.
+    ///
+    /// # Safety
+    /// As for [`Memory::new`], in the process of the userfaultfd, which may be this one.
+    pub unsafe fn remote(gpa: u64, len: u64, host: u64, userfaultfd: &'a impl AsFd) -> Self {
+        let mut memory = Self::at(gpa, len, host).userfaultfd(userfaultfd);
+        memory.new.remote = true;
+        memory
+    }
+
+    pub(crate) fn at(gpa: u64, len: u64, hva: u64) -> Self {
+        let new = NewMemory {
+            gpa,
+            len,
+            hva,
+            granule: 0,
+            file: None,
+            uffd: None,
+            remote: false,
+            fill_all: false,
+            populated: false,
+            huge: false,
+            kvm_attributes: 0,
+            memslot: None,
+            opaque: Opaque(std::ptr::null_mut()),
+            source: None,
+            keep: None,
+        };
+        Self { new, source: None }
+    }
+
+    /// The shared file (memfd, tmpfs, hugetlbfs) of which the mapping shows the bytes from `offset` on. Pages are then
+    /// filled in place where the kernel can do so: [`Run::buf`](crate::Run::buf) is a page of the file.
+    ///
+    /// # Safety
+    /// Nothing touches pages of the file that are not present, through another mapping or in another process.
+    pub unsafe fn file(mut self, file: &'a impl AsFd, offset: u64) -> Self {
+        self.new.file = Some((file.as_fd().as_raw_fd(), offset));
+        self
+    }
+
+    /// The userfaultfd that serves the slot, instead of one of the library's own. The library becomes its only reader.
+    pub fn userfaultfd(mut self, userfaultfd: &'a impl AsFd) -> Self {
+        self.new.uffd = Some(userfaultfd.as_fd().as_raw_fd());
+        self
+    }
+
+    /// The page size of the mapping, for memory of another process without a file. It is found out for all other memory.
+    pub fn page_size(mut self, bytes: u64) -> Self {
+        self.new.granule = bytes;
+        self
+    }
+
+    /// A number that [`Run::tag`](crate::Run::tag) and [`Fault::tag`](crate::Fault::tag) hand back.
+    pub fn tag(mut self, tag: usize) -> Self {
+        self.new.opaque = Opaque(std::ptr::without_provenance_mut(tag));
+        self
+    }
+
+    /// Where the slot's pages come from, instead of the fill callback. The slot's first byte is at the start of the source.
+    pub fn source(mut self, source: Source<'a>) -> Self {
+        self.source = Some(source);
+        self
+    }
+
+    /// Prefer transparent huge pages for memory that is filled ahead of demand.
+    pub fn huge(mut self) -> Self {
+        self.new.huge = true;
+        self
+    }
+
+    /// The memory may hold pages already, and what they hold is the guest's own: they count as present. Without this, memory
+    /// that holds pages is refused with EBUSY.
+    pub fn populated(mut self) -> Self {
+        self.new.populated = true;
+        self
+    }
+
+    /// Ask for every page, whatever the file holds already. Needs [`Memory::file`].
+    pub fn fill_all(mut self) -> Self {
+        self.new.fill_all = true;
+        self
+    }
+
+    /// A value to keep until the library uses the memory no more, such as the owner of the mapping.
+    pub fn keep(mut self, owner: Keep) -> Self {
+        self.new.keep = Some(match self.new.keep.take() {
+            Some(other) => Arc::new((other, owner)),
+            None => owner,
+        });
+        self
+    }
+
+    /// Checks what takes no system call.
+    pub(crate) fn check(self) -> Result<NewMemory> {
+        let Self { mut new, source } = self;
+        if new.fill_all && new.file.is_none() {
+            return invalid("KUF_MEMORY_FILL_ALL needs the file of the memory (memory->fd)");
+        }
+        if new.fill_all && new.populated {
+            return invalid("memory->flags: KUF_MEMORY_FILL_ALL and KUF_MEMORY_POPULATED contradict each other");
+        }
+        let memslot_flags = new.memslot.as_ref().map_or(0, |memslot| memslot.flags);
+        if memslot_flags & !MEMSLOT_FLAGS != 0 {
+            return invalid(words!("kvm->memslot_flags has unknown bits {:#x}", memslot_flags & !MEMSLOT_FLAGS));
+        }
+        if new.kvm_attributes & KVM_MEMORY_ATTRIBUTE_USERFAULT != 0 {
+            return invalid("kvm->attributes: KVM_MEMORY_ATTRIBUTE_USERFAULT is the library's to set");
+        }
+        if new.len == 0 {
+            return invalid("memory->len is 0");
+        }
+        if new.hva == 0 {
+            return invalid("memory->hva is 0: it has to be where the slot is mapped");
+        }
+        // The sum also keeps addresses below KUF_ALL, which is no address.
+        let offset = new.file.map_or(0, |(_, offset)| offset);
+        for (what, start) in [("gpa", new.gpa), ("hva", new.hva), ("fd_offset", offset)] {
+            if start.checked_add(new.len).is_none() {
+                return invalid(words!("memory->{what} {start:#x} + len {:#x} overflows", new.len));
+            }
+        }
+        new.source = source.map(|source| source.check(new.len)).transpose()?;
+        Ok(new)
+    }
+}
+
+impl<'a> Source<'a> {
+    pub(crate) fn of(kind: SourceKind) -> Self {
+        Self { kind, descriptor: PhantomData }
+    }
+
+    /// A regular file or a block device, open for reading, from `offset` on. Holes are zero and are not read.
+    pub fn file(file: &'a impl AsFd, offset: u64) -> Self {
+        Self::of(SourceKind::File { fd: file.as_fd().as_raw_fd(), offset, direct: false })
+    }
+
+    /// As [`Source::file`], read past the page cache (O_DIRECT). `offset` is a multiple of 4096.
+    pub fn file_direct(file: &'a impl AsFd, offset: u64) -> Self {
+        Self::of(SourceKind::File { fd: file.as_fd().as_raw_fd(), offset, direct: true })
+    }
+
+    /// Memory that stays as it is.
+    pub fn bytes(bytes: &'static [u8]) -> Source<'static> {
+        Source::of(SourceKind::Memory { addr: bytes.as_ptr(), len: bytes.len() as u64, offset: 0, keep: None })
+    }
+
+    /// Memory that is shared with the slot for as long as the library reads it.
+    pub fn shared(bytes: Arc<[u8]>) -> Source<'static> {
+        let (addr, len) = (bytes.as_ptr(), bytes.len() as u64);
+        Source::of(SourceKind::Memory { addr, len, offset: 0, keep: Some(Arc::new(bytes)) })
+    }
+
+    /// The `len` bytes of memory at `addr`.
+    ///
+    /// # Safety
+    /// The memory stays mapped and unchanged until the slot has been removed or the handle has ended (or, ended without
+    /// waiting, until the fill callback is dropped). It may be unreadable, which makes fills fail.
+    pub unsafe fn raw(addr: *const u8, len: u64) -> Source<'static> {
+        Source::of(SourceKind::Memory { addr, len, offset: 0, keep: None })
+    }
+
+    /// Zeroes.
+    pub fn zero() -> Source<'static> {
+        Source::of(SourceKind::Zero)
+    }
+
+    /// Checks the source for a slot of `len` bytes.
+    fn check(self, slot_len: u64) -> Result<NewSource> {
+        Ok(match self.kind {
+            SourceKind::File { fd, offset, direct } => NewSource::File { fd, offset, direct },
+            SourceKind::Memory { addr, len, offset, keep } => {
+                if (addr.addr() as u64).checked_add(len).is_none() {
+                    return invalid(words!("source->addr {:#x} + len {len:#x} overflows", addr.addr()));
+                }
+                check_source_len("its memory", len, offset, slot_len)?;
+                NewSource::Memory { at: addr.wrapping_add(offset as usize), keep }
+            }
+            SourceKind::Zero => NewSource::Zero,
+        })
+    }
+}

@@ -1,0 +1,56 @@
+//! The settings in effect.
+
+use crate::abi::*;
+use crate::api::Mechanism;
+use crate::sync::time::Duration;
+
+/// The settings in effect, with defaults filled in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Settings {
+    /// How accesses are caught.
+    pub mechanism: Mechanism,
+    /// Concurrent calls of the fill callback; 0 on a caller-driven handle.
+    pub fill_threads: u32,
+    /// How many userfaultfds share the slot's memory, or the library has opened for the handle.
+    pub userfaultfds: u32,
+    /// How long a service thread looks for the next fault before it sleeps.
+    pub spin: Duration,
+    /// Bytes filled for one fault at most; 0 on a caller-driven handle.
+    pub demand_run: u64,
+    /// Bytes that one fill ahead of demand asks for at most; 0 on a caller-driven handle.
+    pub populate_run: u64,
+    /// Page size of the slot, or of ordinary memory, in bytes.
+    pub page_size: u64,
+    /// Pages of the slot are filled in place.
+    pub in_place: bool,
+    /// Huge pages are used where possible.
+    pub huge: bool,
+    /// The slot uses a userfaultfd of the caller's.
+    pub adopted: bool,
+    /// The slot is memory of another process.
+    pub remote: bool,
+}
+
+impl From<kuf_settings_info> for Settings {
+    fn from(s: kuf_settings_info) -> Self {
+        let has = |flag| s.flags & flag != 0;
+        Self {
+            mechanism: match s.mechanism {
+                KUF_MECHANISM_KVM_BITMAP => Mechanism::KvmBitmap,
+                KUF_MECHANISM_KVM_ASYNC => Mechanism::KvmAsync,
+                _ => Mechanism::Userfaultfd,
+            },
+            fill_threads: s.fill_threads,
+            userfaultfds: s.userfaultfds,
+            spin: Duration::from_micros(s.spin_us.into()),
+            demand_run: s.demand_run,
+            populate_run: s.populate_run,
+            page_size: s.page_size,
+            in_place: has(KUF_SETTING_IN_PLACE),
+            huge: has(KUF_SETTING_HUGE),
+            adopted: has(KUF_SETTING_ADOPTED),
+            remote: has(KUF_SETTING_REMOTE),
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Events and log records.
+
+use rustix::io::Errno;
+
+use crate::abi::*;
+
+/// Told about events, on the thread that found them and with no lock held.
+pub type OnEvent = Box<dyn Fn(&Event<'_>) + Send + Sync>;
+
+/// Given log records.
+pub type OnLog = Box<dyn Fn(LogLevel, &str) + Send + Sync>;
+
+/// Something that the caller should know, as the event callback is told it.
+#[derive(Clone, Copy, Debug)]
+pub struct Event<'a> {
+    pub(crate) kind: u32,
+    pub(crate) gpa: u64,
+    pub(crate) len: u64,
+    pub(crate) error: Option<Errno>,
+    pub(crate) text: &'a str,
+}
+
+/// The kind of an [`Event`]. More kinds may be added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum EventKind {
+    /// Pages could not be filled and are poisoned: a touch raises SIGBUS.
+    Poisoned,
+    /// Pages could not be filled, and the kernel cannot poison them: they were made PROT_NONE.
+    Inaccessible,
+    /// Every page of a slot is present or removed.
+    Complete,
+    /// A populate request has ended.
+    Populated,
+    /// The process behind a slot is gone.
+    Gone,
+    /// The service of this handle is dead after a failure inside the library.
+    Fatal,
+    /// The process forked, and the child's memory is served as well; with an error: it is not.
+    Forked,
+    /// A replay has ended.
+    Replayed,
+    /// A userfaultfd cannot be read now. The library tries again every millisecond and loses nothing.
+    Unreadable,
+    /// A kind of the mechanisms of `kuf-kvm.h`, or one that is newer than this enum: the number of `kuf.h`.
+    Other(u32),
+}
+
+/// The level of a log record, most urgent first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum LogLevel {
+    /// Something failed.
+    Error,
+    /// Something that the caller may want to act on.
+    Warn,
+    /// Once for each open, slot or request.
+    Info,
+    /// Once for each kernel event other than a page fault.
+    Debug,
+}
+
+impl<'a> Event<'a> {
+    /// What happened.
+    pub fn kind(&self) -> EventKind {
+        match self.kind {
+            KUF_EVENT_POISONED => EventKind::Poisoned,
+            KUF_EVENT_INACCESSIBLE => EventKind::Inaccessible,
+            KUF_EVENT_COMPLETE => EventKind::Complete,
+            KUF_EVENT_POPULATED => EventKind::Populated,
+            KUF_EVENT_GONE => EventKind::Gone,
+            KUF_EVENT_FATAL => EventKind::Fatal,
+            KUF_EVENT_FORKED => EventKind::Forked,
+            KUF_EVENT_REPLAYED => EventKind::Replayed,
+            KUF_EVENT_UNREADABLE => EventKind::Unreadable,
+            other => EventKind::Other(other),
+        }
+    }
+
+    /// The first guest physical address concerned; 0 when the event concerns the handle.
+    pub fn gpa(&self) -> u64 {
+        self.gpa
+    }
+
+    /// Bytes concerned; 0 when the event concerns the handle.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether the event concerns no range of guest memory.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The error behind the event.
+    pub fn error(&self) -> Option<Errno> {
+        self.error
+    }
+
+    /// The same in words.
+    pub fn text(&self) -> &'a str {
+        self.text
+    }
+}
+
+impl LogLevel {
+    /// The level of `kuf.h`.
+    pub(crate) fn number(self) -> u32 {
+        match self {
+            Self::Error => KUF_LOG_ERROR,
+            Self::Warn => KUF_LOG_WARN,
+            Self::Info => KUF_LOG_INFO,
+            Self::Debug => KUF_LOG_DEBUG,
+        }
+    }
+
+    pub(crate) fn of(number: u32) -> Self {
+        match number {
+            KUF_LOG_ERROR => Self::Error,
+            KUF_LOG_WARN => Self::Warn,
+            KUF_LOG_INFO => Self::Info,
+            _ => Self::Debug,
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! The fill callback.
+
+use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+
+use rustix::io::Errno;
+
+use crate::abi::*;
+
+/// Brings pages: implemented by the caller, also by closures.
+///
+/// It is called on a service thread, or on the caller's thread that is inside `ensure`, `vcpu_fault`, or the end of a slot or
+/// handle with [`End::Populate`](crate::End::Populate); by several threads at once for different runs. No lock is held. It
+/// may block and take its time: other pages are served while a fill thread is free. Calls that could wait for it fail with
+/// EDEADLK, on any handle. It must not touch guest memory that is absent, for it would wait for itself. A panic is caught
+/// and counts as a failed fill.
+pub trait Fill: Send + Sync {
+    /// Brings the bytes of `run`.
+    fn fill(&self, run: &mut Run<'_>) -> Filled;
+}
+
+impl<F: Fn(&mut Run<'_>) -> Filled + Send + Sync> Fill for F {
+    fn fill(&self, run: &mut Run<'_>) -> Filled {
+        self(run)
+    }
+}
+
+/// The answer of a fill callback.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filled {
+    /// [`Run::buf`] holds the bytes of the run, or of its first [`Run::set_filled`] bytes.
+    Done,
+    /// The run is zero, or its first [`Run::set_filled`] bytes are. The buffer was not written.
+    Zero,
+    /// `Kuf::resolve` will be called for every page of the run, from any thread and in any pieces. Until then none of it is
+    /// asked for again.
+    Deferred,
+    /// The source failed. Where a thread waits, the run is asked for again page by page, and a single page that fails is
+    /// poisoned.
+    Failed(Errno),
+}
+
+impl From<std::io::Error> for Filled {
+    /// A failure; EIO where the error has no errno.
+    fn from(error: std::io::Error) -> Self {
+        Self::Failed(Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    }
+}
+
+impl<E: Into<Self>> From<Result<(), E>> for Filled {
+    fn from(result: Result<(), E>) -> Self {
+        result.map_or_else(Into::into, |()| Self::Done)
+    }
+}
+
+/// A run of pages to be filled.
+pub struct Run<'a> {
+    /// KUF_RUN_*.
+    pub(crate) flags: u32,
+    pub(crate) gpa: u64,
+    pub(crate) len: u64,
+    /// With room for `len` bytes while the run lives.
+    pub(crate) buf: NonNull<u8>,
+    pub(crate) filled: u64,
+    pub(crate) page_size: u64,
+    pub(crate) opaque: *mut c_void,
+    pub(crate) memory_offset: u64,
+    /// Where the bytes are, if not in the buffer.
+    pub(crate) src: *const c_void,
+    pub(crate) thread: u32,
+    pub(crate) buffer: PhantomData<&'a mut [u8]>,
+}
+
+impl Run<'_> {
+    /// The first guest physical address; a multiple of the page size.
+    pub fn gpa(&self) -> u64 {
+        self.gpa
+    }
+
+    /// Bytes wanted; a multiple of the page size, not 0.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// False: at least one page is wanted.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Where the run begins in its slot: the offset in an image of this slot.
+    pub fn memory_offset(&self) -> u64 {
+        self.memory_offset
+    }
+
+    /// Page size of the slot in bytes.
+    pub fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
+    /// `Memory::tag` of the slot.
+    pub fn tag(&self) -> usize {
+        self.opaque.addr()
+    }
+
+    /// Whether a thread is blocked until this run is resolved.
+    pub fn is_demand(&self) -> bool {
+        self.flags & KUF_RUN_DEMAND != 0
+    }
+
+    /// Whether the fault is a forked child's; `gpa` is that of the parent's slot.
+    pub fn is_forked(&self) -> bool {
+        self.flags & KUF_RUN_FORKED != 0
+    }
+
+    /// Whether the buffer is the guest page itself, through a mapping that the guest does not see yet: nothing is copied
+    /// afterwards.
+    pub fn is_in_place(&self) -> bool {
+        self.flags & KUF_RUN_IN_PLACE != 0
+    }
+
+    /// Thread id of the first thread that touched the run. None: not known, or no thread waits, or it is the calling thread.
+    pub fn thread(&self) -> Option<u32> {
+        (self.thread != 0).then_some(self.thread)
+    }
+
+    /// Where the bytes are written: `len` bytes, page-aligned. What it holds at the start has no meaning.
+    pub fn buf(&mut self) -> &mut [u8] {
+        // SAFETY: the service made room for `len` bytes of mapped memory, which the claim makes this thread's until the
+        // callback returns.
+        unsafe { std::slice::from_raw_parts_mut(self.buf.as_ptr(), self.len as usize) }
+    }
+
+    /// The address of [`Run::buf`]. In place, and after [`Filled::Deferred`], it stays valid until the run is resolved, so
+    /// that data may be received straight into it; the end of the handle or slot with poison takes it away.
+    pub fn buf_ptr(&mut self) -> NonNull<u8> {
+        self.buf
+    }
+
+    /// Says that only the first `bytes` are there, for [`Filled::Done`] and [`Filled::Zero`]: a multiple of the page size above
+    /// 0. The rest is asked for again when it is wanted.
+    pub fn set_filled(&mut self, bytes: u64) {
+        self.filled = bytes;
+    }
+
+    /// Says that the bytes of the run are `bytes`, for [`Filled::Done`]: they go from there to the guest, and the buffer is not
+    /// written. If they are shorter than the run, only as many whole pages are filled; less than one page is a failed fill.
+    pub fn use_static(&mut self, bytes: &'static [u8]) {
+        let whole = (bytes.len() as u64).min(self.len);
+        self.set_filled(whole - whole % self.page_size);
+        self.src = bytes.as_ptr().cast();
+    }
+
+    /// As [`Run::use_static`], for bytes that the caller keeps, such as a mapped image: the first [`Run::set_filled`] bytes
+    /// from `bytes` on.
+    ///
+    /// # Safety
+    /// The bytes stay where they are, unchanged, until the slot has been removed or the handle has ended (or, ended without
+    /// waiting, until the fill callback is dropped). They may turn out to be unreadable, which makes the fill fail.
+    pub unsafe fn use_bytes(&mut self, bytes: *const u8) {
+        self.src = bytes.cast();
+    }
+}

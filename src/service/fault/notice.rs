@@ -1,0 +1,32 @@
+//! Events that a thread reports to the caller when it may call a callback.
+
+use rustix::io::Errno;
+
+use crate::error::Words;
+use crate::memory::Slot;
+use crate::service::fault::pin::EventPin;
+use crate::service::Service;
+use crate::sync::Arc;
+
+/// An event that was found while reading the kernel, or with locks held.
+pub struct Notice {
+    /// The slot it is of. None: of none.
+    pub slot: Option<Arc<Slot>>,
+    pub kind: u32,
+    pub gpa: u64,
+    pub len: u64,
+    pub error: Option<Errno>,
+    pub text: Words,
+}
+
+impl Notice {
+    /// Raises it, unless its slot was removed since. With no lock held.
+    pub fn raise(&self, service: &Service) {
+        let Self { slot, kind, gpa, len, error, text } = self;
+        let telling = slot.as_deref().map(EventPin::begin);
+        // At the end of the service slots stay until all was told.
+        if !matches!(telling, Some(None)) || !service.life.is_open() {
+            service.config.callbacks.event_of(telling.flatten().as_ref(), *kind, *gpa, *len, *error, text);
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! How a claim ends other than by its install: given up, poisoned, made inaccessible, or with bytes that came early.
+
+use rustix::io::Errno;
+
+use crate::abi::*;
+use crate::error::{words, Reason};
+use crate::mechanism::Content;
+use crate::memory::{Slot, Waiter};
+use crate::pages::claims::{Early, Id, Waiters};
+use crate::pages::State;
+use crate::service::fault::bytes::Bytes;
+use crate::service::fault::pin::EventPin;
+use crate::service::fault::retry::RetryLimits;
+use crate::service::fault::{complete, install, retry};
+use crate::service::Service;
+use crate::sync::atomic::Ordering;
+use crate::sync::Arc;
+use std::ops::Range;
+use std::ptr::NonNull;
+
+/// Gives up the pages that the claim `id` owns of `pages`: they return to their state before, or get the bytes that came
+/// early. Faults that waited are served anew.
+pub fn abandon(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
+    let waiters = abandon_quietly(service, slot, id, pages);
+    service.push_again(slot, waiters);
+}
+
+/// As [`abandon`], but returns the waiters.
+pub fn abandon_quietly(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>) -> Waiters<Waiter> {
+    abandon_as(service, slot, id, pages, None)
+}
+
+/// As [`abandon_quietly`]: the pages become `to`, or what they were when `to` is None.
+pub fn abandon_as(
+    service: &Service,
+    slot: &Arc<Slot>,
+    id: Id,
+    pages: Range<u64>,
+    to: Option<State>,
+) -> Waiters<Waiter> {
+    loop {
+        install_early(service, slot, id, &pages);
+        // With the gate held, so that no removal comes between: a page that the guest gave back must not return to its state
+        // before.
+        let gate = slot.mechanism.gate().read();
+        let mut whole = install::settle_cancelled(service, slot, id, pages.clone());
+        let given_back = {
+            let mut claims = slot.claims();
+            if service.life.hands_over() {
+                claims.leave_held_off(pages.clone(), id);
+            }
+            let given_back = claims.give_back(&slot.pages, pages.clone(), id, to);
+            slot.wake_sleepers(&claims);
+            given_back
+        };
+        drop(gate);
+        whole |= given_back.as_ref().is_some_and(|settled| settled.whole);
+        if whole {
+            complete::tell_whole(service, slot);
+        }
+        if let Some(settled) = given_back {
+            return settled.waiters;
+        }
+    }
+}
+
+/// As [`settle_cancelled`], where no install follows.
+pub fn abandon_cancelled(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
+    let gate = slot.mechanism.gate().read();
+    let whole = install::settle_cancelled(service, slot, id, pages);
+    drop(gate);
+    if whole {
+        complete::tell_whole(service, slot);
+    }
+}
+
+pub fn could_not(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: Errno) {
+    if slot.gone().is_some() {
+        abandon_quietly(service, slot, id, pages);
+    } else if errno == Errno::FAULT && slot.shared.is_some() {
+        // The bytes were dropped from the file before they were installed: MADV_REMOVE drops them some time after its event.
+        // The waiters are served anew.
+        abandon(service, slot, id, pages);
+    } else if errno == Errno::CANCELED {
+        leave_to_the_end(service, slot, id, pages);
+    } else {
+        poison(service, slot, id, pages, errno, "could not be made present");
+    }
+}
+
+/// Installs bytes that kuf_resolve supplied for `pages` while the callback was running.
+pub fn install_early(service: &Service, slot: &Arc<Slot>, id: Id, pages: &Range<u64>) {
+    let patience = RetryLimits::default();
+    let next = || slot.claims().early(pages, id);
+    while let Some((pages, bytes)) = next() {
+        // Bytes that are in place already may have been dropped since: the page must not be made anew for them.
+        let written = matches!(bytes, Early::Data(_) | Early::Zero);
+        let at = match if written { place_in(service, slot, &pages, &patience) } else { Ok(None) } {
+            Ok(at) => at,
+            Err(errno) => {
+                could_not(service, slot, id, pages, errno);
+                continue;
+            }
+        };
+        let base = pages.start;
+        let bytes = match (&bytes, at) {
+            (Early::Data(bytes), Some(at)) => {
+                // SAFETY: `place` made these bytes writable, and the claim makes them this thread's; `bytes` is as long.
+                unsafe { at.copy_from_nonoverlapping(NonNull::from(&**bytes).cast(), bytes.len()) };
+                Bytes::plain(Content::Map, base)
+            }
+            (Early::Data(bytes), None) => Bytes::plain(Content::Copy(bytes.as_ptr()), base),
+            (Early::Zero, Some(at)) => {
+                // SAFETY: as above.
+                unsafe { at.write_bytes(0, ((pages.end - pages.start) * slot.granule) as usize) };
+                Bytes::zero_in_place(base)
+            }
+            (Early::Zero, None) => Bytes::plain(Content::Zero, base),
+            (Early::InPlace, _) => Bytes::plain(Content::Map, base),
+            (Early::Poison, _) => {
+                poison(service, slot, id, pages.clone(), Errno::IO, "poisoned by kuf_resolve");
+                continue;
+            }
+        };
+        let (_, result) = install::install(service, slot, id, pages.clone(), bytes);
+        if let Err(failed) = result {
+            could_not(service, slot, id, failed.page..pages.end, failed.errno);
+        }
+    }
+}
+
+/// Where to write `pages` in place, if that is how the slot is filled. A shortage of memory is waited out.
+pub fn place_in(
+    service: &Service,
+    slot: &Slot,
+    pages: &Range<u64>,
+    patience: &RetryLimits,
+) -> Result<Option<NonNull<u8>>, Errno> {
+    retry::patiently(service, patience, || slot.binding.in_place_buffer(pages))
+}
+
+/// Poisons the pages that the claim `id` owns of `pages`, and raises the event.
+pub fn poison(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: Errno, why: &str) -> u64 {
+    poison_with(service, slot, id, pages, Content::Poison { at_end: false }, (errno, why), None)
+}
+
+pub fn poison_with(
+    service: &Service,
+    slot: &Arc<Slot>,
+    id: Id,
+    pages: Range<u64>,
+    content: Content,
+    (errno, why): (Errno, &str),
+    patience: Option<&RetryLimits>,
+) -> u64 {
+    let Some(telling) = EventPin::of_claimed(slot, &pages, id) else { return 0 };
+    if slot.in_place() {
+        // Bytes that a failed fill has left there are not valid.
+        let _ = slot.each_held(id, &pages, |run| {
+            slot.scrub(&run);
+            Ok::<_, i32>(())
+        });
+    }
+    let (gpa, len) = slot.gpa_of(&pages);
+    let reason = Reason(errno);
+    let bytes = Bytes { patience, ..Bytes::plain(content, pages.start) };
+    let (poisoned, result) = install::install(service, slot, id, pages.clone(), bytes);
+    let (closed, all) = match result {
+        Ok(()) => (0, true),
+        Err(failed) if failed.errno == Errno::CANCELED && patience.is_none() && service.ends(slot) => {
+            leave_to_the_end(service, slot, id, pages);
+            return poisoned;
+        }
+        Err(failed) => close_claimed(service, slot, id, &(failed.page..pages.end)),
+    };
+    if patience.is_none() {
+        // Bytes may have come for a part at the last moment: that part was neither poisoned nor made inaccessible. No bytes
+        // come for a slot that has ended.
+        abandon(service, slot, id, pages);
+    }
+    let (kind, how) = match (poisoned, closed, all) {
+        (0, 0, _) => return 0,
+        (_, 0, _) => (KUF_EVENT_POISONED, "poisoned"),
+        (_, _, true) => (KUF_EVENT_INACCESSIBLE, "made inaccessible"),
+        (_, _, false) => (KUF_EVENT_INACCESSIBLE, "left closed: whoever touches it stays blocked"),
+    };
+    let text = words!("guest memory {gpa:#x}..{:#x} {why} ({reason}): {how}", gpa + len);
+    service.config.callbacks.event_of(Some(&telling), kind, gpa, len, Some(errno), &text);
+    poisoned + closed
+}
+
+/// Makes inaccessible the pages that the claim `id` owns of `pages` and that could not be poisoned. Parts with early bytes
+/// stay the claim's. Returns how many pages were lost, and whether all of them were made inaccessible.
+fn close_claimed(service: &Service, slot: &Arc<Slot>, id: Id, pages: &Range<u64>) -> (u64, bool) {
+    let (mut closed, mut all, mut from) = (0, true, pages.start);
+    while from < pages.end {
+        let _gate = slot.mechanism.gate().read();
+        let begun = slot.claims().begin_poison(from..pages.end, id);
+        for run in &begun.runs {
+            all &= close_off_with_gate(slot, run);
+            closed_off(service, slot, id, run);
+            closed += run.end - run.start;
+        }
+        from = begun.until;
+    }
+    (closed, all)
+}
+
+/// Books `pages` of the claim `id` as lost without poison: they are inaccessible, or their touchers stay blocked.
+pub fn closed_off(service: &Service, slot: &Arc<Slot>, id: Id, pages: &Range<u64>) {
+    let waiters = slot.settle(|claims| claims.poison(pages.clone(), id));
+    install::ended(service, slot, waiters, service.stats.here());
+    service.stats.here().bytes_poisoned((pages.end - pages.start) * slot.granule);
+}
+
+/// Makes touching `pages` fail where they could not be poisoned. False: there is no way.
+pub fn close_off(slot: &Slot, pages: &Range<u64>) -> bool {
+    let _gate = slot.mechanism.gate().read();
+    close_off_with_gate(slot, pages)
+}
+
+/// With the gate held, so that the slot stays: its addresses are other memory once it has gone.
+fn close_off_with_gate(slot: &Slot, pages: &Range<u64>) -> bool {
+    if slot.gone().is_some() {
+        return false;
+    }
+    let closed = slot.binding.make_inaccessible(pages);
+    slot.stays.fetch_or(!closed, Ordering::SeqCst);
+    closed
+}
+
+/// The slot or the handle ends, and the kernel refuses the bytes of the claim `id` for `pages`: the end poisons them, or
+/// leaves them to the next handler. Their waiters touch them again then.
+pub fn leave_to_the_end(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
+    abandon_quietly(service, slot, id, pages.clone());
+    slot.binding.wake(&pages);
+}
