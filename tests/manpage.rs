@@ -1,28 +1,37 @@
-//! `man/kuf.3` is what `include/kuf.h` and `examples/c/minimal.c` say today, laid out for man(1). `KUF_BLESS=1` writes it.
+//! Tests that the manual pages are made from the sources of the headers, their `# Notes` included: `kuf(7)` for concepts,
+//! `kuf(3)` for types and constants, and a page for each call. `KUF_BLESS=1` writes them.
 
+mod generate;
+
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
+use generate::{at, comment_at, compare, HEADERS};
+
 #[test]
-fn committed_page_is_the_generated_one() {
-    let made = page(&read("include/kuf.h"), &read("examples/c/minimal.c"));
-    let path = at("man/kuf.3");
-    if std::env::var_os("KUF_BLESS").is_some() {
-        std::fs::write(&path, &made).expect("write man/kuf.3");
-    } else {
-        let committed = std::fs::read_to_string(&path).expect("read man/kuf.3");
-        let hint = "run `KUF_BLESS=1 cargo test --test manpage` and commit the result";
-        assert!(committed == made, "man/kuf.3 has drifted from include/kuf.h or examples/c/minimal.c: {hint}");
+fn committed_pages_are_the_generated_ones() {
+    let made = pages();
+    for (name, text) in &made {
+        compare(&format!("man/{name}"), text);
+        renders_without_a_warning(&at(&format!("man/{name}")));
     }
-    renders_without_a_warning(&path);
+    let names: BTreeSet<_> = made.into_iter().map(|(name, _)| name).collect();
+    let there = std::fs::read_dir(at("man")).expect("man").map(|entry| entry.expect("man").file_name());
+    let there: BTreeSet<_> = there.map(|name| name.into_string().expect("UTF-8")).collect();
+    assert_eq!(there, names, "man/ has a page for each call, and no other");
 }
 
 #[test]
 fn readme_shows_the_example_as_it_is() {
     let example = read("examples/c/minimal.c");
     let program = &example[example.find("#define").expect("code")..];
-    assert!(read("README.md").contains(program), "README.md shows another program than examples/c/minimal.c");
+    assert!(read("README.md").contains(program), "README.md does not show examples/c/minimal.c");
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(at(path)).unwrap_or_else(|e| panic!("read {path}: {e}"))
 }
 
 fn renders_without_a_warning(page: &Path) {
@@ -32,28 +41,20 @@ fn renders_without_a_warning(page: &Path) {
             "groff says: {}",
             String::from_utf8_lossy(&run.stderr)
         ),
-        Err(_) => println!("SKIP rendering man/kuf.3: groff is not installed"),
+        Err(_) => println!("SKIP rendering {}: groff is not installed", page.display()),
     }
 }
 
-fn at(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
+// ---- Parsing the header ----
 
-fn read(path: &str) -> String {
-    std::fs::read_to_string(at(path)).unwrap_or_else(|e| panic!("read {path}: {e}"))
-}
-
-// ---- The header, taken apart ----
-
-/// A declaration and the comment in front of it, one string a line, without the comment's frame.
+/// A declaration and the comment in front of it, one string for each line, without the comment's delimiters.
 struct Item {
     comment: Vec<String>,
     code: Vec<String>,
 }
 
 impl Item {
-    /// `struct kuf_options`, `kuf_fill_fn`, `kuf_open`, `KUF_ALL`: what it declares.
+    /// The declared name: `struct kuf_options`, `kuf_fill_fn`, `kuf_open`, `KUF_ALL`.
     fn name(&self) -> &str {
         let first = &self.code[0];
         if let Some(rest) = first.strip_prefix("#define ") {
@@ -69,12 +70,24 @@ impl Item {
         before.rsplit([' ', '*', '(']).next().unwrap_or(before)
     }
 
+    fn is_structure(&self) -> bool {
+        self.code[0].starts_with("struct") && self.code[0].ends_with('{')
+    }
+
+    /// The comment without its notes, and the notes.
+    fn parts(&self) -> (&[String], &[String]) {
+        match self.comment.iter().position(|line| line == "# Notes") {
+            Some(notes) => (&self.comment[..notes], &self.comment[notes + 1..]),
+            None => (&self.comment, &[]),
+        }
+    }
+
     fn is_function(&self) -> bool {
         !["#define", "struct", "typedef"].iter().any(|word| self.code[0].starts_with(word))
     }
 }
 
-/// The comment at the top, and everything declared, in order.
+/// Returns the comment at the top, and all declarations in order.
 fn take_apart(header: &str) -> (Vec<String>, Vec<Item>) {
     let (mut preamble, mut items) = (Vec::new(), Vec::new());
     let mut comment = Vec::new();
@@ -107,107 +120,208 @@ fn take_apart(header: &str) -> (Vec<String>, Vec<Item>) {
     (preamble, items)
 }
 
-/// The comment that starts at `line`, if one does; takes the rest of it from `lines`.
-fn comment_at<'a>(line: &str, lines: &mut impl Iterator<Item = &'a str>) -> Option<Vec<String>> {
-    let start = line.trim_start().strip_prefix("/*")?;
-    if let Some(only) = start.strip_suffix("*/") {
-        return Some(vec![only.trim().to_owned()]);
-    }
-    let body = lines.take_while(|l| l.trim() != "*/");
-    Some(
-        body.map(|l| l.trim_start().strip_prefix('*').map_or("", |l| l.strip_prefix(' ').unwrap_or(l)).to_owned())
-            .collect(),
-    )
-}
-
-// ---- The page ----
+// ---- The pages ----
 
 const SEE_ALSO: &str =
     "userfaultfd(2), ioctl_userfaultfd(2), madvise(2), memfd_create(2), fallocate(2), sigaction(2), pkg-config(1)";
 
-fn page(header: &str, example: &str) -> String {
-    let (preamble, items) = take_apart(header);
-    let value = |name: &str| {
-        let line = header.lines().find_map(|l| l.strip_prefix("#define ")?.strip_prefix(name)?.strip_prefix(' '));
-        line.unwrap_or_else(|| panic!("{name} is in the header")).to_owned()
-    };
-    let version = ["KUF_VERSION_MAJOR", "KUF_VERSION_MINOR", "KUF_VERSION_PATCH"].map(value).join(".");
-    let functions: Vec<&Item> = items.iter().filter(|item| item.is_function()).collect();
-    let starting = |word: &str| items.iter().filter(|item| item.code[0].starts_with(word)).collect::<Vec<_>>();
+/// A header taken apart.
+struct Source {
+    name: &'static str,
+    preamble: Vec<String>,
+    items: Vec<Item>,
+}
 
-    let mut out = String::new();
-    out.push_str(".\\\" SPDX-License-Identifier: MIT OR Apache-2.0\n");
-    out.push_str(".\\\" Made from include/kuf.h and examples/c/minimal.c by tests/manpage.rs: change those.\n");
-    // One space between sentences, wherever the lines of this source end; nothing hyphenated; ragged right margin.
+impl Source {
+    fn starting(&self, word: &str) -> Vec<&Item> {
+        self.items.iter().filter(|item| item.code[0].starts_with(word)).collect()
+    }
+
+    fn functions(&self) -> Vec<&Item> {
+        self.items.iter().filter(|item| item.is_function()).collect()
+    }
+}
+
+/// All pages, with the names of their files.
+fn pages() -> Vec<(String, String)> {
+    let sources = HEADERS.map(|header| {
+        let (preamble, items) = take_apart(&header.whole());
+        Source { name: header.name, preamble, items }
+    });
+    let mut out = vec![
+        ("kuf.7".to_owned(), concepts(&sources)),
+        ("kuf.3".to_owned(), types(&sources, &read("examples/c/minimal.c"))),
+    ];
+    for source in &sources {
+        for function in source.functions() {
+            out.push((format!("{}.3", function.name()), call_page(&sources, source, function)));
+        }
+    }
+    out
+}
+
+fn begin(title: &str, section: u32, name: &str) -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    let mut out = String::from(".\\\" SPDX-License-Identifier: MIT OR Apache-2.0\n");
+    out.push_str(".\\\" Made from the sources of include/*.h by tests/manpage.rs: change those.\n");
+    // One space between sentences, no hyphenation, ragged right margin.
     let _ = writeln!(
         out,
-        ".TH KUF 3 \"\" \"libkuf {version}\" \"Library Functions Manual\"\n.ss 12 0\n.nr HY 0\n.nh\n.ad l"
+        ".TH {} {section} \"\" \"libkuf {version}\" \"libkuf\"\n.ss 12 0\n.nr HY 0\n.nh\n.ad l\n.SH NAME\n.nh\n{}",
+        title.to_uppercase(),
+        name
     );
+    out
+}
 
-    out.push_str(".SH NAME\n.nh\n");
-    let names: Vec<&str> = std::iter::once("kuf").chain(functions.iter().map(|f| f.name())).collect();
-    let _ = writeln!(out, "{}\n\\- {}", wrapped(&names.join(", ")), escaped(title(&preamble)));
+fn see_also(out: &mut String, pages: &[String]) {
+    let bold = |page: &String| page.split_once('(').map(|(name, rest)| format!("\\fB{name}\\fR({rest}"));
+    let pages: Vec<String> = pages.iter().filter_map(bold).collect();
+    let _ = writeln!(out, ".SH SEE ALSO\n{}", pages.join(",\n"));
+}
 
+/// `kuf(7)`: the preamble, and the errors of every call.
+fn concepts(sources: &[Source; 2]) -> String {
+    let name = format!("kuf \\- {}", escaped(title(&sources[0].preamble)));
+    let mut out = begin("kuf", 7, &name);
+    out.push_str(".SH DESCRIPTION\n.nh\n");
+    // Skip the title line, which is in NAME.
+    prose(&mut out, &sources[0].preamble[2..]);
+    out.push_str(".SH HANDLES AND ERRORS\n");
+    let handle = sources[0].items.iter().find(|item| item.name() == "kuf").expect("struct kuf");
+    described(&mut out, handle);
+    out.push_str(".SH THE MECHANISMS OF KVM\n");
+    prose(&mut out, &sources[1].preamble[2..]);
+    let calls = sources.iter().flat_map(|source| source.functions()).map(|f| format!("{}(3)", f.name()));
+    let mut also: Vec<String> = std::iter::once("kuf(3)".to_owned()).chain(calls).collect();
+    also.extend(SEE_ALSO.split(", ").map(str::to_owned));
+    see_also(&mut out, &also);
+    out
+}
+
+/// `kuf(3)`: what the calls share.
+fn types(sources: &[Source; 2], example: &str) -> String {
+    let mut out = begin("kuf", 3, "kuf \\- calls, callbacks, structures and constants of libkuf");
     out.push_str(".SH SYNOPSIS\n.nf\n.B #include <kuf.h>\n.PP\n");
-    out.push_str("\\fBcc\\fR \\fIprogram.c\\fR \\fB$(pkg-config \\-\\-cflags \\-\\-libs kuf)\\fR\n.PP\n");
-    for function in &functions {
-        prototype(&mut out, function);
+    out.push_str("\\fBcc\\fR \\fIprogram.c\\fR \\fB$(pkg\\-config \\-\\-cflags \\-\\-libs kuf)\\fR\n.PP\n");
+    for source in sources {
+        if source.name != "kuf.h" {
+            let _ = writeln!(out, ".PP\n.B #include <{}>\n.PP", escaped(source.name));
+        }
+        source.functions().into_iter().for_each(|function| prototype(&mut out, function));
     }
-    out.push_str(".fi\n.SH DESCRIPTION\n.nh\n");
-    // Past the title line, which is NAME.
-    prose(&mut out, &preamble[2..]);
-
-    out.push_str(".SH CALLS\n");
-    for function in &functions {
-        let _ = writeln!(out, ".SS {}", function.name());
-        out.push_str(".nf\n");
-        prototype(&mut out, function);
-        out.push_str(".fi\n.PP\n");
-        call(&mut out, function);
-    }
-
+    out.push_str(".fi\n.SH DESCRIPTION\n.nh\nEach call has a page of its own; \\fBkuf\\fR(7) explains the concepts.\n");
     out.push_str(".SH CALLBACKS\n");
-    for callback in starting("typedef") {
-        let _ = writeln!(out, ".SS {}", callback.name());
-        out.push_str(".nf\n");
+    for callback in sources.iter().flat_map(|source| source.starting("typedef")) {
+        let _ = writeln!(out, ".SS {}\n.nf", callback.name());
         prototype(&mut out, callback);
         out.push_str(".fi\n.PP\n");
-        prose(&mut out, &callback.comment);
+        described(&mut out, callback);
     }
-
     out.push_str(".SH STRUCTURES\n");
-    for structure in starting("struct") {
-        let _ = writeln!(out, ".SS struct {}", structure.name());
-        prose(&mut out, &structure.comment);
-        fields(&mut out, structure);
+    for structure in sources.iter().flat_map(|source| source.starting("struct")).filter(|s| s.name() != "kuf") {
+        whole_structure(&mut out, structure);
     }
-
     out.push_str(".SH CONSTANTS\n");
     let mut group = String::new();
-    for define in starting("#define") {
-        let name = define.name();
-        let next = heading(name);
+    for define in sources.iter().flat_map(|source| source.starting("#define")) {
+        let next = heading(define.name());
         if next != group {
             let _ = writeln!(out, ".SS {}", escaped(&next));
             group = next;
         }
-        let value = define.code[0].rsplit_once(name).map_or("", |(_, value)| value.trim());
-        let _ = writeln!(out, ".TP\n\\fB{name}\\fR = {}", escaped(value.trim_matches(['(', ')'])));
-        in_item(&mut out, &define.comment);
+        constant(&mut out, define);
     }
-
     out.push_str(".SH EXAMPLE\n.EX\n");
     for line in example.lines().filter(|line| !line.contains("SPDX")) {
         code_line(&mut out, line);
     }
-    out.push_str(".EE\n.SH SEE ALSO\n");
-    let manual = |page: &str| page.split_once('(').map(|(name, rest)| format!("\\fB{name}\\fR({rest}"));
-    let pages: Vec<String> = SEE_ALSO.split(' ').filter_map(manual).collect();
-    let _ = writeln!(out, "{}", pages.join("\n"));
+    out.push_str(".EE\n");
+    see_also(&mut out, &["kuf(7)".to_owned()]);
     out
 }
 
-/// `kuf.h - what it is` without the file's name.
+/// The page of a call, with the structures that it takes and the constants that its text and theirs name as a group.
+fn call_page(sources: &[Source; 2], source: &Source, function: &Item) -> String {
+    let (text, notes) = function.parts();
+    let first = joined(text.split(|line| line.is_empty()).next().unwrap_or(&[]));
+    let sentence = first.split_once(". ").map_or(first.trim_end_matches('.'), |(sentence, _)| sentence);
+    let short = sentence.split_once(": ").map_or(sentence, |(short, _)| short);
+    let mut out = begin(function.name(), 3, &format!("{} \\- {}", function.name(), escaped(&lowered(short))));
+    let _ = writeln!(out, ".SH SYNOPSIS\n.nf\n.B #include <{}>\n.PP", escaped(source.name));
+    prototype(&mut out, function);
+    out.push_str(".fi\n.SH DESCRIPTION\n.nh\n");
+    call(&mut out, function, text);
+    if !notes.is_empty() {
+        out.push_str(".SH NOTES\n");
+        prose(&mut out, notes);
+    }
+    let code = function.code.join(" ");
+    let all = || sources.iter().flat_map(|source| &source.items);
+    let mut taken: Vec<&Item> =
+        all().filter(|s| s.is_structure() && code.contains(&format!("struct {} ", s.name()))).collect();
+    if function.name() == "kuf_add_memory" {
+        taken.extend(all().filter(|item| item.is_structure() && item.name() == "kuf_source"));
+    }
+    if function.name() == "kuf_open" {
+        taken.extend(all().filter(|item| item.is_structure() && ["kuf_fill", "kuf_event"].contains(&item.name())));
+    }
+    if !taken.is_empty() {
+        out.push_str(".SH STRUCTURES\n");
+        taken.iter().for_each(|structure| whole_structure(&mut out, structure));
+    }
+    let named =
+        taken.iter().fold(function.comment.join("\n"), |text, s| text + &s.comment.join("\n") + &s.code.join("\n"));
+    let mut constants = String::new();
+    for define in all().filter(|item| item.code[0].starts_with("#define")) {
+        let name = define.name();
+        let in_group = name.match_indices('_').any(|(end, _)| named.contains(&format!("{}_*", &name[..end])));
+        if in_group || has_word(&named, name) {
+            constant(&mut constants, define);
+        }
+    }
+    if !constants.is_empty() {
+        let _ = write!(out, ".SH CONSTANTS\n{constants}");
+    }
+    out.push_str(".SH VERSION\nSince 0.1.\n");
+    let text = function.comment.join(" ");
+    let others = all().filter(|item| item.is_function() && item.name() != function.name());
+    let also = others.filter(|item| has_word(&text, item.name())).map(|item| format!("{}(3)", item.name()));
+    see_also(&mut out, &["kuf(3)".to_owned(), "kuf(7)".to_owned()].into_iter().chain(also).collect::<Vec<_>>());
+    out
+}
+
+fn has_word(text: &str, word: &str) -> bool {
+    let part = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    text.match_indices(word).any(|(at, _)| !text[..at].ends_with(part) && !text[at + word.len()..].starts_with(part))
+}
+
+fn lowered(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map_or(String::new(), |first| first.to_lowercase().chain(letters).collect())
+}
+
+fn whole_structure(out: &mut String, structure: &Item) {
+    let _ = writeln!(out, ".SS struct {}", structure.name());
+    described(out, structure);
+    fields(out, structure);
+}
+
+fn constant(out: &mut String, define: &Item) {
+    let name = define.name();
+    let value = define.code[0].rsplit_once(name).map_or("", |(_, value)| value.trim());
+    let _ = writeln!(out, ".TP\n\\fB{name}\\fR = {}", escaped(value.trim_matches(['(', ')'])));
+    in_item(out, &define.comment);
+}
+
+/// The comment and, after it, its notes.
+fn described(out: &mut String, item: &Item) {
+    let (text, notes) = item.parts();
+    prose(out, text);
+    prose(out, notes);
+}
+
+/// Returns the title line without the file's name.
 fn title(preamble: &[String]) -> &str {
     preamble[0].split_once(" - ").expect("a title").1
 }
@@ -217,22 +331,29 @@ fn heading(constant: &str) -> String {
         ("KUF_VERSION_", "Version of the header"),
         ("KUF_MECHANISM_", "Mechanisms"),
         ("KUF_OPEN_", "kuf_options.flags"),
-        ("KUF_FILL_", "kuf_fill.flags"),
+        ("KUF_RUN_", "kuf_fill.flags"),
+        ("KUF_FILL_", "What a fill callback returns"),
         ("KUF_MEMORY_", "kuf_memory.flags"),
         ("KUF_FAULT_", "kuf_fault.flags"),
         ("KUF_RESOLVE_", "Flags of kuf_resolve"),
         ("KUF_DISCARD_", "Flags of kuf_discard"),
-        ("KUF_POPULATE_", "kuf_populate.flags"),
-        ("KUF_CLOSE_", "Flags of kuf_close and kuf_remove_memory"),
-        ("KUF_PROGRESS_", "kuf_progress.flags"),
+        ("KUF_SETTING_", "kuf_settings_info.flags"),
+        ("KUF_KVM_MEMORY_", "kuf_kvm_memory.flags"),
+        ("KUF_KVM_OPEN_", "kuf_options.flags of kuf-kvm.h"),
+        ("KUF_KVM_EVENT_", "kuf_event.kind of kuf-kvm.h"),
+        ("KUF_KVM_FAULT", "kuf_fault.flags of kuf-kvm.h"),
+        ("KUF_SOURCE_", "kuf_source.kind and kuf_source.flags"),
+        ("KUF_SPIN_", "Limits"),
+        ("KUF_USERFAULTFDS_", "Limits"),
+        ("KUF_RECORD_", "Limits"),
+        ("KUF_POPULATE_", "kuf_populate_request.flags"),
+        ("KUF_END_", "Flags of kuf_close and kuf_remove_memory"),
+        ("KUF_PROGRESS_", "kuf_progress_info.flags"),
         ("KUF_EVENT_", "kuf_event.kind"),
         ("KUF_LOG_", "Log levels"),
         ("KUF_FEATURE_", "Features"),
         ("KUF_HISTOGRAM_", "Histograms"),
     ];
-    if ["KUF_FILLED", "KUF_ZERO", "KUF_DEFERRED"].contains(&constant) {
-        return "What a fill callback returns".to_owned();
-    }
     match known.iter().find(|(prefix, _)| constant.starts_with(prefix)) {
         Some((_, heading)) => (*heading).to_owned(),
         None => "Addresses".to_owned(),
@@ -251,7 +372,7 @@ fn prototype(out: &mut String, item: &Item) {
     let _ = writeln!(out, "\\fB{}\\fR", escaped(&line));
 }
 
-/// Paragraphs, lists ("  - ") and code (five blanks) as the comments of the header have them.
+/// Formats paragraphs, lists ("  - ") and code (five blanks) of the header's comments.
 fn prose(out: &mut String, lines: &[String]) {
     for paragraph in lines.split(|line| line.is_empty()) {
         if paragraph.is_empty() {
@@ -287,12 +408,12 @@ fn bullet(out: &mut String, item: &mut Vec<String>) {
     }
 }
 
-/// A call's comment: prose, its arguments, what it returns, its errors.
-fn call(out: &mut String, function: &Item) {
+/// Formats a call's text: prose, arguments, results, errors.
+fn call(out: &mut String, function: &Item, text: &[String]) {
     let code = function.code.join(" ");
     let inside = code.split_once('(').map_or("", |(_, rest)| rest.trim_end_matches(");"));
     let arguments: Vec<&str> = inside.split(',').filter_map(|argument| argument.rsplit([' ', '*']).next()).collect();
-    for paragraph in function.comment.split(|line| line.is_empty()) {
+    for paragraph in text.split(|line| line.is_empty()) {
         let text = joined(paragraph);
         let labelled = labels(&text, |label| label.split(", ").all(|name| arguments.contains(&name)));
         if labelled.first().is_some_and(|(before, _)| *before == 0) {
@@ -300,16 +421,18 @@ fn call(out: &mut String, function: &Item) {
                 let end = labelled.get(n + 1).map_or(text.len(), |(next, _)| *next);
                 let _ = writeln!(out, ".TP\n.I {label}\n{}", wrapped(text[start + label.len() + 1..end].trim()));
             }
-        } else if text.starts_with("Returns ") {
+        } else if text.starts_with("Returns ") || text.starts_with("-E") {
+            out.push_str(".SH RETURN VALUE\n.nh\n");
             returns(out, paragraph);
+            out.push_str(".PP\nThe errors of every call are in \\fBkuf\\fR(7).\n");
         } else {
             prose(out, paragraph);
         }
     }
 }
 
-/// The paragraph that begins with "Returns": each -errno becomes an entry of a list. A line that is not indented and does
-/// not begin with one is prose again.
+/// Formats the paragraph that begins with "Returns": each -errno becomes an entry of a list. A line that is not indented
+/// and does not begin with -errno is prose again.
 fn returns(out: &mut String, paragraph: &[String]) {
     let mut parts: Vec<(bool, String)> = Vec::new();
     for line in paragraph {
@@ -341,7 +464,7 @@ fn returns(out: &mut String, paragraph: &[String]) {
     }
 }
 
-/// Where in `text` a sentence begins with a label that `is_label` accepts ("gpa, len: ..."), and the label.
+/// Finds the sentences in `text` that begin with a label ("gpa, len: ...") that `is_label` accepts, and the labels.
 fn labels(text: &str, is_label: impl Fn(&str) -> bool) -> Vec<(usize, &str)> {
     let starts = std::iter::once(0).chain(text.match_indices(". ").map(|(at, _)| at + 2));
     let label = |start: usize| {
@@ -365,7 +488,8 @@ fn fields(out: &mut String, structure: &Item) {
 }
 
 fn in_item(out: &mut String, comment: &[String]) {
-    for (n, paragraph) in comment.split(|line| line.is_empty()).enumerate() {
+    let paragraphs = comment.split(|line| line.is_empty()).filter(|lines| !lines.is_empty() && lines[0] != "# Notes");
+    for (n, paragraph) in paragraphs.enumerate() {
         let _ = writeln!(out, "{}{}", if n > 0 { ".IP\n" } else { "" }, wrapped(&joined(paragraph)));
     }
 }
@@ -381,7 +505,7 @@ fn code_line(out: &mut String, line: &str) {
     let _ = writeln!(out, "{}{line}", if line.starts_with(['.', '\'']) { "\\&" } else { "" });
 }
 
-/// Characters that mean something to roff; a minus sign that is not a hyphen.
+/// Escapes roff's special characters, and makes minus signs that are not hyphens.
 fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 16);
     let mut before = ' ';
@@ -403,10 +527,10 @@ fn escaped(text: &str) -> String {
     out
 }
 
-/// One word of prose: names from the header in bold.
+/// Formats a word of prose: names from the header become bold.
 fn word(text: &str) -> String {
     let name = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    // *word*: in italics. A star elsewhere is C.
+    // *word* becomes italic. A star elsewhere is C.
     if let Some((inside, after)) = text.strip_prefix('*').and_then(|rest| rest.split_once('*')) {
         if inside.chars().all(|c| c.is_alphabetic() || c == '-') {
             return format!("\\fI{}\\fR{}", escaped(inside), escaped(after));
@@ -422,9 +546,9 @@ fn word(text: &str) -> String {
     }
 }
 
-/// Prose, a new line after each sentence and before column 100.
+/// Wraps prose: a new line after each sentence and before column 100.
 fn wrapped(text: &str) -> String {
-    // What is between backquotes is typed as it stands.
+    // Text between backquotes stays as it is.
     let mut marked = String::new();
     for (n, part) in text.split('`').enumerate() {
         let code = n % 2 == 1;

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 # shellcheck shell=sh
 #
-# Debian packages for the scripts that build something big. To be sourced; they say what they do with say(). What is wanted
-# as a command, whatever package it is from, tests/check/need.sh sees to.
+# Installs Debian packages for the scripts that build kernels and QEMU, which source this and define say(). For a command
+# instead of a package, use tests/check/need.sh.
 
 installed() {
 	dpkg-query -W -f '${db:Status-Abbrev}' "$1" 2>/dev/null | grep -q '^ii'
 }
 
-# Quiet if there is nothing to do, which must not cost the time that apt takes
-# to find that out, nor need the right to install anything.
+# Returns silently if all packages are installed, without running apt, which
+# takes time and needs root.
 need_packages() {
 	missing=
 	for package; do

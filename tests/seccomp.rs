@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The system calls in `docs/seccomp.md` are enough, and each that is said to be made always is made.
+//! Tests that the system calls in `docs/seccomp.md` are enough, and that the library makes each call documented as always
+//! made.
 //!
-//! The test runs itself again as a child: that opens its services, puts a filter of exactly the documented calls on all of
-//! its threads, where anything else kills it, and uses what the library has. Then once more for each documented call
-//! without that call, which has to kill it.
+//! The test runs itself as a child. The child opens its services, installs a filter of exactly the documented calls on all
+//! its threads, where any other call kills it, and uses all functions of the library. For each documented call the test
+//! runs another child whose filter lacks this call, which must kill the child.
 //!
-//! What the child does on its own account under the filter it does with calls that the library never makes (`HOST`).
+//! Under the filter the child's own code makes only calls that the library never makes (`CALLER`).
 
 use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
@@ -15,14 +16,13 @@ use std::process::Command;
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering::SeqCst};
 
-use ::kuf::capi::types::*;
-use ::kuf::capi::*;
+use ::kuf::sys::*;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
 
-/// Not the library's: sleep, say something, take a signal, end, fork and wait for it.
-const HOST: [i64; 6] = [
+/// The child's own calls: sleep, print, handle a signal, exit, fork and wait.
+const CALLER: [i64; 6] = [
     libc::SYS_pselect6,
     libc::SYS_writev,
     libc::SYS_rt_sigreturn,
@@ -31,7 +31,7 @@ const HOST: [i64; 6] = [
     libc::SYS_wait4,
 ];
 
-/// What the child is told: the part of the list, and what to leave out of it.
+/// The child's arguments: the part of the list, and the entry to leave out.
 const PART: &str = "KUF_TEST_SECCOMP_PART";
 const WITHOUT: &str = "KUF_TEST_SECCOMP_WITHOUT";
 const NAMES_IT: &str = "KUF_TEST_SECCOMP_NAMES_IT";
@@ -42,15 +42,15 @@ const FORBIDDEN: i32 = 78;
 
 // ---- The document ---------------------------------------------------------------------------------------------------
 
-/// Parts of the list: while the service runs; what adding, removing and closing add to that; what following forks adds;
-/// what sources add; what huge pages add.
+/// Parts of the list: the calls of the running service, and those added by kuf_add_memory, kuf_remove_memory and
+/// kuf_close; by following forks; by sources; by huge pages.
 const SERVES: usize = 0;
 const CHANGES: usize = 1;
 const FORKS: usize = 2;
 const SOURCES: usize = 3;
 const HUGE: usize = 4;
 
-/// One system call, or one with one value of one argument.
+/// A system call, or a system call with one value of one argument.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 struct Entry {
     /// SERVES, CHANGES, FORKS, SOURCES or HUGE.
@@ -70,7 +70,7 @@ impl Entry {
     }
 }
 
-/// The rows of the tables: `| call | arguments | made | by | why |`.
+/// Parses the rows of the tables: `| call | arguments | made | by | why |`.
 fn documented() -> Vec<Entry> {
     let mut entries = Vec::new();
     let mut part = SERVES;
@@ -82,7 +82,7 @@ fn documented() -> Vec<Entry> {
             "## Calls that kuf_memory.source and kuf_fill.src add while the service runs" => SOURCES,
             "## Calls that KUF_MEMORY_HUGE adds while the service runs" => HUGE,
             other => {
-                assert!(!other.starts_with("## "), "a heading that says nothing about its table: {other}");
+                assert!(!other.starts_with("## "), "an unknown heading: {other}");
                 part
             }
         };
@@ -92,7 +92,7 @@ fn documented() -> Vec<Entry> {
         let always = match made {
             "always" => true,
             "sometimes" => false,
-            other => panic!("{call}: made `{other}`, which is neither always nor sometimes"),
+            other => panic!("{call}: made `{other}` instead of `always` or `sometimes`"),
         };
         let entry = |argument| Entry { part, call: call.to_owned(), argument, always };
         if arguments == "any" {
@@ -112,7 +112,7 @@ fn documented() -> Vec<Entry> {
     entries
 }
 
-/// Calls that not every architecture has are known by name only where they are.
+/// Maps a name to a number. Some calls exist only on some architectures.
 fn number(call: &str) -> Option<i64> {
     macro_rules! numbers {
         ($($name:ident)*) => { match call { $(stringify!($name) => Some(paste_number!($name)),)* _ => None } };
@@ -139,6 +139,9 @@ fn number(call: &str) -> Option<i64> {
         (epoll_ctl) => {
             libc::SYS_epoll_ctl
         };
+        (eventfd2) => {
+            libc::SYS_eventfd2
+        };
         (ppoll) => {
             libc::SYS_ppoll
         };
@@ -159,6 +162,9 @@ fn number(call: &str) -> Option<i64> {
         };
         (process_vm_readv) => {
             libc::SYS_process_vm_readv
+        };
+        (pipe2) => {
+            libc::SYS_pipe2
         };
         (getpid) => {
             libc::SYS_getpid
@@ -183,6 +189,9 @@ fn number(call: &str) -> Option<i64> {
         };
         (munmap) => {
             libc::SYS_munmap
+        };
+        (munlock) => {
+            libc::SYS_munlock
         };
         (mremap) => {
             libc::SYS_mremap
@@ -260,14 +269,14 @@ fn number(call: &str) -> Option<i64> {
         "readlink" => return Some(libc::SYS_readlink),
         _ => {}
     }
-    numbers!(read write ioctl futex epoll_pwait epoll_pwait2 epoll_ctl ppoll madvise fallocate mincore process_vm_readv
-        getpid sched_yield clock_nanosleep nanosleep clock_gettime userfaultfd mmap munmap mremap mprotect brk getrandom restart_syscall rseq
+    numbers!(read write ioctl futex epoll_pwait epoll_pwait2 epoll_ctl eventfd2 ppoll madvise fallocate mincore process_vm_readv pipe2
+        getpid sched_yield clock_nanosleep nanosleep clock_gettime userfaultfd mmap munmap munlock mremap mprotect brk getrandom restart_syscall rseq
         set_robust_list prctl sched_getaffinity sigaltstack rt_sigprocmask gettid exit close openat fcntl fstat fstatfs
         statx lseek pread64 readlinkat kcmp get_mempolicy mbind)
 }
 
 fn filter(part: usize, without: Option<&str>, otherwise: SeccompAction) -> BpfProgram {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = HOST.into_iter().map(|call| (call, Vec::new())).collect();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = CALLER.into_iter().map(|call| (call, Vec::new())).collect();
     let entries: Vec<Entry> = documented().into_iter().filter(|e| e.part == SERVES || e.part == part).collect();
     let mut seen = std::collections::BTreeSet::new();
     for entry in entries.iter().filter(|e| Some(e.name().as_str()) != without && seen.insert(e.name())) {
@@ -281,7 +290,7 @@ fn filter(part: usize, without: Option<&str>, otherwise: SeccompAction) -> BpfPr
             SeccompRule::new(vec![equal.expect("a condition")]).expect("a rule")
         });
         let mixed = rules.get(&call).is_some_and(|rules| rules.is_empty() || rule.is_none());
-        assert!(!mixed, "{}: listed with any argument and once more", entry.call);
+        assert!(!mixed, "{}: listed both with any argument and with a value", entry.call);
         rules.entry(call).or_default().extend(rule);
     }
     let arch = std::env::consts::ARCH.try_into().expect("an architecture that seccompiler knows");
@@ -299,14 +308,14 @@ fn the_documented_system_calls_are_enough_and_none_too_many() {
     if arch.is_err() {
         return println!("SKIP: seccompiler does not know this architecture");
     }
-    // SAFETY: asks whether a filter action is known; touches one word.
+    // SAFETY: asks whether the kernel supports a filter action; reads one word.
     let known = unsafe {
         let kill = libc::SECCOMP_RET_KILL_PROCESS;
         libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const kill)
     };
     if known != 0 {
         let error = std::io::Error::last_os_error();
-        return println!("SKIP: this process may set no seccomp filter that kills: {error}");
+        return println!("SKIP: this process cannot install a seccomp filter that kills: {error}");
     }
     for part in [SERVES, CHANGES, FORKS, SOURCES, HUGE] {
         let (code, signal, said) = run(part, None, false);
@@ -329,9 +338,9 @@ fn the_documented_system_calls_are_enough_and_none_too_many() {
             .collect();
         assert!(
             idle.is_empty(),
-            "part {part}: docs/seccomp.md says that these are always made, and goes without: {idle:?}"
+            "part {part}: docs/seccomp.md says `always` for these, but the child passes without them: {idle:?}"
         );
-        println!("part {part}: the list is enough, and {} entries proved needed one by one", entries.len());
+        println!("part {part}: the list is enough, and each of {} entries is needed", entries.len());
     }
 }
 
@@ -345,7 +354,7 @@ fn run(part: usize, without: Option<&str>, names_it: bool) -> (Option<i32>, Opti
     if names_it {
         command.env(NAMES_IT, "1");
     }
-    // SAFETY: two system calls, no memory.
+    // SAFETY: two system calls that take no memory.
     unsafe {
         command.pre_exec(|| {
             let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -358,7 +367,7 @@ fn run(part: usize, without: Option<&str>, names_it: bool) -> (Option<i32>, Opti
     (output.status.code(), output.status.signal(), said)
 }
 
-// ---- The child: only system calls of HOST and of the list from the filter on ------------------------------------------
+// ---- The child: under the filter it makes only system calls of CALLER and of the list ---------------------------------
 
 fn say(text: &str) {
     let part = libc::iovec { iov_base: text.as_ptr().cast_mut().cast(), iov_len: text.len() };
@@ -367,7 +376,7 @@ fn say(text: &str) {
 }
 
 fn leave(code: i32) -> ! {
-    // SAFETY: ends the process, with nothing left to do.
+    // SAFETY: ends the process.
     unsafe { libc::syscall(libc::SYS_exit_group, code) };
     unreachable!()
 }
@@ -385,10 +394,10 @@ fn wait_until(mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Not assert: a panic would read files for its backtrace.
+/// Replaces assert, because a panic would read files for its backtrace.
 fn check(good: bool, what: &str) {
     if !good {
-        // SAFETY: never NULL.
+        // SAFETY: kuf_error never returns NULL.
         let why = unsafe { CStr::from_ptr(kuf_error()) }.to_string_lossy();
         say(&format!("wrong: {what} (last error: {why})\n"));
         leave(1);
@@ -405,7 +414,7 @@ extern "C" fn forbidden(_signal: c_int, info: *mut libc::siginfo_t, _context: *m
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// A thread that does one thing after the other, started before the filter.
+/// A thread, started before the filter, that executes jobs one after another.
 struct Helper {
     job: AtomicPtr<Job>,
     busy: AtomicBool,
@@ -421,7 +430,7 @@ impl Helper {
                 pause();
                 continue;
             }
-            // SAFETY: made by `give`, taken once.
+            // SAFETY: `give` made it, and only this thread takes it, once.
             let job = unsafe { Box::from_raw(job) };
             job();
             helper.busy.store(false, SeqCst);
@@ -450,26 +459,26 @@ const SHARED: u64 = 3 << 32;
 const TOUCHED: u64 = 4 << 32;
 const LATER: u64 = 5 << 32;
 
-/// What the next fills answer.
-static ANSWER: AtomicI32 = AtomicI32::new(KUF_FILLED);
+/// The result of the next fills.
+static ANSWER: AtomicI32 = AtomicI32::new(KUF_FILL_DONE);
 
 fn word(gpa: u64) -> u64 {
     gpa | 1
 }
 
-/// What the next fills hand over, if not NULL.
+/// The `kuf_fill.src` of the next fills, if not NULL.
 static ELSEWHERE: AtomicPtr<u64> = AtomicPtr::new(null_mut());
 
 unsafe extern "C-unwind" fn fill(_opaque: *mut c_void, fill: *mut kuf_fill) -> c_int {
     let answer = ANSWER.load(SeqCst);
     let elsewhere = ELSEWHERE.load(SeqCst);
     if !elsewhere.is_null() {
-        // SAFETY: the library's word for it.
+        // SAFETY: the library passes a valid struct.
         unsafe { (*fill).src = elsewhere.cast() };
         return answer;
     }
-    if answer == KUF_FILLED {
-        // SAFETY: the library's word for it.
+    if answer == KUF_FILL_DONE {
+        // SAFETY: the library passes a valid struct whose buf has room for len bytes.
         unsafe { write_pages((*fill).buf.cast(), (*fill).gpa, (*fill).len) };
     }
     answer
@@ -477,7 +486,7 @@ unsafe extern "C-unwind" fn fill(_opaque: *mut c_void, fill: *mut kuf_fill) -> c
 
 unsafe fn write_pages(at: *mut u64, gpa: u64, len: u64) {
     for offset in (0..len).step_by(8) {
-        // SAFETY: the caller's word for `len` bytes.
+        // SAFETY: the caller guarantees room for `len` bytes.
         unsafe { at.add(offset as usize / 8).write_volatile(word(gpa + offset)) };
     }
 }
@@ -497,13 +506,13 @@ unsafe extern "C-unwind" fn event(_opaque: *mut c_void, event: *const kuf_event)
 }
 
 fn zeroed<T>() -> T {
-    // SAFETY: used for the structs of the C ABI only, for which all-zero is the default.
+    // SAFETY: used only for structs of the C ABI, for which all-zero is the default.
     unsafe { std::mem::zeroed() }
 }
 
 #[derive(Clone, Copy)]
-struct Handle(*mut kuf);
-// SAFETY: any call from any thread.
+struct Handle(*mut kuf_handle);
+// SAFETY: any thread may call any function with the handle.
 unsafe impl Send for Handle {}
 // SAFETY: as above.
 unsafe impl Sync for Handle {}
@@ -534,10 +543,10 @@ impl Ram {
         self.add_with(handle, null());
     }
 
-    /// A file that its pages may come from: the first half holds words, the second is a hole.
+    /// Makes a source for the slot's pages: a file whose first half holds words and whose second half is a hole.
     fn source(self) -> kuf_source {
         let mut words = vec![0_u64; (LEN / 2 / 8) as usize];
-        // SAFETY: room for that half; a new file.
+        // SAFETY: the vector has room for that half; the file is new.
         unsafe {
             write_pages(words.as_mut_ptr(), self.gpa, LEN / 2);
             let fd = libc::memfd_create(c"source".as_ptr(), libc::MFD_CLOEXEC);
@@ -552,8 +561,9 @@ impl Ram {
         let mut memory = kuf_memory { size: size_of::<kuf_memory>() as u32, ..zeroed() };
         (memory.gpa, memory.len, memory.hva) = (self.gpa, LEN, self.at);
         memory.source = source;
+        memory.flags = KUF_MEMORY_POPULATED;
         if self.fd >= 0 {
-            (memory.flags, memory.fd) = (KUF_MEMORY_FD, self.fd);
+            (memory.flags, memory.fd) = (KUF_MEMORY_POPULATED, self.fd);
         }
         // SAFETY: a handle and a struct.
         check(unsafe { kuf_add_memory(handle.0, &memory) } == 0, "kuf_add_memory");
@@ -564,12 +574,12 @@ impl Ram {
     }
 
     fn read(self, page: u64) -> u64 {
-        // SAFETY: mapped.
+        // SAFETY: the page is mapped.
         unsafe { ((self.at + page * PAGE) as *const u64).read_volatile() }
     }
 }
 
-fn open(flags: u64, serviced: bool) -> Handle {
+fn open(flags: u32, serviced: bool) -> Handle {
     let mut options = kuf_options { size: size_of::<kuf_options>() as u32, flags, ..zeroed() };
     if serviced {
         options.demand_run = PAGE;
@@ -585,7 +595,7 @@ fn open(flags: u64, serviced: bool) -> Handle {
         got = unsafe { kuf_open(&options, &mut handle) };
     }
     if matches!(-got, libc::EPERM | libc::ENOSYS | libc::ENOTSUP) {
-        // SAFETY: never NULL.
+        // SAFETY: kuf_error never returns NULL.
         println!("SKIP: kuf_open: {}", unsafe { CStr::from_ptr(kuf_error()) }.to_string_lossy());
         std::process::exit(SKIPPED);
     }
@@ -593,22 +603,22 @@ fn open(flags: u64, serviced: bool) -> Handle {
     Handle(handle)
 }
 
-/// Everything the child has, made before the filter.
+/// The child's objects, created before the filter.
 struct Setup {
     serviced: Handle,
     driven: Handle,
     direct: Handle,
-    /// In the serviced handle: PRIVATE, FILE, SHARED, TOUCHED.
+    /// The slots of the serviced handle: PRIVATE, FILE, SHARED, TOUCHED.
     rams: [Ram; 4],
     driven_ram: [Ram; 2],
     direct_ram: Ram,
-    /// To be added later.
+    /// Slots that the child adds under the filter.
     later: [Ram; 2],
-    /// Where their pages may come from.
+    /// The sources of these slots.
     sources: [kuf_source; 2],
-    /// The host's own userfaultfd.
+    /// The caller's own userfaultfd.
     uffd: c_int,
-    /// Holds a recording for a moment.
+    /// Holds a recording until it is replayed.
     pipe: [c_int; 2],
     bytes: &'static [u64],
     touch: &'static Helper,
@@ -616,7 +626,7 @@ struct Setup {
 }
 
 fn child(part: usize) -> ! {
-    // SAFETY: a signal that ends the process when something hangs.
+    // SAFETY: starts a timer whose signal ends the process if it hangs.
     unsafe { libc::alarm(100) };
     let (private, shared) = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, libc::MAP_SHARED);
     let rams = [
@@ -625,15 +635,10 @@ fn child(part: usize) -> ! {
         Ram::new(SHARED, shared | libc::MAP_ANONYMOUS, false),
         Ram::new(TOUCHED, private, false),
     ];
-    for page in 0..8 {
-        // Present, and nobody has told the library.
-        // SAFETY: mapped, not yet in anybody's hands.
-        unsafe { write_pages((rams[3].at + page * PAGE) as *mut u64, rams[3].gpa(page), PAGE) };
-    }
     let later = [Ram::new(LATER, private, false), Ram::new(LATER + LEN, shared, true)];
     let setup = Setup {
         serviced: open(if part == FORKS { KUF_OPEN_FOLLOW_FORK } else { 0 }, true),
-        driven: open(0, false),
+        driven: open(KUF_OPEN_CALLER_DRIVEN, false),
         direct: open(KUF_OPEN_DIRECT, false),
         rams,
         driven_ram: [Ram::new(PRIVATE, private, false), Ram::new(FILE, shared, true)],
@@ -646,7 +651,8 @@ fn child(part: usize) -> ! {
         touch: Helper::start(),
         call: Helper::start(),
     };
-    setup.rams.iter().for_each(|ram| ram.add_to(setup.serviced));
+    setup.rams[..3].iter().for_each(|ram| ram.add_to(setup.serviced));
+    add_touched(setup.serviced, rams[3]);
     setup.driven_ram.iter().for_each(|ram| ram.add_to(setup.driven));
     setup.direct_ram.add_to(setup.direct);
     if part == SOURCES {
@@ -669,7 +675,7 @@ fn child(part: usize) -> ! {
     }
     if std::env::var_os("KUF_TEST_SECCOMP_OFF").is_none() {
         let program = filter(part, without.as_deref(), otherwise);
-        check(seccompiler::apply_filter_all_threads(&program).is_ok(), "the filter is put on all threads");
+        check(seccompiler::apply_filter_all_threads(&program).is_ok(), "install the filter on all threads");
         std::mem::forget(program);
     }
     say("# the filter is on\n");
@@ -702,7 +708,7 @@ fn child(part: usize) -> ! {
 fn touches(setup: &Setup, ram: Ram, pages: std::ops::Range<u64>, want: fn(u64) -> u64) {
     setup.touch.give(move || {
         for page in pages {
-            check(ram.read(page) == want(ram.gpa(page)), "a page that was touched holds its bytes");
+            check(ram.read(page) == want(ram.gpa(page)), "a touched page holds its bytes");
         }
     });
 }
@@ -711,10 +717,10 @@ fn serve(setup: &Setup) {
     for ram in &setup.rams[..3] {
         touches(setup, *ram, 0..8, word);
         setup.touch.wait();
-        ANSWER.store(KUF_ZERO, SeqCst);
+        ANSWER.store(KUF_FILL_ZERO, SeqCst);
         touches(setup, *ram, 8..10, |_| 0);
         setup.touch.wait();
-        ANSWER.store(KUF_FILLED, SeqCst);
+        ANSWER.store(KUF_FILL_DONE, SeqCst);
         // SAFETY: a handle.
         unsafe {
             check(kuf_ensure(setup.serviced.0, ram.gpa(10), 2 * PAGE, -1) == 0, "kuf_ensure");
@@ -730,18 +736,18 @@ fn owed(handle: Handle) -> isize {
 
 fn resolve(handle: Handle, gpa: u64, src: *const c_void, len: u64, flags: u32, what: &str) {
     // SAFETY: a handle, and `len` bytes or NULL.
-    check(unsafe { kuf_resolve(handle.0, gpa, src, len as usize, flags) } == len as isize, what);
+    check(unsafe { kuf_resolve(handle.0, gpa, src, len, flags) } == len as isize, what);
 }
 
 fn bytes_for(setup: &Setup, gpa: u64, len: u64) -> *const c_void {
     let at = setup.bytes.as_ptr().cast_mut();
-    // SAFETY: the buffer is as long as a slot, and only this thread looks at it.
+    // SAFETY: the buffer is as long as a slot, and only this thread uses it.
     unsafe { write_pages(at, gpa, len) };
     at.cast_const().cast()
 }
 
 fn deferred(setup: &Setup) {
-    ANSWER.store(KUF_DEFERRED, SeqCst);
+    ANSWER.store(KUF_FILL_DEFERRED, SeqCst);
     for ram in &setup.rams[..3] {
         touches(setup, *ram, 16..17, word);
         wait_until(|| owed(setup.serviced) == 1);
@@ -750,15 +756,15 @@ fn deferred(setup: &Setup) {
             let Handle(handle) = { handle };
             // SAFETY: a handle.
             let got = unsafe { kuf_ensure(handle, gpa, 1, -1) };
-            check(got == 0, "kuf_ensure of a page that is awaited");
+            check(got == 0, "kuf_ensure of a page that another thread waits for");
         });
-        // The waiter sleeps by now, or will find the page there.
+        // Now the thread sleeps in kuf_ensure, or will find the page present.
         (0..20).for_each(|_| pause());
         resolve(setup.serviced, gpa, bytes_for(setup, gpa, PAGE), PAGE, 0, "kuf_resolve of a deferred page");
         setup.call.wait();
         setup.touch.wait();
     }
-    ANSWER.store(KUF_FILLED, SeqCst);
+    ANSWER.store(KUF_FILL_DONE, SeqCst);
 }
 
 fn resolved(setup: &Setup) {
@@ -772,16 +778,16 @@ fn resolved(setup: &Setup) {
     }
     let gpa = setup.rams[0].gpa(20);
     // SAFETY: a handle.
-    let found = unsafe { kuf_resolve(setup.serviced.0, gpa, null(), 8 * PAGE as usize, KUF_RESOLVE_PRESENT) };
-    check(found == 0, "kuf_resolve of what is there: all of it was known");
+    let found = unsafe { kuf_resolve(setup.serviced.0, gpa, null(), 8 * PAGE, KUF_RESOLVE_PRESENT) };
+    check(found == 0, "kuf_resolve of present pages finds no new one");
 }
 
 fn discarded(setup: &Setup) {
     for ram in &setup.rams[..3] {
         // SAFETY: a handle.
         unsafe {
-            check(kuf_discard(setup.serviced.0, ram.gpa(0), PAGE, 0) == 0, "kuf_discard");
-            check(kuf_discard(setup.serviced.0, ram.gpa(1), PAGE, KUF_DISCARD_REMOVED) == 0, "kuf_discard as removed");
+            check(kuf_discard(setup.serviced.0, ram.gpa(0), PAGE, KUF_DISCARD_REFILL) == 0, "kuf_discard");
+            check(kuf_discard(setup.serviced.0, ram.gpa(1), PAGE, KUF_DISCARD_ZERO) == 0, "kuf_discard as removed");
         }
         touches(setup, *ram, 0..1, word);
         touches(setup, *ram, 1..2, |_| 0);
@@ -791,7 +797,7 @@ fn discarded(setup: &Setup) {
 
 fn populated(setup: &Setup) {
     let before = POPULATED.load(SeqCst);
-    let mut request = kuf_populate { size: size_of::<kuf_populate>() as u32, ..zeroed() };
+    let mut request = kuf_populate_request { size: size_of::<kuf_populate_request>() as u32, ..zeroed() };
     (request.gpa, request.len) = (TOUCHED, LEN);
     // SAFETY: a handle and a struct.
     check(unsafe { kuf_populate(setup.serviced.0, &request) } == 0, "kuf_populate");
@@ -802,13 +808,13 @@ fn populated(setup: &Setup) {
     touches(setup, setup.rams[3], 0..PAGES, word);
     touches(setup, setup.rams[1], 32..48, word);
     setup.touch.wait();
-    let mut stats = kuf_stats { size: size_of::<kuf_stats>() as u32, ..zeroed() };
+    let mut stats = kuf_stats_info { size: size_of::<kuf_stats_info>() as u32, ..zeroed() };
     // SAFETY: a handle and a struct.
     check(unsafe { kuf_stats(setup.serviced.0, &mut stats) } == 0, "kuf_stats");
-    check(stats.install_exists > 0, "pages were found present and their waiters woken");
+    check(stats.install_exists > 0, "installs found pages present");
 }
 
-/// Neither end blocks: who uses it has to wait.
+/// Makes a pipe with two non-blocking ends, so that its users have to retry.
 fn pipe() -> [c_int; 2] {
     let mut pipe = [-1; 2];
     // SAFETY: room for two descriptors.
@@ -823,14 +829,14 @@ fn replayed(setup: &Setup) {
         let Handle(handle) = { serviced };
         // SAFETY: a handle.
         let got = unsafe { kuf_replay(handle, from, 0) };
-        check(got == 0, "kuf_replay, once there is something to read");
+        check(got == 0, "kuf_replay, after there are bytes to read");
     });
     let Handle(handle) = serviced;
     // SAFETY: a handle.
     unsafe {
         check(kuf_record_start(handle, 0) == 0, "kuf_record_start");
         check(kuf_ensure(handle, gpa, PAGE, -1) == 0, "kuf_ensure of a page to be recorded");
-        check(kuf_discard(handle, gpa, PAGE, 0) == 0, "kuf_discard of it");
+        check(kuf_discard(handle, gpa, PAGE, KUF_DISCARD_REFILL) == 0, "kuf_discard of it");
         check(kuf_record_stop(handle, to) == 0, "kuf_record_stop");
     }
     setup.call.wait();
@@ -846,13 +852,13 @@ fn poisoned(setup: &Setup) {
         }
         resolve(setup.serviced, ram.gpa(31), null(), PAGE, KUF_RESOLVE_POISON, "kuf_resolve with poison");
     }
-    ANSWER.store(KUF_FILLED, SeqCst);
+    ANSWER.store(KUF_FILL_DONE, SeqCst);
 }
 
 fn driven(setup: &Setup, handle: Handle, ram: Ram) {
     // SAFETY: a handle.
     unsafe {
-        check(kuf_poll(handle.0, 0) == 0 && kuf_poll(handle.0, 1) == 0, "kuf_poll with nothing there");
+        check(kuf_poll(handle.0, 0) == 0 && kuf_poll(handle.0, 1) == 0, "kuf_poll without a fault");
         check(kuf_fd(handle.0) >= 0, "kuf_fd");
     }
     touches(setup, ram, 0..4, word);
@@ -868,13 +874,13 @@ fn driven(setup: &Setup, handle: Handle, ram: Ram) {
             } {
                 check(kuf_poll(handle.0, -1) == 1, "kuf_poll again");
             }
-            check(got == 1 && fault.gpa == ram.gpa(page), "kuf_read gives the page that is touched");
+            check(got == 1 && fault.gpa == ram.gpa(page), "kuf_read returns the touched page");
             let (mut src, mut flags) = (bytes_for(setup, fault.gpa, PAGE), 0);
             if !fault.place.is_null() && page % 2 == 1 {
                 write_pages(fault.place.cast(), fault.gpa, PAGE);
                 (src, flags) = (null(), KUF_RESOLVE_IN_PLACE);
             }
-            resolve(handle, fault.gpa, src, PAGE, flags, "kuf_resolve of what was read");
+            resolve(handle, fault.gpa, src, PAGE, flags, "kuf_resolve of the fault");
         }
     }
     setup.touch.wait();
@@ -882,14 +888,16 @@ fn driven(setup: &Setup, handle: Handle, ram: Ram) {
 
 fn asked(setup: &Setup) {
     for handle in [setup.serviced, setup.driven, setup.direct] {
-        let mut progress = kuf_progress { size: size_of::<kuf_progress>() as u32, ..zeroed() };
-        let mut stats = kuf_stats { size: size_of::<kuf_stats>() as u32, ..zeroed() };
+        let mut progress = kuf_progress_info { size: size_of::<kuf_progress_info>() as u32, ..zeroed() };
+        let mut stats = kuf_stats_info { size: size_of::<kuf_stats_info>() as u32, ..zeroed() };
+        let mut settings = kuf_settings_info { size: size_of::<kuf_settings_info>() as u32, ..zeroed() };
         // SAFETY: a handle, and structs or no room.
         unsafe {
+            check(kuf_settings(handle.0, KUF_ALL, &mut settings) == 0, "kuf_settings");
             check(kuf_progress(handle.0, KUF_ALL, &mut progress) == 0, "kuf_progress");
             check(kuf_stats(handle.0, &mut stats) == 0 && stats.faults > 0, "kuf_stats");
             check(kuf_block_times(handle.0, null_mut(), 0) >= 0, "kuf_block_times");
-            check(kuf_progress(handle.0, 1, &mut progress) == -libc::ENOENT, "kuf_progress of nothing");
+            check(kuf_progress(handle.0, 1, &mut progress) == -libc::ENOENT, "kuf_progress of an unknown slot");
         }
     }
 }
@@ -898,16 +906,16 @@ fn comes_and_goes(setup: &Setup) {
     for (ram, source) in setup.later.into_iter().zip(&setup.sources) {
         ram.add_with(setup.serviced, source);
         // SAFETY: a handle.
-        let got = unsafe { kuf_remove_memory(setup.serviced.0, ram.gpa, KUF_CLOSE_POISON) };
+        let got = unsafe { kuf_remove_memory(setup.serviced.0, ram.gpa, KUF_END_POISON) };
         check(got == 0, "kuf_remove_memory of a slot with a source");
-        // SAFETY: as above: what is poisoned becomes ordinary memory for the next slot.
+        // SAFETY: as above; poisoned pages become ordinary memory for the next slot.
         check(unsafe { libc::madvise(ram.at as *mut c_void, LEN as usize, libc::MADV_DONTNEED) } == 0, "madvise");
         for _ in 0..2 {
             ram.add_to(setup.serviced);
             touches(setup, ram, 0..8, word);
             setup.touch.wait();
             // SAFETY: a handle.
-            let got = unsafe { kuf_remove_memory(setup.serviced.0, ram.gpa, KUF_CLOSE_POPULATE) };
+            let got = unsafe { kuf_remove_memory(setup.serviced.0, ram.gpa, KUF_END_POPULATE) };
             check(got == 0, "kuf_remove_memory");
         }
     }
@@ -920,12 +928,12 @@ fn sources(setup: &Setup) {
         touches(setup, ram, PAGES / 2..PAGES, |_| 0);
         setup.touch.wait();
     }
-    // Of the callback's slots, private and in place.
+    // Pages of zeroes in the callback's slots, private and in place.
     static PAGE_OF_ZEROES: [u64; PAGE as usize / 8] = [0; PAGE as usize / 8];
     ELSEWHERE.store(PAGE_OF_ZEROES.as_ptr().cast_mut(), SeqCst);
     for ram in &setup.rams[..2] {
         // SAFETY: a handle.
-        check(unsafe { kuf_discard(setup.serviced.0, ram.gpa(50), 2 * PAGE, 0) } == 0, "kuf_discard");
+        check(unsafe { kuf_discard(setup.serviced.0, ram.gpa(50), 2 * PAGE, KUF_DISCARD_REFILL) } == 0, "kuf_discard");
         touches(setup, *ram, 50..52, |_| 0);
         setup.touch.wait();
     }
@@ -935,10 +943,13 @@ fn sources(setup: &Setup) {
 const HUGE_PAGE: u64 = 2 << 20;
 const HUGE_GPA: u64 = 1 << 40;
 
-/// A slot of two huge pages; returns where.
+/// Adds a slot of two huge pages and returns its address.
 fn add_huge(setup: &Setup) -> u64 {
-    if kuf_has_feature(KUF_FEATURE_HUGE) != 1 {
-        println!("SKIP: no huge pages to move on this machine");
+    let mut probe = kuf_probe_info { size: size_of::<kuf_probe_info>() as u32, ..zeroed() };
+    // SAFETY: a struct of the size that it says.
+    check(unsafe { kuf_probe(-1, &mut probe) } == 0, "kuf_probe");
+    if probe.features & KUF_FEATURE_HUGE == 0 {
+        println!("SKIP: this machine cannot move huge pages");
         std::process::exit(SKIPPED);
     }
     let mut memory = kuf_memory { size: size_of::<kuf_memory>() as u32, flags: KUF_MEMORY_HUGE, ..zeroed() };
@@ -955,7 +966,7 @@ fn add_huge(setup: &Setup) -> u64 {
 
 fn populated_huge(setup: &Setup, at: u64) {
     let before = POPULATED.load(SeqCst);
-    let mut request = kuf_populate { size: size_of::<kuf_populate>() as u32, ..zeroed() };
+    let mut request = kuf_populate_request { size: size_of::<kuf_populate_request>() as u32, ..zeroed() };
     (request.gpa, request.len) = (HUGE_GPA, 2 * HUGE_PAGE);
     // SAFETY: a handle and a struct.
     check(unsafe { kuf_populate(setup.serviced.0, &request) } == 0, "kuf_populate of huge pages");
@@ -965,27 +976,43 @@ fn populated_huge(setup: &Setup, at: u64) {
     setup.touch.wait();
 }
 
-/// UFFDIO_API done, no features.
+/// Opens a userfaultfd and calls UFFDIO_API without features.
 fn userfaultfd() -> c_int {
     let mut api = [0xaa_u64, 0, 0];
-    // SAFETY: a new descriptor, which is told of a struct of three words.
+    // SAFETY: a new descriptor, and a struct of three words.
     unsafe {
         let mut fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) as c_int;
         if fd < 0 {
             fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK | 1) as c_int;
         }
-        check(fd >= 0 && libc::ioctl(fd, 0xc018_aa3f_u32 as _, api.as_mut_ptr()) == 0, "a userfaultfd of the host's");
+        check(fd >= 0 && libc::ioctl(fd, 0xc018_aa3f_u32 as _, api.as_mut_ptr()) == 0, "the caller's userfaultfd");
         fd
     }
 }
 
+/// Adds a slot on the caller's userfaultfd. The caller fills some of its pages without telling the library.
+fn add_touched(handle: Handle, ram: Ram) {
+    let uffd = userfaultfd();
+    let mut memory = kuf_memory { size: size_of::<kuf_memory>() as u32, ..zeroed() };
+    (memory.gpa, memory.len, memory.hva) = (ram.gpa, LEN, ram.at);
+    (memory.flags, memory.uffd) = (KUF_MEMORY_POPULATED, uffd);
+    let mut words = vec![0_u64; (8 * PAGE / 8) as usize];
+    let mut copy = [ram.at, words.as_mut_ptr() as u64, 8 * PAGE, 0, 0];
+    // SAFETY: a handle and a struct; room for eight pages; UFFDIO_COPY takes five words.
+    unsafe {
+        check(kuf_add_memory(handle.0, &memory) == 0, "kuf_add_memory of memory that the caller fills");
+        write_pages(words.as_mut_ptr(), ram.gpa, 8 * PAGE);
+        check(libc::ioctl(uffd, 0xc028_aa03_u32 as _, copy.as_mut_ptr()) == 0, "UFFDIO_COPY");
+    }
+}
+
 fn adopts(setup: &Setup) {
-    // Two slots of one userfaultfd: the second is known by it.
+    // Two slots on one userfaultfd: the library recognises the second by it.
     for (ram, from) in [(setup.later[0], 0), (setup.later[0], LEN / 2)] {
         let mut memory = kuf_memory { size: size_of::<kuf_memory>() as u32, ..zeroed() };
         (memory.gpa, memory.len, memory.hva) = (ram.gpa + from, LEN / 2, ram.at + from);
-        (memory.flags, memory.uffd) = (KUF_MEMORY_UFFD, setup.uffd);
-        // SAFETY: a handle and a struct; nobody uses the memory.
+        (memory.flags, memory.uffd) = (0, setup.uffd);
+        // SAFETY: a handle and a struct; no thread uses the memory.
         unsafe {
             libc::madvise(memory.hva as *mut c_void, memory.len as usize, libc::MADV_DONTNEED);
             check(kuf_add_memory(setup.serviced.0, &memory) == 0, "kuf_add_memory with a userfaultfd");
@@ -999,7 +1026,7 @@ fn forks(setup: &Setup) {
     let untouched = [40, 41, 42];
     for page in untouched {
         for _ in 0..2 {
-            // SAFETY: as fork without its handlers; the child looks at one word and ends.
+            // SAFETY: like fork without its handlers; the child reads one word and ends.
             let child = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) } as libc::pid_t;
             if child == 0 {
                 let good = setup.rams[0].read(page) == word(setup.rams[0].gpa(page));
@@ -1015,12 +1042,12 @@ fn forks(setup: &Setup) {
 
 fn closes(setup: &Setup) {
     for (handle, flags) in [
-        (setup.serviced, KUF_CLOSE_POPULATE | KUF_CLOSE_POISON),
-        (setup.driven, KUF_CLOSE_POISON),
-        (setup.direct, KUF_CLOSE_POISON),
+        (setup.serviced, KUF_END_POPULATE | KUF_END_POISON),
+        (setup.driven, KUF_END_POISON),
+        (setup.direct, KUF_END_POISON),
     ] {
         let cell = UnsafeCell::new(handle.0);
-        // SAFETY: a handle, for the last time.
+        // SAFETY: the last use of the handle.
         check(unsafe { kuf_close(cell.get(), flags) } == 0, "kuf_close");
     }
 }

@@ -21,7 +21,7 @@ static void *change_one(void *argument)
 {
     struct change *change = argument;
     uint64_t gpa = BASE + (uint64_t)change->slot * page;
-    struct kuf_memory memory = {.size = sizeof(memory), .flags = KUF_MEMORY_UFFD, .gpa = gpa, .len = page,
+    struct kuf_memory memory = {.size = sizeof(memory), .gpa = gpa, .len = page,
                                 .hva = (uintptr_t)ram + (size_t)change->slot * page, .uffd = uffd};
     atomic_fetch_add(&ready, 1);
     while (atomic_load(&ready) < 2)
@@ -62,11 +62,11 @@ int main(void)
         changed += both((struct change){.slot = 0, .add = true}, (struct change){.slot = 1, .add = true});
         served += touched(0) + touched(1);
         /* The last one goes when another comes. */
-        must(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POPULATE) == 0, "a slot is removed");
+        must(kuf_remove_memory(kuf, BASE, KUF_END_POPULATE) == 0, "a slot is removed");
         must(madvise(ram, page, MADV_DONTNEED) == 0, "its page is dropped");
         changed += both((struct change){.slot = 1, .add = false}, (struct change){.slot = 0, .add = true});
         served += touched(0);
-        must(kuf_close(&kuf, KUF_CLOSE_POISON) == 0, "kuf_close");
+        must(kuf_close(&kuf, KUF_END_POISON) == 0, "kuf_close");
         close(uffd);
         munmap(ram, SLOTS * page);
     }

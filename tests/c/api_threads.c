@@ -12,6 +12,9 @@ static atomic_long calls[THREADS];
 static unsigned char *extra;
 static bool driven;
 
+/* No page of Linux is larger. */
+enum { PAGE_MAX = 64 << 10 };
+
 /* One call of thread `which`, the `n`th; what it may answer while the handle is open. */
 static long call(struct kuf *kuf, int which, long n, bool *fine)
 {
@@ -20,7 +23,7 @@ static long call(struct kuf *kuf, int which, long n, bool *fine)
     long got;
     switch (which) {
     case 0: {
-        unsigned char bytes[4096];
+        unsigned char bytes[PAGE_MAX];
         write_content(bytes, gpa, page, 1);
         got = kuf_resolve(kuf, gpa, bytes, page, 0);
         *fine = got == 0 || got == (long)page;
@@ -37,11 +40,11 @@ static long call(struct kuf *kuf, int which, long n, bool *fine)
         *fine = got == 0;
         return got;
     case 3:
-        got = kuf_discard(kuf, gpa, page, n % 5 == 0 ? KUF_DISCARD_REMOVED : 0);
+        got = kuf_discard(kuf, gpa, page, n % 5 == 0 ? KUF_DISCARD_ZERO : KUF_DISCARD_REFILL);
         *fine = got == 0;
         return got;
     case 4: {
-        struct kuf_populate request = {.size = sizeof(request), .gpa = n % 2 ? gpa : KUF_ALL, .len = n % 2 ? page : 0};
+        struct kuf_populate_request request = {.size = sizeof(request), .gpa = n % 2 ? gpa : KUF_ALL, .len = n % 2 ? page : 0};
         if (n % 7 == 0)
             request.flags = KUF_POPULATE_STOP;
         got = kuf_populate(kuf, &request);
@@ -55,13 +58,13 @@ static long call(struct kuf *kuf, int which, long n, bool *fine)
         return got;
     }
     case 6: {
-        struct kuf_progress progress = {.size = sizeof(progress)};
+        struct kuf_progress_info progress = {.size = sizeof(progress)};
         got = kuf_progress(kuf, n % 2 ? KUF_ALL : BASE, &progress);
         *fine = got == 0;
         return got;
     }
     case 7: {
-        struct kuf_stats stats = {.size = sizeof(stats)};
+        struct kuf_stats_info stats = {.size = sizeof(stats)};
         struct kuf_block_time times[4];
         got = n % 2 ? kuf_stats(kuf, &stats) : kuf_block_times(kuf, times, 4);
         *fine = got >= 0;
@@ -73,7 +76,7 @@ static long call(struct kuf *kuf, int which, long n, bool *fine)
             got = kuf_add_memory(kuf, &memory);
             *fine = got == 0 || got == -EEXIST;
         } else {
-            got = kuf_remove_memory(kuf, EXTRA, KUF_CLOSE_POISON);
+            got = kuf_remove_memory(kuf, EXTRA, KUF_END_POISON);
             *fine = got == 0 || got == -EBUSY;
             /* Poison markers go with the pages. */
             madvise(extra, 4 * page, MADV_DONTNEED);
@@ -82,7 +85,7 @@ static long call(struct kuf *kuf, int which, long n, bool *fine)
     }
     default: {
         struct kuf_fault fault;
-        unsigned char bytes[4096];
+        unsigned char bytes[PAGE_MAX];
         if (!driven) {
             got = n % 2 ? kuf_poll(kuf, 0) : kuf_fd(kuf);
             *fine = got == -ENOTSUP;
@@ -149,7 +152,7 @@ static void go(int round)
     }
     for (int i = 0; i < THREADS; i++)
         wait_until(atomic_load(&calls[i]) >= CALLS_BEFORE || atomic_load(&callers[i].ended));
-    int got = kuf_close(&kuf, KUF_CLOSE_POISON);
+    int got = kuf_close(&kuf, KUF_END_POISON);
     is(got, 0, "round %d: closed while every call is being made", round);
     for (int i = 0; i < THREADS; i++) {
         void *wrong = NULL;

@@ -18,7 +18,7 @@
 #define PAGE page_size()
 enum { TAIL = 32 };
 
-/* What the rows work on. */
+/* The handles and memory that the rows use. */
 static struct fixture {
     struct kuf *served, *driven, *direct, *sources, *closed, *opened;
     struct kuf_options plain;
@@ -36,14 +36,16 @@ static struct source source = SOURCE_INIT;
 /* The last CPU of the largest set that is taken. */
 static const unsigned char no_such_cpu[8192] = {[8191] = 0x80};
 
-/* ---- What rows call ------------------------------------------------------------------------------------------------ */
+/* ---- Calls of the rows --------------------------------------------------------------------------------------------- */
 
-/* What a row changes of memory that could be added as it is. */
+/* Memory that can be added as it is; a row changes a field. */
 static struct kuf_memory m;
 
 #define add_memory(from, ...) (m = from(), __VA_ARGS__, kuf_add_memory(f.served, &m))
+#define add_for_kvm(...) (m = spare(), m.kvm = &(struct kuf_kvm_memory){.size = sizeof(struct kuf_kvm_memory), __VA_ARGS__}, \
+                          kuf_add_memory(f.served, &m))
 #define open_options(...) open_these((struct kuf_options){.size = sizeof(struct kuf_options), __VA_ARGS__})
-#define populate_on(kuf, ...) kuf_populate(kuf, &(struct kuf_populate){.size = sizeof(struct kuf_populate), __VA_ARGS__})
+#define populate_on(kuf, ...) kuf_populate(kuf, &(struct kuf_populate_request){.size = sizeof(struct kuf_populate_request), __VA_ARGS__})
 
 static struct kuf_memory spare(void)
 {
@@ -52,7 +54,7 @@ static struct kuf_memory spare(void)
 
 static struct kuf_memory shared_spare(void)
 {
-    return (struct kuf_memory){.size = sizeof(m), .flags = KUF_MEMORY_FD, .gpa = GPA_SPARE, .len = 4 * PAGE,
+    return (struct kuf_memory){.size = sizeof(m), .gpa = GPA_SPARE, .len = 4 * PAGE,
                                .hva = (uintptr_t)f.shared_spare, .fd = f.memfd};
 }
 
@@ -64,7 +66,7 @@ static int add_spare(struct kuf *kuf)
 
 static const struct kuf_source zero_source = {.size = sizeof(zero_source), .kind = KUF_SOURCE_ZERO};
 
-/* What a row changes of a source that could be given as it is. */
+/* A source that can be given as it is; a row changes a field. */
 static struct kuf_source s;
 
 #define add_source(...) (s = zero_source, __VA_ARGS__, add_source_to(f.served, s))
@@ -73,8 +75,10 @@ static int add_source_to(struct kuf *kuf, struct kuf_source source)
 {
     m = spare();
     m.source = &source;
+    /* An earlier slot has left these pages poisoned. */
+    must(madvise(f.spare, 4 * PAGE, MADV_DONTNEED) == 0, "madvise");
     int got = kuf_add_memory(kuf, &m);
-    return got == 0 ? kuf_remove_memory(kuf, GPA_SPARE, KUF_CLOSE_POISON) : got;
+    return got == 0 ? kuf_remove_memory(kuf, GPA_SPARE, KUF_END_POISON) : got;
 }
 
 static int add_long_source(unsigned char last)
@@ -86,14 +90,15 @@ static int add_long_source(unsigned char last)
     source.known.size = sizeof(source);
     m = spare();
     m.source = &source.known;
+    must(madvise(f.spare, 4 * PAGE, MADV_DONTNEED) == 0, "madvise");
     int got = kuf_add_memory(f.served, &m);
-    return got == 0 ? kuf_remove_memory(f.served, GPA_SPARE, KUF_CLOSE_POISON) : got;
+    return got == 0 ? kuf_remove_memory(f.served, GPA_SPARE, KUF_END_POISON) : got;
 }
 
 static int probe_sized(size_t size, unsigned char old)
 {
     struct {
-        struct kuf_probe known;
+        struct kuf_probe_info known;
         unsigned char tail[TAIL];
     } out;
     memset(&out, old, sizeof(out));
@@ -106,14 +111,26 @@ static int probe_sized(size_t size, unsigned char old)
 
 static int probe_of(int vm_fd)
 {
-    struct kuf_probe out = {.size = sizeof(out)};
+    struct kuf_probe_info out = {.size = sizeof(out)};
     return kuf_probe(vm_fd, &out);
 }
 
+static int open_mode(uint32_t mode, kuf_fill_fn fill)
+{
+    struct kuf *kuf = f.served;
+    struct kuf_options options = {.size = sizeof(options), .fill = fill,
+                                  .flags = mode | (f.plain.flags & KUF_OPEN_USER_MODE_ONLY)};
+    int got = kuf_open(&options, &kuf);
+    ok(kuf == NULL, "kuf_open: *out is NULL when it fails");
+    return got;
+}
+
+/* A row that says nothing of the mode is about something else. */
 static int open_these(struct kuf_options options)
 {
     struct kuf *kuf = f.served;
-    options.flags |= f.plain.flags;
+    bool said = options.fill != NULL || options.flags & (KUF_OPEN_DIRECT | KUF_OPEN_SOURCES);
+    options.flags |= said ? f.plain.flags & ~KUF_OPEN_CALLER_DRIVEN : f.plain.flags;
     int got = kuf_open(&options, &kuf);
     ok((kuf != NULL) == (got == 0), "kuf_open: *out is NULL exactly when it fails");
     return got == 0 ? kuf_close(&kuf, 0) : got;
@@ -139,13 +156,13 @@ static int add_sized(size_t size, unsigned char last)
     } memory = {.known = spare(), .tail = {[TAIL - 1] = last}};
     memory.known.size = (uint32_t)size;
     int got = kuf_add_memory(f.served, &memory.known);
-    return got == 0 ? kuf_remove_memory(f.served, GPA_SPARE, KUF_CLOSE_POISON) : got;
+    return got == 0 ? kuf_remove_memory(f.served, GPA_SPARE, KUF_END_POISON) : got;
 }
 
 static int populate_sized(size_t size, unsigned char last)
 {
     struct {
-        struct kuf_populate known;
+        struct kuf_populate_request known;
         unsigned char tail[TAIL];
     } request = {.known = {.flags = KUF_POPULATE_STOP}, .tail = {[TAIL - 1] = last}};
     request.known.size = (uint32_t)size;
@@ -155,7 +172,7 @@ static int populate_sized(size_t size, unsigned char last)
 static int progress_sized(struct kuf *kuf, uint64_t gpa, size_t size)
 {
     struct {
-        struct kuf_progress known;
+        struct kuf_progress_info known;
         unsigned char tail[TAIL];
     } out = {.known = {.size = (uint32_t)size}, .tail = {[0] = 1, [TAIL - 1] = 1}};
     int got = kuf_progress(kuf, gpa, &out.known);
@@ -164,10 +181,22 @@ static int progress_sized(struct kuf *kuf, uint64_t gpa, size_t size)
     return got;
 }
 
+static int settings_sized(struct kuf *kuf, uint64_t gpa, size_t size)
+{
+    struct {
+        struct kuf_settings_info known;
+        unsigned char tail[TAIL];
+    } out = {.known = {.size = (uint32_t)size}, .tail = {[0] = 1, [TAIL - 1] = 1}};
+    int got = kuf_settings(kuf, gpa, &out.known);
+    if (got == 0)
+        ok(out.tail[0] == 0 && out.tail[TAIL - 1] == 0, "kuf_settings: fields the library does not know are zeroed");
+    return got;
+}
+
 static int stats_sized(struct kuf *kuf, size_t size)
 {
     struct {
-        struct kuf_stats known;
+        struct kuf_stats_info known;
         unsigned char tail[TAIL];
     } out = {.known = {.size = (uint32_t)size}, .tail = {[0] = 1, [TAIL - 1] = 1}};
     int got = kuf_stats(kuf, &out.known);
@@ -263,8 +292,8 @@ enum { ROWS = sizeof(rows) / sizeof(rows[0]) };
 /* ---- Judging a row ------------------------------------------------------------------------------------------------- */
 
 struct state {
-    struct kuf_progress progress[2];
-    struct kuf_stats stats[2];
+    struct kuf_progress_info progress[2];
+    struct kuf_stats_info stats[2];
     long pending[2];
     struct kuf_fault faults[2][16];
 };
@@ -298,7 +327,7 @@ static bool names_all(const char *text, const char *words)
 static void judge(const struct row *row)
 {
     /* A text of another failure first: a row that sets none must not pass with the text of the row before it. */
-    (void)kuf_has_feature(424242);
+    (void)kuf_probe(-424242, &(struct kuf_probe_info){.size = sizeof(struct kuf_probe_info)});
     char before_text[512];
     snprintf(before_text, sizeof(before_text), "%s", kuf_error());
     struct state before = state_now();
@@ -320,7 +349,7 @@ static void judge(const struct row *row)
            row->input);
         ok(memcmp(before.pending, after.pending, sizeof(before.pending)) == 0 &&
                memcmp(before.faults, after.faults, sizeof(before.faults)) == 0,
-           "%s: %s: what is pending is as before", row->call, row->input);
+           "%s: %s: the pending faults are as before", row->call, row->input);
     }
 }
 
@@ -459,16 +488,16 @@ static void make_fixture(void)
 
     f.served = open_with((struct kuf_options){
         .fill = fill, .event = event, .opaque = &source, .demand_run = PAGE});
-    f.driven = open_with((struct kuf_options){.event = event, .opaque = &source});
+    f.driven = open_with((struct kuf_options){.flags = KUF_OPEN_CALLER_DRIVEN, .event = event, .opaque = &source});
     f.direct = open_with((struct kuf_options){.flags = KUF_OPEN_DIRECT});
     f.sources = open_with((struct kuf_options){.flags = KUF_OPEN_SOURCES});
     f.closed = open_driven(NULL);
     struct kuf *copy = f.closed;
     close_with(copy, 0);
     /* The rows that open try it the way that works here. */
-    f.plain = (struct kuf_options){.size = sizeof(struct kuf_options)};
+    f.plain = (struct kuf_options){.size = sizeof(struct kuf_options), .flags = KUF_OPEN_CALLER_DRIVEN};
     if (kuf_open(&f.plain, &copy) == -EPERM)
-        f.plain.flags = KUF_OPEN_USER_MODE_ONLY;
+        f.plain.flags |= KUF_OPEN_USER_MODE_ONLY;
     else
         close_with(copy, 0);
 
@@ -484,7 +513,7 @@ static void make_fixture(void)
     add(f.served, GPA_SPARE, f.spare, 4 * PAGE);
     int fd = memfd_create("recording", MFD_CLOEXEC);
     must(kuf_record_start(f.served, 0) == 0 && kuf_ensure(f.served, GPA_SPARE, PAGE, -1) == 0 &&
-             kuf_record_stop(f.served, fd) == 0 && kuf_remove_memory(f.served, GPA_SPARE, KUF_CLOSE_POISON) == 0,
+             kuf_record_stop(f.served, fd) == 0 && kuf_remove_memory(f.served, GPA_SPARE, KUF_END_POISON) == 0,
          "a recording: %s", kuf_error());
     f.recording_length = (size_t)pread(fd, f.recording, sizeof(f.recording), 0);
     close(fd);
@@ -535,8 +564,8 @@ int main(int argc, char **argv)
     is(kuf_resolve(f.driven, GPA_A + 2 * PAGE, f.page, PAGE, 0), PAGE, "the owed fault is resolved");
     pthread_join(toucher, NULL);
     ok(holds_content(f.a + 8 * PAGE, GPA_A + 8 * PAGE, PAGE, 1), "the handle still serves");
-    close_with(f.served, KUF_CLOSE_POISON);
-    close_with(f.driven, KUF_CLOSE_POISON);
+    close_with(f.served, KUF_END_POISON);
+    close_with(f.driven, KUF_END_POISON);
     close_with(f.direct, 0);
     close_with(f.sources, 0);
     return done();

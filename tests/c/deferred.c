@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* KUF_DEFERRED: what is owed is listed and resolved later, from another thread or the callback itself, in pieces. */
+/* KUF_FILL_DEFERRED: owed pages are listed and resolved later, from another thread or the callback itself, in pieces. */
 #include "harness.h"
 
 #define BASE UINT64_C(0x50000000)
@@ -28,7 +28,7 @@ static int fill(void *opaque, struct kuf_fill *fill)
         atomic_store(&place, fill->buf);
     }
     atomic_fetch_add(&calls, 1);
-    return KUF_DEFERRED;
+    return KUF_FILL_DEFERRED;
 }
 
 /* Answers everything that is owed, a page at a time, last page first. */
@@ -77,11 +77,11 @@ int main(void)
         owed += faults[i].len;
     }
     ok(sorted, "in order of gpa");
-    ok(demanded, "somebody waits for each");
-    struct kuf_progress progress = progress_of(kuf, BASE);
+    ok(demanded, "a thread waits for each");
+    struct kuf_progress_info progress = progress_of(kuf, BASE);
     is(progress.deferred, owed, "progress counts the same bytes");
     is(progress.present, 0, "and none is present");
-    ok(!atomic_load(&touchers[0].finished) && !atomic_load(&touchers[1].finished), "nobody reads an unanswered page");
+    ok(!atomic_load(&touchers[0].finished) && !atomic_load(&touchers[1].finished), "no thread reads an unanswered page");
 
     void *answered;
     pthread_join(start(answer_all, NULL), &answered);
@@ -97,12 +97,12 @@ int main(void)
     how = AT_ONCE;
     struct toucher rest = {.memory = ram, .gpa = BASE, .length = PAGES * page, .generation = 1};
     start_toucher(&rest);
-    ok(join_toucher(&rest), "a callback that resolves its own run and returns KUF_DEFERRED");
+    ok(join_toucher(&rest), "a callback that resolves its own run and returns KUF_FILL_DEFERRED");
     is(atomic_load(&in_callback_wrong), 0, "kuf_resolve works inside the callback");
     is(kuf_pending(kuf, NULL, 0), 0, "and owes nothing");
     close_with(kuf, 0);
 
-    if (kuf_has_feature(KUF_FEATURE_MINOR) != 1) {
+    if (!has_feature(KUF_FEATURE_MINOR)) {
         skip_part("no minor faults on shared memory: nothing is filled in place");
         return done();
     }

@@ -143,7 +143,7 @@ int main(void)
     load(&library);
     unsigned char *ram = map_anonymous(PAGES * page_size());
     struct kuf *kuf = serve(&library, ram); /* skips here when this machine cannot */
-    is(library.close(&kuf, KUF_CLOSE_POISON), 0, "opens and closes");
+    is(library.close(&kuf, KUF_END_POISON), 0, "opens and closes");
     is(dlclose(library.handle), 0, "dlclose");
     is(in_child(closed_first), 0, "closed, unloaded, threads end, exit");
     is(in_child(still_open), 0, "unloaded with an open handle");

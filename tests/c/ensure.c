@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* kuf_ensure: present when it returns, filled by the caller's own thread, waiting for others no longer than told. */
-#include "harness.h"
+#include "in_thread.h"
 
 #define BASE UINT64_C(0x60000000)
 enum { PAGES = 64 };
@@ -14,19 +14,6 @@ static int fill(void *opaque, struct kuf_fill *fill)
     if (gettid() == getpid())
         atomic_fetch_add(&own_thread, 1);
     return source_fill(opaque, fill);
-}
-
-struct waiter {
-    struct kuf *kuf;
-    uint64_t gpa;
-    int got;
-};
-
-static void *wait_for(void *argument)
-{
-    struct waiter *waiter = argument;
-    waiter->got = kuf_ensure(waiter->kuf, waiter->gpa, page_size(), -1);
-    return NULL;
 }
 
 int main(void)
@@ -45,23 +32,22 @@ int main(void)
     int before = atomic_load(&calls);
     is(kuf_ensure(kuf, BASE, 3 * page, -1), 0, "again");
     is(atomic_load(&calls), before, "asks for nothing");
-    is(kuf_ensure(kuf, BASE, PAGES * page, 0), 0, "a timeout of 0 still fills what nobody has begun");
+    is(kuf_ensure(kuf, BASE, PAGES * page, 0), 0, "a timeout of 0 still fills pages that no thread is filling");
     is(progress_of(kuf, BASE).present, PAGES * page, "all of it");
     ok(holds_content(ram, BASE, PAGES * page, 1), "with its bytes");
 
-    /* A page that somebody else is filling is waited for, as long as the caller says. */
-    is(kuf_discard(kuf, BASE, PAGES * page, 0), 0, "pages are dropped");
+    /* The call waits for a page that another thread is filling, as long as the caller says. */
+    is(kuf_discard(kuf, BASE, PAGES * page, KUF_DISCARD_REFILL), 0, "pages are dropped");
     atomic_store(&source.hold, true);
     struct toucher toucher = {.memory = ram, .gpa = BASE, .length = page, .generation = 1};
     start_toucher(&toucher);
     wait_until(atomic_load(&source.inside) == 1);
     is(kuf_ensure(kuf, BASE, page, 0), -ETIMEDOUT, "no wait for another thread's fill with a timeout of 0");
     is(kuf_ensure(kuf, BASE, page, 20), -ETIMEDOUT, "not longer than told");
-    struct waiter waiter = {.kuf = kuf, .gpa = BASE};
-    pthread_t thread = start(wait_for, &waiter);
+    struct ensuring ensuring;
+    start_ensuring(&ensuring, kuf, BASE, page);
     atomic_store(&source.hold, false);
-    pthread_join(thread, NULL);
-    is(waiter.got, 0, "or until it is there");
+    is(join_ensuring(&ensuring), 0, "or until it is there");
     ok(join_toucher(&toucher), "the toucher reads its page");
 
     atomic_store(&source.bad_answer, -EIO);
@@ -70,11 +56,11 @@ int main(void)
     is(kuf_ensure(kuf, BASE + 8 * page, 4 * page, -1), -EHWPOISON, "a range with such a page");
     is(kuf_ensure(kuf, BASE + 12 * page, 4 * page, -1), 0, "its neighbours are served");
 
-    is(kuf_discard(kuf, BASE + 20 * page, page, KUF_DISCARD_REMOVED), 0, "a page is given back");
+    is(kuf_discard(kuf, BASE + 20 * page, page, KUF_DISCARD_ZERO), 0, "a page is given back");
     before = atomic_load(&calls);
-    is(kuf_ensure(kuf, BASE + 20 * page, page, -1), 0, "what the guest gave back is as good as present");
+    is(kuf_ensure(kuf, BASE + 20 * page, page, -1), 0, "a page that the guest gave back is as good as present");
     is(atomic_load(&calls), before, "and asks for nothing");
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
 
     /* Caller-driven: it is a fault to read like any other. */
     struct kuf_fault fault;
@@ -83,8 +69,7 @@ int main(void)
     ram = map_anonymous(PAGES * page);
     add(kuf, BASE, ram, PAGES * page);
     is(kuf_ensure(kuf, BASE, page, 0), -ETIMEDOUT, "caller-driven: does not wait with a timeout of 0");
-    waiter = (struct waiter){.kuf = kuf, .gpa = BASE + 7 * page};
-    thread = start(wait_for, &waiter);
+    start_ensuring(&ensuring, kuf, BASE + 7 * page, page);
     bool seen = false;
     while (!seen) {
         is(kuf_poll(kuf, -1), 1, "caller-driven: something to read");
@@ -94,10 +79,9 @@ int main(void)
             is(kuf_resolve(kuf, fault.gpa, bytes, page, 0), page, "caller-driven: a page is resolved");
         }
     }
-    pthread_join(thread, NULL);
-    is(waiter.got, 0, "caller-driven: the waiting thread goes on");
+    is(join_ensuring(&ensuring), 0, "caller-driven: the waiting thread goes on");
     ok(holds_content(ram + 7 * page, BASE + 7 * page, page, 1), "caller-driven: with the page's bytes");
     free(bytes);
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     return done();
 }

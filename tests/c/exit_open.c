@@ -36,7 +36,7 @@ static void open_busy(int answer)
         pthread_detach(start(touch_page, ram + i * page));
     wait_until(atomic_load(&source.calls) > 0);
     pthread_detach(start(ensure_all, NULL));
-    struct kuf_populate all = {.size = sizeof(all), .gpa = KUF_ALL};
+    struct kuf_populate_request all = {.size = sizeof(all), .gpa = KUF_ALL};
     must(kuf_populate(kuf, &all) == 0, "kuf_populate");
 }
 
@@ -48,7 +48,7 @@ static void busy_fills(void)
 
 static void deferred_fills(void)
 {
-    open_busy(KUF_DEFERRED);
+    open_busy(KUF_FILL_DEFERRED);
     exit(STATUS);
 }
 
@@ -96,7 +96,7 @@ int main(void)
     close_with(probe, 0);
 
     is(WEXITSTATUS(status_of(busy_fills)), STATUS, "exit with fills that never end");
-    is(WEXITSTATUS(status_of(deferred_fills)), STATUS, "exit with deferred fills that nobody answers");
+    is(WEXITSTATUS(status_of(deferred_fills)), STATUS, "exit with deferred fills that are never answered");
     is(WEXITSTATUS(status_of(quick_end)), STATUS, "_exit");
     is(WEXITSTATUS(status_of(driven)), STATUS, "exit with a caller-driven handle and threads that wait");
     is(WTERMSIG(status_of(killed)), SIGKILL, "killed");

@@ -7,24 +7,21 @@ enum { PAGES = 64, BAD = 7 };
 
 static void go(bool shared)
 {
-    const char *kind = shared ? "shared" : "anonymous";
+    const char *kind = kind_of(shared);
     static struct source sources[2] = {SOURCE_INIT, SOURCE_INIT};
     struct source *source = &sources[shared];
     size_t page = page_size();
-    int fd = -1;
-    unsigned char *ram = shared ? map_shared(PAGES * page, &fd) : map_anonymous(PAGES * page);
+    int fd;
+    unsigned char *ram = map_kind(shared, PAGES * page, &fd);
     struct kuf *kuf = open_with((struct kuf_options){
         .fill = source_fill, .event = source_event, .opaque = source, .demand_run = 16 * page});
-    if (shared)
-        add_shared(kuf, BASE, ram, PAGES * page, fd, 0);
-    else
-        add(kuf, BASE, ram, PAGES * page);
+    add_kind(kuf, BASE, ram, PAGES * page, fd);
 
     atomic_store(&source->bad_answer, -ENODATA);
     atomic_store(&source->bad_gpa, BASE + BAD * page);
-    /* The first touch asks for a run that holds the bad page: nobody waits for that one yet. */
+    /* The first touch asks for a run that holds the bad page, for which no thread waits yet. */
     is(touch(ram), 0, "%s: a page beside the bad one is served", kind);
-    is(atomic_load(&source->events[poison_event()]), 0, "%s: nobody waited for the bad one: nothing is poisoned", kind);
+    is(atomic_load(&source->events[poison_event()]), 0, "%s: no thread waited for the bad one: nothing is poisoned", kind);
     is(touch(ram + BAD * page), poison_signal(), "%s: touching the bad one raises the signal", kind);
     is(touch(ram + BAD * page + page - 1), poison_signal(), "%s: again, anywhere in it", kind);
     wait_until(atomic_load(&source->events[poison_event()]) == 1);
@@ -41,14 +38,14 @@ static void go(bool shared)
     ok(join_toucher(&before) && join_toucher(&after), "%s: every other page has its bytes", kind);
 
     comes_to(progress_of(kuf, BASE).present, (PAGES - 1) * page, "%s: the others are present", kind);
-    struct kuf_progress progress = progress_of(kuf, BASE);
+    struct kuf_progress_info progress = progress_of(kuf, BASE);
     is(progress.poisoned, page, "%s: one page is poisoned", kind);
     ok(!(progress.flags & KUF_PROGRESS_COMPLETE), "%s: the slot is not complete", kind);
-    struct kuf_stats stats = stats_of(kuf);
+    struct kuf_stats_info stats = stats_of(kuf);
     is(stats.bytes_poisoned, page, "%s: counted", kind);
     ok(stats.fills_failed >= 1, "%s: failed fills are counted", kind);
     is(atomic_load(&source->events[poison_event()]), 1, "%s: told once", kind);
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     close(fd);
 }
 

@@ -14,7 +14,8 @@
 
 /* The handler's, in its order. */
 enum {
-    ENDED, BROKEN, USAGE, SETUP, TIMED_OUT, STRANGER, CLOSED, MALFORMED, DESCRIPTOR, LAYOUT, NOT_SERVED, LOST, STOPPED
+    ENDED, BROKEN, USAGE, SETUP, TIMED_OUT, STRANGER, CLOSED, MALFORMED, DESCRIPTOR, LAYOUT, NOT_SERVED, LOST, STOPPED,
+    UNFILLED
 };
 
 enum { PAGE = 4096, REGIONS = 3, THREADS = 4, BLOCK = 16, GENERATION = 7 };
@@ -22,13 +23,22 @@ enum { PAGE = 4096, REGIONS = 3, THREADS = 4, BLOCK = 16, GENERATION = 7 };
 #define MIB (UINT64_C(1) << 20)
 #define HUGE_PAGE (2 * MIB)
 
-/* What a snapshot of this guest holds; every region twice as large with huge pages. */
+/* The regions of this guest's snapshot. With huge pages each is twice as large. */
 static const uint64_t region_sizes[REGIONS] = {6 * MIB, 2 * MIB, 4 * MIB};
 #define FILE_SIZE (12 * MIB)
 
 /* A hole in the file: these bytes are zero, and so is all of a page that was given back. */
 #define HOLE_FROM (3 * MIB)
 #define HOLE_TO (HOLE_FROM + 256 * 1024)
+
+/* Zeroes as well, that the file has as data. */
+#define ZERO_FROM (4 * MIB)
+#define ZERO_TO (ZERO_FROM + 256 * 1024)
+
+static bool is_zero(uint64_t offset)
+{
+    return (offset >= HOLE_FROM && offset < HOLE_TO) || (offset >= ZERO_FROM && offset < ZERO_TO);
+}
 
 static char directory[64], memory_path[96], handler_path[4096];
 
@@ -42,7 +52,10 @@ static void write_memory_file(void)
     for (uint64_t at = 0; at < FILE_SIZE; at += PAGE) {
         if (at >= HOLE_FROM && at < HOLE_TO)
             continue;
-        write_content(buffer, at, PAGE, GENERATION);
+        if (is_zero(at))
+            memset(buffer, 0, PAGE);
+        else
+            write_content(buffer, at, PAGE, GENERATION);
         must(pwrite(file, buffer, PAGE, (off_t)at) == PAGE, "the memory file is written");
     }
     close(file);
@@ -50,8 +63,7 @@ static void write_memory_file(void)
 
 static bool is_snapshots(const unsigned char *page, uint64_t offset)
 {
-    bool hole = offset >= HOLE_FROM && offset < HOLE_TO;
-    return hole ? holds_zeroes(page, PAGE) : holds_content(page, offset, PAGE, GENERATION);
+    return is_zero(offset) ? holds_zeroes(page, PAGE) : holds_content(page, offset, PAGE, GENERATION);
 }
 
 /* ---- The handler ------------------------------------------------------------------------------------------------- */
@@ -209,12 +221,12 @@ static void make_guest(uint64_t page_size)
         unsigned char *at = mmap(NULL, room, PROT_NONE, flags, -1, 0);
         must(at != MAP_FAILED, "room for guest memory");
         at = (unsigned char *)(((uintptr_t)at + 2 * HUGE_PAGE) & ~(uintptr_t)(HUGE_PAGE - 1));
-        if (page_size == HUGE_PAGE) /* reserved, as Firecracker's are not: whoever else takes some then takes others */
+        if (page_size == HUGE_PAGE) /* reserved, as Firecracker's are not: another process that takes some cannot take these */
             flags = (flags & ~MAP_NORESERVE) | MAP_HUGETLB;
         flags |= MAP_FIXED;
         at = mmap(at, size, PROT_READ | PROT_WRITE, flags, -1, 0);
         if (at == MAP_FAILED && page_size == HUGE_PAGE)
-            skip("huge pages: somebody else has them");
+            skip("huge pages: another process has them");
         must(at != MAP_FAILED, "guest memory: %s", strerror(errno));
         guest.region[i].at = at;
         guest.region[i].size = size;
@@ -301,7 +313,7 @@ static void give_back(uint64_t block, uint64_t blocks)
     mark_given(block, blocks, 2);
 }
 
-/* ---- What Firecracker sends -------------------------------------------------------------------------------------- */
+/* ---- Firecracker's messages -------------------------------------------------------------------------------------- */
 
 enum version { NOW, SINCE_1_7, SINCE_1_1, SOME_DAY };
 
@@ -360,7 +372,7 @@ static void now_version(struct run *run)
     run_vcpus(false, "each page by one vCPU");
     run_vcpus(true, "each page by every vCPU");
     memset(host(MIB), 0x5a, PAGE);
-    ok(*host(MIB) == 0x5a && *host(MIB + PAGE - 1) == 0x5a, "what the guest writes stays");
+    ok(*host(MIB) == 0x5a && *host(MIB + PAGE - 1) == 0x5a, "the guest's writes stay");
 }
 
 static void every_vcpu_at_once(struct run *run)
@@ -456,10 +468,11 @@ static void file_cut(struct run *run)
     int other = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
     announce(run, NOW);
     look_at(0);
+    look_at(8 * MIB / PAGE); /* the last region is served too */
     must(truncate(memory_path, (off_t)cut) == 0, "the memory file is cut");
     look_at(cut / PAGE - 1);
-    is(atomic_load(&guest.wrong), 0, "cut: what the file still holds is served");
-    /* UFFD_FEATURE_POISON, Linux 6.6. Without it whoever touches the page waits. */
+    is(atomic_load(&guest.wrong), 0, "cut: pages that the file still holds are served");
+    /* UFFD_FEATURE_POISON, Linux 6.6. Without it a toucher of the page waits. */
     if (other >= 0 && ioctl(other, UFFDIO_API, &api) == 0 && (api.features & (UINT64_C(1) << 14)) == 0) {
         skip_part("this kernel cannot poison pages");
     } else {
@@ -467,7 +480,7 @@ static void file_cut(struct run *run)
         is(touch(host(cut + MIB)), SIGBUS, "cut: a page that is not there");
     }
     look_at(cut / PAGE - 100);
-    is(atomic_load(&guest.wrong), 0, "cut: what the file still holds is served afterwards");
+    is(atomic_load(&guest.wrong), 0, "cut: they are served afterwards");
     _exit(atomic_load(&harness_failures) != 0);
 }
 
@@ -508,6 +521,47 @@ static void made_blocking(struct run *run)
     is(atomic_load(&guest.wrong), 0, "blocking: no page is wrong");
 }
 
+/* It has no time left, or both signals are there when it looks: it ends at once, and the guest sees no wrong page. */
+static void stopped_at_once(struct run *run)
+{
+    announce(run, NOW);
+    look_at(1);
+    must(kill(run->pid, SIGSTOP) == 0 && kill(run->pid, SIGTERM) == 0 && kill(run->pid, SIGINT) == 0, "two signals");
+    must(kill(run->pid, SIGCONT) == 0, "it goes on");
+    wait_for_end(run);
+    look_at(1);
+    is(atomic_load(&guest.wrong), 0, "stopped at once: no page is wrong");
+    _exit(atomic_load(&harness_failures) != 0);
+}
+
+/* Resident KiB of the mappings within a range; a page of zeroes that all share counts as none. */
+static uint64_t resident_kib(const unsigned char *at, uint64_t size)
+{
+    uint64_t from, to, kib, sum = 0;
+    bool within = false;
+    char line[512];
+    FILE *smaps = fopen("/proc/self/smaps", "r");
+    must(smaps != NULL, "smaps can be read");
+    while (fgets(line, sizeof(line), smaps) != NULL) {
+        if (sscanf(line, "%" SCNx64 "-%" SCNx64 " ", &from, &to) == 2)
+            within = from >= (uintptr_t)at && to <= (uintptr_t)at + size;
+        if (within && sscanf(line, "Rss: %" SCNu64, &kib) == 1)
+            sum += kib;
+    }
+    fclose(smaps);
+    return sum;
+}
+
+/* Pages of zeroes take no memory, whether the file has a hole there or data. */
+static void zero_pages(struct run *run)
+{
+    announce(run, NOW);
+    wait_for_end(run);
+    is(resident_kib(guest.region[0].at, guest.region[0].size),
+       (guest.region[0].size - (HOLE_TO - HOLE_FROM) - (ZERO_TO - ZERO_FROM)) / 1024, "zero pages take no memory");
+    run_vcpus(false, "with zero pages");
+}
+
 static void refused_and_killed(struct run *run)
 {
     guest.region[1].offset += PAGE;
@@ -533,13 +587,17 @@ static const struct serving servings[] = {
     {"balloon and populate", balloon, .options = {"-p40"}, .status = ENDED},
     {"handler killed", handler_killed, .options = {"--populate=4"}, .status = -SIGKILL},
     {"handler stopped", handler_stopped, .status = ENDED},
+    {"stopped twice", stopped_at_once, .status = UNFILLED, .words = "before all memory was filled"},
+    {"stopped without time", stopped_at_once, .options = {"--stop=0"}, .status = UNFILLED,
+     .words = "before all memory was filled"},
+    {"zero pages", zero_pages, .options = {"--populate"}, .status = ENDED},
     {"Firecracker killed", firecracker_killed, .options = {"--populate=20"}, .status = ENDED, .killed_by = SIGKILL},
     {"killed at once", killed_at_once, .status = ENDED, .killed_by = SIGKILL},
     {"made blocking", made_blocking, .status = ENDED},
-    {"refused and killed", refused_and_killed, .options = {"--kill"}, .status = LAYOUT,
+    {"refused and killed", refused_and_killed, .status = LAYOUT,
      .words = "overlap in the memory file", .killed_by = SIGKILL},
-    {"refused and left", refused_and_left, .status = LAYOUT, .words = "overlap in the memory file"},
-    {"file cut", file_cut, .status = LOST, .words = "the source failed"},
+    {"refused and left", refused_and_left, .options = {"--no-kill"}, .status = LAYOUT, .words = "overlap in the memory file"},
+    {"file cut", file_cut, .status = LOST, .words = "memory file offset 0x900000"},
 };
 
 static void serve(const struct serving *serving)
@@ -752,11 +810,11 @@ static void refuse(const struct refusal *refusal)
 
     char text[4096], name[64];
     struct run run;
-    start_handler(&run, NULL);
+    start_handler(&run, (const char *const[]){"--no-kill", NULL});
     int stream = connect_to(&run);
     size_t length = expand(text, sizeof(text), refusal->message);
     send_with(stream, text, length, descriptors, count);
-    /* What ends too early shows only when nothing can follow; else it has to be refused with the connection open. */
+    /* The handler sees that a message ends too early when nothing can follow; it refuses others with the connection open. */
     if (refusal->status == CLOSED)
         shutdown(stream, SHUT_WR);
     snprintf(name, sizeof(name), "%.60s", refusal->message);
@@ -772,7 +830,7 @@ static void refuse(const struct refusal *refusal)
 static void refuse_large(const char *name, const char *piece, size_t times, const char *words)
 {
     struct run run;
-    start_handler(&run, NULL);
+    start_handler(&run, (const char *const[]){"--no-kill", NULL});
     int stream = connect_to(&run);
     send_with(stream, "[", 1, &guest.uffd, 1);
     for (size_t i = 0; i < times; i++)
@@ -792,7 +850,7 @@ static void refuse_cut(void)
     for (size_t at = 1; at < length; at += 11, cuts++) {
         struct run run;
         int status;
-        start_handler(&run, NULL);
+        start_handler(&run, (const char *const[]){"--no-kill", NULL});
         int stream = connect_to(&run);
         send_with(stream, text, at, &guest.uffd, 1);
         close(stream);
@@ -820,7 +878,7 @@ static void refuse_noise(void)
         }
         struct run run;
         int status;
-        start_handler(&run, NULL);
+        start_handler(&run, (const char *const[]){"--no-kill", NULL});
         int stream = connect_to(&run);
         send_with(stream, text, length, &guest.uffd, 1);
         shutdown(stream, SHUT_WR);
@@ -845,8 +903,8 @@ static void refuse_noise(void)
 static void too_late(void)
 {
     static const char *const options[] = {"--timeout=0.4", NULL};
-    struct run nobody, silent, half, slow;
-    start_handler(&nobody, options);
+    struct run unasked, silent, half, slow;
+    start_handler(&unasked, options);
     start_handler(&silent, options);
     start_handler(&half, options);
     start_handler(&slow, options);
@@ -857,7 +915,7 @@ static void too_late(void)
     struct pollfd end = {.fd = slow.pidfd, .events = POLLIN};
     while (poll(&end, 1, 20) == 0)
         send_with(streams[2], " ", 1, NULL, 0);
-    end_handler(&nobody, TIMED_OUT, "has not connected", "nobody connects");
+    end_handler(&unasked, TIMED_OUT, "has not connected", "no process connects");
     end_handler(&silent, TIMED_OUT, "has not sent", "nothing is sent");
     end_handler(&half, TIMED_OUT, "has not sent", "half is sent");
     end_handler(&slow, TIMED_OUT, "has not sent", "byte after byte is sent");
@@ -872,7 +930,7 @@ static void strangers(void)
     start_handler(&run, NULL);
     ok(stat(run.socket, &about) == 0 && (about.st_mode & 0777) == 0600, "the socket is its owner's only");
     must(kill(run.pid, SIGTERM) == 0, "told to stop");
-    end_handler(&run, STOPPED, "stopped before", "stopped before anybody came");
+    end_handler(&run, STOPPED, "stopped before", "stopped before a process connected");
 
     if (geteuid() != 0) {
         skip_part("the socket cannot be given to another user");
@@ -880,8 +938,8 @@ static void strangers(void)
     }
     start_handler(&run, (const char *const[]){"--uid=12345", NULL});
     ok(stat(run.socket, &about) == 0 && about.st_uid == 12345, "the socket is given to the user that is named");
-    int stream = connect_to(&run); /* root may, whoever the socket belongs to */
-    end_handler(&run, STRANGER, "user 12345 is to be served", "another user connects");
+    int stream = connect_to(&run); /* root may connect to any user's socket */
+    end_handler(&run, STRANGER, "only user 12345 may", "another user connects");
     close(stream);
 }
 
@@ -899,11 +957,12 @@ static void command_lines(void)
         {{"--timeout=x"}, "a", "b", USAGE, NULL},
         {{"--timeout=-1"}, "a", "b", USAGE, NULL},
         {{"--uid=-1"}, "a", "b", USAGE, NULL},
+        {{"--stop=-1"}, "a", "b", USAGE, NULL},
         {{"--populate=no"}, "a", "b", USAGE, NULL},
         {{"--unknown"}, "a", "b", USAGE, NULL},
         {{"--"}, "a", "/nowhere/memory", SETUP, "No such file"},
-        {{"--"}, "a", "/tmp", SETUP, "no file"},
-        {{"--"}, "a", "/dev/null", SETUP, "no file"},
+        {{"--"}, "a", "/tmp", SETUP, "not a regular file"},
+        {{"--"}, "a", "/dev/null", SETUP, "not a regular file"},
         {{"--"}, "/nowhere/socket", memory_path, SETUP, "No such file"},
         {{"--"}, memory_path, memory_path, SETUP, "in use"},
         {{"--"}, long_path, memory_path, SETUP, "too long"},
@@ -922,7 +981,7 @@ static void command_lines(void)
         close(run.errors);
         close(run.pidfd);
     }
-    ok(access(memory_path, F_OK) == 0, "what is no socket of the handler's is left alone");
+    ok(access(memory_path, F_OK) == 0, "a file that is no socket of the handler's is left alone");
 }
 
 /* ---- Huge pages -------------------------------------------------------------------------------------------------- */
@@ -999,7 +1058,7 @@ int main(int argc, char **argv)
     refuse_large("spaces without end", "                                ", 4000, "more than");
     refuse_large("regions without end",
                  "{\"base_host_virt_addr\":4096,\"size\":4096,\"offset\":0,\"page_size\":4096,\"later\":[1,2,3]},", 100,
-                 "more regions");
+                 "too many regions");
     refuse_large("a string without end", "{\"\\\"                             ", 4000, "");
     refuse_cut();
     refuse_noise();

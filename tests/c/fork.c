@@ -19,29 +19,22 @@ static pid_t fork_at_rest(void)
     return fork();
 }
 
-static int wait_for(pid_t child)
-{
-    int status = -1;
-    must(waitpid(child, &status, 0) == child, "the child ends");
-    return status;
-}
-
 /* Every call of the handle in the child; ends it through exit, so that what runs there is run. */
 static void child_calls(struct kuf *kuf)
 {
     begin_child();
     size_t page = page_size();
     static unsigned char bytes[4096];
-    struct kuf_progress progress = {.size = sizeof(progress)};
-    static struct kuf_stats stats = {.size = sizeof(stats)};
-    struct kuf_populate request = {.size = sizeof(request), .gpa = BASE, .len = page};
+    struct kuf_progress_info progress = {.size = sizeof(progress)};
+    static struct kuf_stats_info stats = {.size = sizeof(stats)};
+    struct kuf_populate_request request = {.size = sizeof(request), .gpa = BASE, .len = page};
     struct kuf_memory memory = {.size = sizeof(memory), .gpa = BASE * 2, .len = sizeof(bytes), .hva = (uintptr_t)bytes};
     struct kuf_fault fault;
     struct kuf *copy = kuf;
-    is(kuf_close(&copy, KUF_CLOSE_POISON), -ECHILD, "child: kuf_close");
+    is(kuf_close(&copy, KUF_END_POISON), -ECHILD, "child: kuf_close");
     ok(copy == kuf, "child: kuf_close leaves the pointer");
     is(kuf_add_memory(kuf, &memory), -ECHILD, "child: kuf_add_memory");
-    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON), -ECHILD, "child: kuf_remove_memory");
+    is(kuf_remove_memory(kuf, BASE, KUF_END_POISON), -ECHILD, "child: kuf_remove_memory");
     is(kuf_fd(kuf), -ECHILD, "child: kuf_fd");
     is(kuf_poll(kuf, 0), -ECHILD, "child: kuf_poll");
     is(kuf_read(kuf, &fault, 1), -ECHILD, "child: kuf_read");
@@ -49,7 +42,7 @@ static void child_calls(struct kuf *kuf)
     is(kuf_vcpu_fault(kuf, BASE, page, 0), -ECHILD, "child: kuf_vcpu_fault");
     is(kuf_ensure(kuf, BASE, page, 0), -ECHILD, "child: kuf_ensure");
     is(kuf_populate(kuf, &request), -ECHILD, "child: kuf_populate");
-    is(kuf_discard(kuf, BASE, page, 0), -ECHILD, "child: kuf_discard");
+    is(kuf_discard(kuf, BASE, page, KUF_DISCARD_REFILL), -ECHILD, "child: kuf_discard");
     is(kuf_pending(kuf, &fault, 1), -ECHILD, "child: kuf_pending");
     is(kuf_progress(kuf, BASE, &progress), -ECHILD, "child: kuf_progress");
     is(kuf_stats(kuf, &stats), -ECHILD, "child: kuf_stats");
@@ -84,21 +77,21 @@ int main(void)
     pid_t child = fork_at_rest();
     if (child == 0)
         child_calls(kuf);
-    is(wait_for(child), 0, "a child gets -ECHILD from every call and exits");
+    is(end_of(child), 0, "a child gets -ECHILD from every call and exits");
     child = fork_at_rest();
     if (child == 0)
         child_calls(driven);
-    is(wait_for(child), 0, "the same with a caller-driven handle");
+    is(end_of(child), 0, "the same with a caller-driven handle");
     child = fork_at_rest();
     if (child == 0)
         child_opens();
-    is(wait_for(child), 0, "a child opens a handle of its own");
+    is(end_of(child), 0, "a child opens a handle of its own");
     child = fork_at_rest();
     if (child == 0) {
         begin_child();
         exit(!holds_content(ram, BASE, page, 1));
     }
-    is(wait_for(child), 0, "a page that was filled before is the child's as well");
+    is(end_of(child), 0, "a page that was filled before is the child's as well");
     ok(holds_content(ram, BASE, length, 1), "the parent is served after all that");
     close_with(driven, 0);
     close_with(kuf, 0);
@@ -117,10 +110,10 @@ int main(void)
     child = fork_at_rest();
     if (child == 0) {
         begin_child();
-        /* Its own copy: what it reads is the source's, also where the parent has touched nothing. */
+        /* It has its own copy, and reads the source's bytes also where the parent has touched nothing. */
         exit(!holds_content(ram, BASE, length, 1));
     }
-    is(wait_for(child), 0, "following forks: the child reads every page's own bytes");
+    is(end_of(child), 0, "following forks: the child reads every page's own bytes");
     is(atomic_load(&source.events[KUF_EVENT_FORKED]), 1, "following forks: the host is told");
     is(stats_of(kuf).events_fork, 1, "following forks: and it is counted");
     struct toucher toucher = {.memory = ram, .gpa = BASE, .length = length, .generation = 1};
@@ -128,14 +121,14 @@ int main(void)
     ok(join_toucher(&toucher), "following forks: the parent is served as before");
 
     /* A child that is killed while it waits is no reason to stop. */
-    is(kuf_discard(kuf, BASE, length, 0), 0, "pages are dropped");
+    is(kuf_discard(kuf, BASE, length, KUF_DISCARD_REFILL), 0, "pages are dropped");
     atomic_store(&source.hold, true);
     child = fork_at_rest();
     if (child == 0)
         _exit(touch(ram + 20 * page));
     wait_until(atomic_load(&source.inside) >= 1);
     kill(child, SIGKILL);
-    ok(WIFSIGNALED(wait_for(child)), "following forks: a child is killed while it waits for a page");
+    is(end_of(child), -SIGKILL, "following forks: a child is killed while it waits for a page");
     atomic_store(&source.hold, false);
     toucher = (struct toucher){.memory = ram, .gpa = BASE, .length = length, .generation = 1};
     start_toucher(&toucher);

@@ -3,7 +3,7 @@
  * fork with KUF_OPEN_FOLLOW_FORK while threads allocate and touch guest memory: glibc's fork holds malloc's locks until
  * the library has read the FORK event. Also from a fill callback, and while handles come and go.
  */
-#include "trap.h"
+#include "watched.h"
 
 #define BASE UINT64_C(0xa0000000)
 enum { PAGES = 128, FORKS = 100, CHURNERS = 4 };
@@ -83,7 +83,7 @@ static void *come_and_go(void *unused)
         struct kuf *kuf = open_here(forking_fill, ram);
         if (!holds_content(ram, BASE, 16 * page, 1))
             atomic_fetch_add(&bad, 1);
-        must(kuf_close(&kuf, KUF_CLOSE_POISON) == 0, "kuf_close: %s", kuf_error());
+        must(kuf_close(&kuf, KUF_END_POISON) == 0, "kuf_close: %s", kuf_error());
         munmap(ram, length);
         ram = map_anonymous(length);
     }
@@ -105,7 +105,7 @@ int main(void)
     must(pthread_create(&threads[CHURNERS + 1], NULL, come_and_go, NULL) == 0, "a thread");
     for (int i = 0; i < FORKS; i++) {
         if (i % 4 == 0)
-            must(kuf_discard(kuf, BASE, length / 2, 0) >= 0, "kuf_discard: %s", kuf_error());
+            must(kuf_discard(kuf, BASE, length / 2, KUF_DISCARD_REFILL) >= 0, "kuf_discard: %s", kuf_error());
         pid_t child = fork();
         if (child == 0) {
             watchdog(60);
@@ -118,7 +118,7 @@ int main(void)
         pthread_join(threads[i], NULL);
     is(atomic_load(&bad), 0, "%d forks came through, and every child read its own bytes", FORKS);
     ok(stats_of(kuf).events_fork >= FORKS, "each was reported");
-    close_watched(kuf, KUF_CLOSE_POISON);
+    close_watched(kuf, KUF_END_POISON);
     munmap(ram, length);
     return done();
 }

@@ -27,12 +27,12 @@ int main(void)
         const char *what;
     } cases[] = {
         {77, 1, "an unknown value"},
-        {3, 1, "the value after KUF_DEFERRED"},
+        {3, 1, "the value after KUF_FILL_DEFERRED"},
         {INT32_MAX, 1, "the largest value"},
-        {KUF_FILLED, 0, "KUF_FILLED of nothing"},
-        {KUF_FILLED, 100, "KUF_FILLED of a part of a page"},
-        {KUF_FILLED, 1 << 30, "KUF_FILLED of more than was asked for"},
-        {KUF_ZERO, 1 << 30, "KUF_ZERO of more than was asked for"},
+        {KUF_FILL_DONE, 0, "KUF_FILL_DONE of nothing"},
+        {KUF_FILL_DONE, 100, "KUF_FILL_DONE of a part of a page"},
+        {KUF_FILL_DONE, 1 << 30, "KUF_FILL_DONE of more than was asked for"},
+        {KUF_FILL_ZERO, 1 << 30, "KUF_FILL_ZERO of more than was asked for"},
     };
     enum { CASES = sizeof(cases) / sizeof(cases[0]) };
     size_t page = page_size();
@@ -57,6 +57,6 @@ int main(void)
         wait_until(atomic_load(&source.events[poison_event()]) == CASES + i + 1);
         ok(last_event(&source, poison_event()).error < 0, "%d: the event has an error", errors[i]);
     }
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     return done();
 }

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * What every test here uses. A test is one program about one behaviour: it calls begin(), checks with ok() and is(), says
- * skip() for what this machine cannot do, and returns done(). A hang is a failure: the watchdog says where each thread
- * stands and ends the program. Nothing else is decided by time.
+ * Checks, memory and handles for every test here. A test is one program about one behaviour: it calls begin(), checks with ok() and is(), says
+ * skip() for what this machine cannot do, and returns done(). A hang is a failure: when nothing was checked for a minute, the
+ * watchdog says where each thread stands and ends the program. Nothing else is decided by time.
  *
  * The bytes of a page are its own guest physical address and a generation, so a page in a wrong place, a stale one and a
  * half-filled one all show.
@@ -35,11 +35,13 @@
 #include <time.h>
 #include <unistd.h>
 
-#include <kuf.h>
+#include <kuf-kvm.h>
 
 /* ---- Checks -------------------------------------------------------------------------------------------------------- */
 
 static atomic_int harness_checks, harness_failures;
+/* How long nothing may be checked, in seconds; 0: as long as it likes. */
+static atomic_uint harness_patience;
 
 /* Checks that the condition holds; the rest is what it means, as for printf. */
 #define ok(condition, ...) harness_ok((condition), __FILE__, __LINE__, __VA_ARGS__)
@@ -73,6 +75,8 @@ __attribute__((format(printf, 4, 0))) static inline bool harness_say(bool good, 
     char text[512];
     vsnprintf(text, sizeof(text), format, arguments);
     atomic_fetch_add(&harness_checks, 1);
+    if (atomic_load(&harness_patience) != 0)
+        alarm(atomic_load(&harness_patience));
     if (!good) {
         atomic_fetch_add(&harness_failures, 1);
         printf("not ok - %s (%s:%d)\n", text, file, line);
@@ -107,18 +111,6 @@ __attribute__((format(printf, 5, 6))) static inline bool harness_is(long long go
     return got == want;
 }
 
-/* Ends the program: this machine cannot do what it tests. */
-__attribute__((format(printf, 1, 2), noreturn)) static inline void skip(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    printf("SKIP: ");
-    vprintf(format, arguments);
-    printf("\n");
-    va_end(arguments);
-    exit(atomic_load(&harness_failures) ? 1 : 77);
-}
-
 /* Says what part of the program this machine cannot do; the program goes on. */
 __attribute__((format(printf, 1, 2))) static inline void skip_part(const char *format, ...)
 {
@@ -128,6 +120,14 @@ __attribute__((format(printf, 1, 2))) static inline void skip_part(const char *f
     vprintf(format, arguments);
     printf("\n");
     va_end(arguments);
+}
+
+/* As skip_part(), and ends the program: this machine cannot do what it tests. */
+#define skip(...) (skip_part(__VA_ARGS__), harness_skip())
+
+__attribute__((noreturn)) static inline void harness_skip(void)
+{
+    exit(atomic_load(&harness_failures) ? 1 : 77);
 }
 
 /* The exit status. */
@@ -175,11 +175,18 @@ static inline void harness_hang(int signal_number)
     _exit(1);
 }
 
-/* Turns a hang into a failure. Again in a forked child: alarms are not inherited. */
+/*
+ * Turns a hang into a failure: a time without a check, for a machine may be slow; KUF_TEST_PATIENCE=N makes it so many times
+ * as long. Again in a forked child: alarms are not inherited.
+ */
 static inline void watchdog(unsigned seconds)
 {
     struct sigaction action = {.sa_handler = harness_hang};
+    const char *times = getenv("KUF_TEST_PATIENCE");
+    if (times != NULL && atoi(times) > 0)
+        seconds *= (unsigned)atoi(times);
     sigaction(SIGALRM, &action, NULL);
+    atomic_store(&harness_patience, seconds);
     alarm(seconds);
 }
 
@@ -197,7 +204,7 @@ static inline void harness_bus(int signal_number)
  * asks when the process ends.
  */
 static pid_t harness_process;
-int __lsan_is_turned_off(void);
+__attribute__((weak)) int __lsan_is_turned_off(void);
 int __lsan_is_turned_off(void)
 {
     return getpid() != harness_process;
@@ -212,7 +219,7 @@ static inline void begin(void)
     watchdog(60);
 }
 
-/* In a forked child: what went wrong is told by its exit status, so it starts with a clean sheet. */
+/* In a forked child, which tells its failures by its exit status: the count begins at 0. */
 static inline void begin_child(void)
 {
     atomic_store(&harness_failures, 0);
@@ -252,6 +259,32 @@ static inline pthread_t start(void *(*body)(void *), void *argument)
     pthread_t thread;
     must(pthread_create(&thread, NULL, body, argument) == 0, "a thread starts");
     return thread;
+}
+
+/* Waits for a child process to end: its exit status, or the signal that ended it as a negative number. */
+static inline int end_of(pid_t child)
+{
+    int status = 0;
+    must(waitpid(child, &status, 0) == child, "a child ends: %s", strerror(errno));
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
+
+/* The number behind a name at the start of a line, in a file of /proc or /sys; "" is the first line. -1: it is not there. */
+static inline long number_in(const char *path, const char *name)
+{
+    char line[256], *end;
+    long value = -1;
+    FILE *file = fopen(path, "r");
+    while (value < 0 && file != NULL && fgets(line, sizeof(line), file) != NULL) {
+        if (strncmp(line, name, strlen(name)) != 0)
+            continue;
+        value = strtol(line + strlen(name), &end, 10);
+        if (end == line + strlen(name))
+            value = -1;
+    }
+    if (file != NULL)
+        fclose(file);
+    return value;
 }
 
 /* How many of this process's threads have a name that starts so. A thread that has just been joined may still be listed. */
@@ -341,6 +374,18 @@ static inline unsigned char *map_shared(size_t length, int *fd)
     return memory;
 }
 
+/* For tests of both kinds of memory. *fd is -1 for anonymous memory, which close(2) may be given all the same. */
+static inline unsigned char *map_kind(bool of_file, size_t length, int *fd)
+{
+    *fd = -1;
+    return of_file ? map_shared(length, fd) : map_anonymous(length);
+}
+
+static inline const char *kind_of(bool of_file)
+{
+    return of_file ? "shared" : "anonymous";
+}
+
 /* ---- The bytes of a page ------------------------------------------------------------------------------------------- */
 
 static inline uint64_t word_of(uint64_t address, uint64_t generation)
@@ -428,14 +473,14 @@ static inline bool join_toucher(struct toucher *toucher)
 /* ---- A handle for tests -------------------------------------------------------------------------------------------- */
 
 /* Kinds of events from 0 that are counted. */
-enum { HARNESS_EVENTS = 12 };
+enum { HARNESS_EVENTS = 64 };
 
 /* A source of pages that keeps count. The opaque of a handle, with source_fill and source_event as its callbacks. */
 struct source {
     _Atomic uint64_t generation;
     atomic_uint calls, flags_seen;
     _Atomic uint64_t bytes;
-    /* What the next fills return instead of filling: -errno, KUF_ZERO, KUF_DEFERRED or nonsense. 0: fill. */
+    /* The next fills return this instead of filling: -errno, KUF_FILL_ZERO, KUF_FILL_DEFERRED or nonsense. 0: fill. */
     atomic_int answer;
     /* The same for one page only: a run that holds it fails. */
     _Atomic uint64_t bad_gpa;
@@ -510,6 +555,8 @@ static inline struct kuf *open_with(struct kuf_options options)
     struct kuf *kuf = NULL;
     const char *several = getenv("KUF_TEST_USERFAULTFDS");
     options.size = sizeof(options);
+    if (options.fill == NULL && !(options.flags & (KUF_OPEN_SOURCES | KUF_OPEN_DIRECT)))
+        options.flags |= KUF_OPEN_CALLER_DRIVEN;
     if (several != NULL && options.userfaultfds == 0 && options.mechanism != KUF_MECHANISM_KVM_ASYNC &&
         !(options.flags & (KUF_OPEN_ADOPT_ONLY | KUF_OPEN_FOLLOW_FORK)))
         options.userfaultfds = (uint32_t)atoi(several);
@@ -540,40 +587,60 @@ static inline struct kuf *open_driven(struct source *source)
                                           .opaque = source});
 }
 
-static inline void add(struct kuf *kuf, uint64_t gpa, const void *memory, uint64_t length)
+static inline void add_with_flags(struct kuf *kuf, uint64_t gpa, const void *memory, uint64_t length, uint32_t flags)
 {
-    struct kuf_memory slot = {.size = sizeof(slot), .gpa = gpa, .len = length, .hva = (uintptr_t)memory};
+    struct kuf_memory slot = {.size = sizeof(slot), .flags = flags, .gpa = gpa, .len = length, .hva = (uintptr_t)memory};
     int got = kuf_add_memory(kuf, &slot);
     must(got == 0, "kuf_add_memory %#" PRIx64 "+%#" PRIx64 ": %s", gpa, length, got ? kuf_error() : "adds");
 }
 
-/* Fills that nobody waits for any more may be running: the library waits for them, on a busy machine not long enough. */
+static inline void add(struct kuf *kuf, uint64_t gpa, const void *memory, uint64_t length)
+{
+    add_with_flags(kuf, gpa, memory, length, 0);
+}
+
+/* Of which some pages exist, and are the guest's. */
+static inline void add_populated(struct kuf *kuf, uint64_t gpa, const void *memory, uint64_t length)
+{
+    add_with_flags(kuf, gpa, memory, length, KUF_MEMORY_POPULATED);
+}
+
+/* Fills may still be running although no thread waits for them. The library waits for such fills, on a busy machine too short. */
 static inline int remove_patiently(struct kuf *kuf, uint64_t gpa)
 {
     int got;
-    while ((got = kuf_remove_memory(kuf, gpa, KUF_CLOSE_POISON)) == -EBUSY)
+    while ((got = kuf_remove_memory(kuf, gpa, KUF_END_POISON)) == -EBUSY)
         sleep_ms(1);
     return got;
 }
 
 static inline void add_shared(struct kuf *kuf, uint64_t gpa, const void *memory, uint64_t length, int fd, uint32_t flags)
 {
-    struct kuf_memory slot = {.size = sizeof(slot), .flags = KUF_MEMORY_FD | flags, .gpa = gpa, .len = length,
+    struct kuf_memory slot = {.size = sizeof(slot), .flags = flags, .gpa = gpa, .len = length,
                               .hva = (uintptr_t)memory, .fd = fd};
     int got = kuf_add_memory(kuf, &slot);
     must(got == 0, "kuf_add_memory %#" PRIx64 "+%#" PRIx64 " of a file: %s", gpa, length, got ? kuf_error() : "adds");
 }
 
-static inline struct kuf_progress progress_of(struct kuf *kuf, uint64_t gpa)
+/* Adds what map_kind() has mapped. */
+static inline void add_kind(struct kuf *kuf, uint64_t gpa, const void *memory, uint64_t length, int fd)
 {
-    struct kuf_progress progress = {.size = sizeof(progress)};
+    if (fd >= 0)
+        add_shared(kuf, gpa, memory, length, fd, 0);
+    else
+        add(kuf, gpa, memory, length);
+}
+
+static inline struct kuf_progress_info progress_of(struct kuf *kuf, uint64_t gpa)
+{
+    struct kuf_progress_info progress = {.size = sizeof(progress)};
     must(kuf_progress(kuf, gpa, &progress) == 0, "kuf_progress answers");
     return progress;
 }
 
-static inline struct kuf_stats stats_of(struct kuf *kuf)
+static inline struct kuf_stats_info stats_of(struct kuf *kuf)
 {
-    struct kuf_stats stats = {.size = sizeof(stats)};
+    struct kuf_stats_info stats = {.size = sizeof(stats)};
     must(kuf_stats(kuf, &stats) == 0, "kuf_stats answers");
     return stats;
 }
@@ -586,22 +653,39 @@ static inline void close_with(struct kuf *kuf, uint32_t flags)
     ok(kuf == NULL, "kuf_close clears the pointer");
 }
 
+/* Whether a feature (KUF_FEATURE_*) works here. */
+static inline bool has_feature(uint32_t feature)
+{
+    struct kuf_probe_info probe = {.size = sizeof(probe)};
+    must(kuf_probe(-1, &probe) == 0, "kuf_probe: %s", kuf_error());
+    return probe.features & feature;
+}
+
 /* Skips the test unless a feature (KUF_FEATURE_*) works here. */
 static inline void needs_feature(uint32_t feature, const char *what)
 {
-    if (kuf_has_feature(feature) != 1)
+    if (!has_feature(feature))
         skip("this kernel has no %s", what);
 }
 
-/* What touching a page that could not be filled raises, and the event that says so. */
+/* The signal that a touch of a page raises which could not be filled, and the event that says so. */
 static inline int poison_signal(void)
 {
-    return kuf_has_feature(KUF_FEATURE_POISON) == 1 ? SIGBUS : SIGSEGV;
+    return has_feature(KUF_FEATURE_POISON) ? SIGBUS : SIGSEGV;
 }
 
 static inline unsigned poison_event(void)
 {
-    return kuf_has_feature(KUF_FEATURE_POISON) == 1 ? KUF_EVENT_POISONED : KUF_EVENT_CLOSED_OFF;
+    return has_feature(KUF_FEATURE_POISON) ? KUF_EVENT_POISONED : KUF_EVENT_INACCESSIBLE;
+}
+
+/* Makes memory usable again that KUF_END_POISON has ended: drops its pages, and gives it its rights back where the kernel has
+ * no poison. */
+static inline void empty_again(void *memory, size_t length)
+{
+    must(madvise(memory, length, MADV_DONTNEED) == 0, "drops the pages");
+    if (poison_event() == KUF_EVENT_INACCESSIBLE)
+        must(mprotect(memory, length, PROT_READ | PROT_WRITE) == 0, "gives them their rights back");
 }
 
 #endif /* HARNESS_WITHOUT_LIBRARY */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* KUF_MEMORY_HUGE: what is filled ahead of demand ends on huge pages, and whatever is in the way of that changes no byte. */
+/* KUF_MEMORY_HUGE: fills ahead of demand end on huge pages; where something is in the way of that, no byte changes. */
 #include "harness.h"
 
 #include <sys/prctl.h>
@@ -9,7 +9,7 @@
 #define HUGE (UINT64_C(2) << 20)
 enum { STRETCHES = 4, LENGTH = STRETCHES * (2 << 20) };
 
-/* What the callback does with a run that holds the page `special`; other runs are filled. */
+/* The callback does this with a run that holds the page `special`, and fills other runs. */
 enum { FILLS, HALF, ZERO, DEFERS, FAILS, LENDS, RESOLVES, DISCARDS, REMOVES };
 
 static atomic_int how, calls, huge_calls;
@@ -29,19 +29,19 @@ static int fill(void *opaque, struct kuf_fill *fill)
     case HALF:
         fill->filled = fill->len > page ? fill->len / 2 : fill->len;
         write_content(fill->buf, fill->gpa, fill->filled, now);
-        return KUF_FILLED;
+        return KUF_FILL_DONE;
     case ZERO:
-        return KUF_ZERO;
+        return KUF_FILL_ZERO;
     case DEFERS:
-        return KUF_DEFERRED;
+        return KUF_FILL_DEFERRED;
     case FAILS:
         return -EIO;
     case LENDS:
         write_content(image, fill->gpa, fill->len, now);
         fill->src = image;
-        return KUF_FILLED;
+        return KUF_FILL_DONE;
     case RESOLVES:
-        /* Only once: what is asked for again is filled. */
+        /* Only once: a run that is asked for again is filled. */
         atomic_store(&special, NO_GPA);
         write_content(image, at, page, now + 1);
         if (kuf_resolve(kuf, at, image, page, 0) != (ssize_t)page)
@@ -51,12 +51,12 @@ static int fill(void *opaque, struct kuf_fill *fill)
     case REMOVES:
         atomic_store(&special, NO_GPA);
         write_content(fill->buf, fill->gpa, fill->len, now + 7);
-        if (kuf_discard(kuf, at, page, atomic_load(&how) == REMOVES ? KUF_DISCARD_REMOVED : 0) < 0)
+        if (kuf_discard(kuf, at, page, atomic_load(&how) == REMOVES ? KUF_DISCARD_ZERO : KUF_DISCARD_REFILL) < 0)
             return -EIO;
         break;
     }
     write_content(fill->buf, fill->gpa, fill->len, now);
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
 /* Memory that starts `beyond` bytes after a multiple of 2 MiB, in a mapping of its own: smaps has lines for it alone. */
@@ -105,7 +105,7 @@ static void add_huge(unsigned char *memory, uint64_t length, uint32_t flags)
     must(got == 0, "kuf_add_memory: %s", got ? kuf_error() : "adds");
 }
 
-static unsigned char *open_at(uint64_t beyond, uint64_t length, uint64_t flags)
+static unsigned char *open_at(uint64_t beyond, uint64_t length, uint32_t flags)
 {
     unsigned char *memory = map_at(beyond, length);
     kuf = open_with((struct kuf_options){.flags = flags, .fill = fill, .event = source_event, .opaque = &events});
@@ -116,7 +116,7 @@ static unsigned char *open_at(uint64_t beyond, uint64_t length, uint64_t flags)
 /* Fills everything; returns the error of the request. */
 static int populate(void)
 {
-    struct kuf_populate all = {.size = sizeof(all), .gpa = KUF_ALL};
+    struct kuf_populate_request all = {.size = sizeof(all), .gpa = KUF_ALL};
     int before = atomic_load(&events.events[KUF_EVENT_POPULATED]);
     must(kuf_populate(kuf, &all) == 0, "kuf_populate is taken");
     wait_until(atomic_load(&events.events[KUF_EVENT_POPULATED]) > before);
@@ -137,18 +137,18 @@ static void whole(void)
 
     /* A discard of all, and of one page, which breaks its huge page up. */
     atomic_store(&generation, 2);
-    is(kuf_discard(kuf, BASE, LENGTH, 0), 0, "everything is dropped");
+    is(kuf_discard(kuf, BASE, LENGTH, KUF_DISCARD_REFILL), 0, "everything is dropped");
     is(populate(), 0, "and filled again");
     is(on_huge_pages(memory, LENGTH), LENGTH, "on huge pages");
     ok(holds_content(memory, BASE, LENGTH, 2), "with its new bytes");
     atomic_store(&generation, 3);
-    is(kuf_discard(kuf, BASE + page_size(), page_size(), 0), 0, "a page is dropped");
+    is(kuf_discard(kuf, BASE + page_size(), page_size(), KUF_DISCARD_REFILL), 0, "a page is dropped");
     ok(holds_content(memory + page_size(), BASE + page_size(), page_size(), 3), "and filled for who touches it");
     madvise(memory + 2 * page_size(), page_size(), MADV_DONTNEED);
     ok(holds_zeroes(memory + 2 * page_size(), page_size()), "a page that was given back reads as zero");
     ok(holds_content(memory + 3 * page_size(), BASE + 3 * page_size(), LENGTH - 3 * page_size(), 2), "the others stay");
     /* Its page table may be left, and then a whole stretch does not make a huge page. */
-    is(kuf_discard(kuf, BASE, HUGE, 0), 0, "that stretch is dropped");
+    is(kuf_discard(kuf, BASE, HUGE, KUF_DISCARD_REFILL), 0, "that stretch is dropped");
     is(populate(), 0, "and filled again");
     ok(holds_content(memory, BASE, HUGE, 3), "with its new bytes");
     ok(on_huge_pages(memory, LENGTH) >= LENGTH - HUGE, "and the other stretches are still on huge pages");
@@ -194,7 +194,7 @@ static void answers(void)
     unsigned char *memory = open_at(0, LENGTH, 0);
     is(populate(), 0, "populate by a callback that fills half of what it is asked for");
     ok(holds_content(memory, BASE, LENGTH, 1), "has the bytes");
-    is(on_huge_pages(memory, LENGTH), LENGTH - HUGE, "what was filled whole is on huge pages");
+    is(on_huge_pages(memory, LENGTH), LENGTH - HUGE, "stretches that were filled whole are on huge pages");
     close_with(kuf, 0);
 
     begin_with(ZERO, BASE + at);
@@ -208,14 +208,14 @@ static void answers(void)
     begin_with(FAILS, BASE + at);
     memory = open_at(0, LENGTH, 0);
     is(populate(), -EIO, "populate ends at a fill that fails");
-    is(touch(memory + at), poison_signal(), "who touches the page gets an error");
+    is(touch(memory + at), poison_signal(), "a touch of the page raises a signal");
     ok(holds_content(memory + at - page_size(), BASE + at - page_size(), page_size(), 1), "its neighbour is filled");
-    ok(holds_content(memory, BASE, HUGE, 1), "what came before it is there");
-    close_with(kuf, KUF_CLOSE_POPULATE);
+    ok(holds_content(memory, BASE, HUGE, 1), "the pages before it are present");
+    close_with(kuf, KUF_END_POPULATE);
 
     begin_with(DEFERS, BASE + at);
     memory = open_at(0, LENGTH, 0);
-    struct kuf_populate all = {.size = sizeof(all), .gpa = KUF_ALL};
+    struct kuf_populate_request all = {.size = sizeof(all), .gpa = KUF_ALL};
     int before = atomic_load(&events.events[KUF_EVENT_POPULATED]);
     is(kuf_populate(kuf, &all), 0, "populate by a callback that defers");
     wait_until(progress_of(kuf, BASE).deferred == HUGE);
@@ -240,7 +240,7 @@ static bool others_hold_content(unsigned char *memory, uint64_t at)
     return holds_content(memory, BASE, at, 1) && holds_content(memory + next, BASE + next, LENGTH - next, 1);
 }
 
-/* What happens to a page while its stretch is being filled. */
+/* A page is touched, resolved or dropped while its stretch is being filled. */
 static void meanwhile(void)
 {
     uint64_t at = HUGE + 5 * page_size(), page = page_size();
@@ -276,8 +276,8 @@ static void other_ways_in(void)
 
     begin_with(FILLS, NO_GPA);
     memory = open_at(0, LENGTH, 0);
-    close_with(kuf, KUF_CLOSE_POPULATE);
-    is(on_huge_pages(memory, LENGTH), LENGTH, "KUF_CLOSE_POPULATE fills on huge pages");
+    close_with(kuf, KUF_END_POPULATE);
+    is(on_huge_pages(memory, LENGTH), LENGTH, "KUF_END_POPULATE fills on huge pages");
     ok(holds_content(memory, BASE, LENGTH, 1), "with its bytes");
 
     begin_with(FILLS, NO_GPA);
@@ -316,14 +316,14 @@ static void with_zeroes(void)
     close_with(kuf, 0);
 }
 
-/* What keeps memory on single pages. */
+/* Memory that stays on single pages. */
 static void refused(void)
 {
     begin_with(FILLS, NO_GPA);
     unsigned char *memory = open_at(0, LENGTH, 0);
     must(prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0, "PR_SET_THP_DISABLE");
     is(populate(), 0, "populate without huge pages for this process");
-    is(kuf_has_feature(KUF_FEATURE_HUGE), 0, "which kuf_has_feature says");
+    ok(!has_feature(KUF_FEATURE_HUGE), "which kuf_probe says");
     must(prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0) == 0, "PR_SET_THP_DISABLE");
     is(on_huge_pages(memory, LENGTH), 0, "there are none");
     ok(holds_content(memory, BASE, LENGTH, 1), "with its bytes");

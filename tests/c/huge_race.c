@@ -33,26 +33,26 @@ static int fill(void *opaque, struct kuf_fill *fill)
         sched_yield();
     switch (below(8)) {
     case 0:
-        fill->filled = fill->len / 2 / fill->granule * fill->granule;
+        fill->filled = fill->len / 2 / fill->page_size * fill->page_size;
         if (fill->filled == 0)
             fill->filled = fill->len;
         memcpy(fill->buf, bytes, fill->filled);
-        return KUF_FILLED;
+        return KUF_FILL_DONE;
     case 1:
         fill->src = bytes;
-        return KUF_FILLED;
+        return KUF_FILL_DONE;
     case 2:
         /* In two pieces, of which another may be quicker. */
-        kuf_resolve(kuf, fill->gpa, bytes, fill->granule, 0);
-        if (fill->len > fill->granule)
-            kuf_resolve(kuf, fill->gpa + fill->granule, bytes + fill->granule, fill->len - fill->granule, 0);
-        return KUF_DEFERRED;
+        kuf_resolve(kuf, fill->gpa, bytes, fill->page_size, 0);
+        if (fill->len > fill->page_size)
+            kuf_resolve(kuf, fill->gpa + fill->page_size, bytes + fill->page_size, fill->len - fill->page_size, 0);
+        return KUF_FILL_DEFERRED;
     }
     memcpy(fill->buf, bytes, fill->len);
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
-/* What a toucher has written to the page, in its last word. */
+/* The last word of a page, where a toucher writes its mark. */
 static volatile uint64_t *mark_of(uint64_t page)
 {
     return (volatile uint64_t *)(void *)(at(page) + page_size() - 8);
@@ -106,7 +106,7 @@ static void *dropper(void *argument)
                 atomic_store(&given_back[n], true);
             bad += madvise(at(page), count * page_size(), MADV_DONTNEED) != 0;
         } else {
-            bad += kuf_discard(kuf, gpa_of(page), count * page_size(), 0) != 0;
+            bad += kuf_discard(kuf, gpa_of(page), count * page_size(), KUF_DISCARD_REFILL) != 0;
         }
         if (below(4) == 0)
             sched_yield();
@@ -150,7 +150,7 @@ static uint64_t one_round(void)
     drops = start(dropper, NULL);
     resolves = start(resolver, NULL);
     for (unsigned n = 0; n < 4; n++) {
-        struct kuf_populate all = {.size = sizeof(all), .gpa = KUF_ALL};
+        struct kuf_populate_request all = {.size = sizeof(all), .gpa = KUF_ALL};
         int before = atomic_load(&events.events[KUF_EVENT_POPULATED]);
         must(kuf_populate(kuf, &all) == 0, "kuf_populate");
         wait_until(atomic_load(&events.events[KUF_EVENT_POPULATED]) > before);
@@ -168,7 +168,7 @@ static uint64_t one_round(void)
     all_bad += (uintptr_t)bad;
     pthread_join(resolves, &bad);
     all_bad += (uintptr_t)bad;
-    must(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POPULATE) == 0, "kuf_remove_memory");
+    must(kuf_remove_memory(kuf, BASE, KUF_END_POPULATE) == 0, "kuf_remove_memory");
     for (uint64_t page = 0; page < PAGES; page++)
         all_bad += !good(page) || (page >= KEPT && !holds_zeroes(at(page), page_size()) &&
                                    !holds_content(at(page), gpa_of(page), page_size(), 1));

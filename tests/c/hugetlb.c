@@ -15,13 +15,7 @@ static struct source source = SOURCE_INIT;
 
 static long reserved_now(void)
 {
-    long count = -1;
-    FILE *file = fopen("/proc/sys/vm/nr_hugepages", "r");
-    if (file == NULL || fscanf(file, "%ld", &count) != 1)
-        count = -1;
-    if (file != NULL)
-        fclose(file);
-    return count;
+    return number_in("/proc/sys/vm/nr_hugepages", "");
 }
 
 static bool reserve(long count)
@@ -35,15 +29,7 @@ static bool reserve(long count)
 
 static long meminfo(const char *name)
 {
-    char line[128];
-    long value = -1;
-    FILE *file = fopen("/proc/meminfo", "r");
-    while (file != NULL && fgets(line, sizeof(line), file) != NULL)
-        if (strncmp(line, name, strlen(name)) == 0)
-            value = atol(line + strlen(name));
-    if (file != NULL)
-        fclose(file);
-    return value;
+    return number_in("/proc/meminfo", name);
 }
 
 /* ---- Memory --------------------------------------------------------------------------------------------------------- */
@@ -65,12 +51,7 @@ static unsigned char *map_huge(size_t length, int *fd)
 
 static struct kuf_memory slot_of(uint64_t gpa, const void *memory, uint64_t length, int fd)
 {
-    struct kuf_memory slot = {.size = sizeof(slot), .gpa = gpa, .len = length, .hva = (uintptr_t)memory};
-    if (fd >= 0) {
-        slot.flags = KUF_MEMORY_FD;
-        slot.fd = fd;
-    }
-    return slot;
+    return (struct kuf_memory){.size = sizeof(struct kuf_memory), .gpa = gpa, .len = length, .hva = (uintptr_t)memory, .fd = fd};
 }
 
 static void add_slot(struct kuf *kuf, uint64_t gpa, const void *memory, uint64_t length, int fd)
@@ -113,31 +94,32 @@ static void wrong_granules(bool file)
     int fd = -1;
     unsigned char *ram = map_huge(length, file ? &fd : NULL);
     struct kuf *kuf = open_serviced(&source);
+    atomic_store(&source.generation, 1);
     struct kuf_memory slot = slot_of(BASE, ram, length, fd);
     static const uint64_t wrong[] = {4096, 65536, UINT64_C(4) << 20, UINT64_C(1) << 30, 3};
     for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) {
-        slot.granule = wrong[i];
+        slot.page_size = wrong[i];
         int got = kuf_add_memory(kuf, &slot);
         is(got, -EINVAL, "huge pages of %s with granule %#" PRIx64 " are refused", kind, wrong[i]);
         if (got == 0) {
             /* Nothing after this can be relied on. */
-            close_with(kuf, KUF_CLOSE_POISON);
+            close_with(kuf, KUF_END_POISON);
             return;
         }
     }
-    slot.granule = 0;
+    slot.page_size = 0;
     slot.gpa = BASE + page_size();
     is(kuf_add_memory(kuf, &slot), -EINVAL, "so is a gpa that is no multiple of the granule (%s)", kind);
     slot = slot_of(BASE, ram, HUGE_PAGE + page_size(), fd);
     is(kuf_add_memory(kuf, &slot), -EINVAL, "and a length (%s)", kind);
     is(progress_of(kuf, KUF_ALL).total, 0, "nothing was added (%s)", kind);
     slot = slot_of(BASE, ram, length, fd);
-    slot.granule = HUGE_PAGE;
+    slot.page_size = HUGE_PAGE;
     is(kuf_add_memory(kuf, &slot), 0, "huge pages of %s with their own granule are taken", kind);
     is(kuf_resolve(kuf, BASE + page_size(), NULL, page_size(), KUF_RESOLVE_ZERO), -EINVAL,
        "part of a huge page cannot be resolved (%s)", kind);
     ok(shows(ram, BASE, 1, 1), "a page is filled (%s)", kind);
-    close_with(kuf, KUF_CLOSE_POPULATE);
+    close_with(kuf, KUF_END_POPULATE);
     munmap(ram, length);
     close(fd);
 }
@@ -164,20 +146,20 @@ static void everything(bool file)
     add_slot(kuf, BASE, ram, length, fd);
 
     ok(shows(ram, BASE, 0, 1), "%s: a touched page is filled", kind);
-    is(last_fill.granule, HUGE_PAGE, "%s: the granule was found out", kind);
+    is(last_fill.page_size, HUGE_PAGE, "%s: the granule was found out", kind);
     is(last_fill.len, HUGE_PAGE, "%s: and is what was asked for", kind);
-    is((last_fill.flags & KUF_FILL_IN_PLACE) != 0, file, "%s: in place if it is a file", kind);
+    is((last_fill.flags & KUF_RUN_IN_PLACE) != 0, file, "%s: in place if it is a file", kind);
     comes_to(progress_of(kuf, BASE).present, HUGE_PAGE, "%s: one page is present", kind);
-    struct kuf_stats stats = stats_of(kuf);
+    struct kuf_stats_info stats = stats_of(kuf);
     is(file ? stats.bytes_in_place : stats.bytes_copied, HUGE_PAGE, "%s: it was opened the right way", kind);
 
-    atomic_store(&source.answer, KUF_ZERO);
+    atomic_store(&source.answer, KUF_FILL_ZERO);
     ok(shows(ram, BASE, 1, 0), "%s: a page that the callback calls zero", kind);
     atomic_store(&source.answer, 0);
     unsigned before = atomic_load(&source.calls);
     is(kuf_resolve(kuf, BASE + 2 * HUGE_PAGE, NULL, HUGE_PAGE, KUF_RESOLVE_ZERO), HUGE_PAGE, "%s: zeroes unasked", kind);
     ok(shows(ram, BASE, 2, 0), "%s: they are there", kind);
-    is(atomic_load(&source.calls), before, "%s: and nobody was asked for them", kind);
+    is(atomic_load(&source.calls), before, "%s: and the callback was not asked for them", kind);
     comes_to(stats_of(kuf).bytes_zeroed, 2 * HUGE_PAGE, "%s: both are counted", kind);
     write_content(bytes, BASE + 3 * HUGE_PAGE, HUGE_PAGE, 7);
     is(kuf_resolve(kuf, BASE + 3 * HUGE_PAGE, bytes, HUGE_PAGE, 0), HUGE_PAGE, "%s: bytes unasked", kind);
@@ -185,19 +167,19 @@ static void everything(bool file)
     ok(progress_of(kuf, BASE).flags & KUF_PROGRESS_COMPLETE, "%s: the slot is complete", kind);
 
     atomic_store(&source.generation, 2);
-    is(kuf_discard(kuf, BASE, HUGE_PAGE, 0), 0, "%s: a page is dropped", kind);
-    is(kuf_discard(kuf, BASE + HUGE_PAGE, HUGE_PAGE, KUF_DISCARD_REMOVED), 0, "%s: one is given back", kind);
-    is(kuf_discard(kuf, BASE, page_size(), 0), -EINVAL, "%s: part of a page cannot be dropped", kind);
+    is(kuf_discard(kuf, BASE, HUGE_PAGE, KUF_DISCARD_REFILL), 0, "%s: a page is dropped", kind);
+    is(kuf_discard(kuf, BASE + HUGE_PAGE, HUGE_PAGE, KUF_DISCARD_ZERO), 0, "%s: one is given back", kind);
+    is(kuf_discard(kuf, BASE, page_size(), KUF_DISCARD_REFILL), -EINVAL, "%s: part of a page cannot be dropped", kind);
     ok(shows(ram, BASE, 0, 2), "%s: the first refills from the source", kind);
     ok(shows(ram, BASE, 1, 0), "%s: the other reads as zero", kind);
     ok(shows(ram, BASE, 3, 7), "%s: their neighbour keeps its bytes", kind);
-    is(stats_of(kuf).bytes_discarded, 2 * HUGE_PAGE, "%s: what was dropped is counted", kind);
+    is(stats_of(kuf).bytes_discarded, 2 * HUGE_PAGE, "%s: dropped bytes are counted", kind);
 
     must(madvise(ram + 3 * HUGE_PAGE, HUGE_PAGE, file ? MADV_REMOVE : MADV_DONTNEED) == 0, "madvise: %s", strerror(errno));
     ok(shows(ram, BASE, 3, 0), "%s: a page that madvise gave back reads as zero", kind);
     ok(stats_of(kuf).events_remove > 0, "%s: the kernel has reported it", kind);
 
-    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POPULATE), 0, "%s: the slot is taken off", kind);
+    is(kuf_remove_memory(kuf, BASE, KUF_END_POPULATE), 0, "%s: the slot is taken off", kind);
     ok(!is_registered(ram), "%s: its memory is the host's alone", kind);
     ok(shows(ram, BASE, 0, 2), "%s: and keeps its bytes", kind);
     close_with(kuf, 0);
@@ -223,16 +205,86 @@ static void bad_page(bool file)
     is(atomic_load(&source.events[KUF_EVENT_POISONED]), events + 1, "%s: the host is told", kind);
     is(last_event(&source, KUF_EVENT_POISONED).len, HUGE_PAGE, "%s: of one page", kind);
     ok(shows(ram, BASE, 1, 1), "%s: its neighbour is filled", kind);
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     munmap(ram, 2 * HUGE_PAGE);
     close(fd);
+}
+
+/* Poison that an earlier slot has left is refused, until it was dropped. */
+static void poison_left(bool file)
+{
+    const char *kind = file ? "file" : "anonymous";
+    int fd = -1;
+    unsigned char *ram = map_huge(HUGE_PAGE, file ? &fd : NULL);
+    struct kuf *kuf = open_serviced(&source);
+    atomic_store(&source.generation, 1);
+    struct kuf_memory slot = slot_of(BASE, ram, HUGE_PAGE, fd);
+    must(kuf_add_memory(kuf, &slot) == 0, "kuf_add_memory: %s", kuf_error());
+    is(kuf_remove_memory(kuf, BASE, KUF_END_POISON), 0, "%s: removed and poisoned", kind);
+    is(kuf_add_memory(kuf, &slot), -EBUSY, "%s: refused with the poison", kind);
+    must(madvise(ram, HUGE_PAGE, MADV_DONTNEED) == 0, "madvise: %s", strerror(errno));
+    is(kuf_add_memory(kuf, &slot), 0, "%s: taken when it was dropped", kind);
+    ok(shows(ram, BASE, 0, 1), "%s: and filled", kind);
+    close_with(kuf, 0);
+    munmap(ram, HUGE_PAGE);
+    close(fd);
+}
+
+/* ---- Parts of pages are given back ------------------------------------------------------------------------------------ */
+
+struct part {
+    const unsigned char *ram;
+    uint64_t from, len, wrong;
+};
+
+/* Counts base pages outside of what was given back that have lost their bytes, and those inside that are neither. */
+static void *look_around(void *argument)
+{
+    struct part *part = argument;
+    for (uint64_t at = 0; at < PAGES * HUGE_PAGE; at += page_size()) {
+        bool inside = at >= part->from && at < part->from + part->len;
+        part->wrong += !holds_content(part->ram + at, BASE + at, page_size(), 1)
+                       && !(inside && holds_zeroes(part->ram + at, page_size()));
+    }
+    return NULL;
+}
+
+/* MADV_REMOVE takes ranges of base pages, and is reported as it was asked for: a huge page is gone only as a whole. */
+static void given_back_in_part(uint64_t from, uint64_t len, bool filled, uint64_t removed, const char *what)
+{
+    int fd = -1;
+    unsigned char *ram = map_huge(PAGES * HUGE_PAGE, &fd);
+    struct kuf *kuf = open_serviced(&source);
+    atomic_store(&source.generation, 1);
+    add_slot(kuf, BASE, ram, PAGES * HUGE_PAGE, fd);
+    if (filled)
+        must(kuf_ensure(kuf, BASE, PAGES * HUGE_PAGE, -1) == 0, "kuf_ensure: %s", kuf_error());
+    must(madvise(ram + from, len, MADV_REMOVE) == 0, "madvise: %s", strerror(errno));
+    comes_to(progress_of(kuf, BASE).removed, removed, "%s: whole huge pages are removed", what);
+    struct part part = {.ram = ram, .from = from, .len = len};
+    pthread_join(start(look_around, &part), NULL);
+    is(part.wrong, 0, "%s: everything else keeps its bytes", what);
+    close_with(kuf, KUF_END_POISON);
+    munmap(ram, PAGES * HUGE_PAGE);
+    close(fd);
+}
+
+static void parts(void)
+{
+    uint64_t page = page_size();
+    given_back_in_part(HUGE_PAGE, HUGE_PAGE, false, HUGE_PAGE, "a whole page, absent");
+    given_back_in_part(HUGE_PAGE + page, page, false, 0, "a part of an absent page");
+    given_back_in_part(HUGE_PAGE - page, 2 * page, false, 0, "parts of two absent pages");
+    given_back_in_part(HUGE_PAGE / 2, 2 * HUGE_PAGE, false, HUGE_PAGE, "half a page, a page and half a page, absent");
+    given_back_in_part(HUGE_PAGE + page, page, true, 0, "a part of a present page");
+    given_back_in_part(HUGE_PAGE / 2, 2 * HUGE_PAGE, true, HUGE_PAGE, "half a page, a page and half a page, present");
 }
 
 /* ---- Slots of different granules, some that come and go --------------------------------------------------------------- */
 
 struct field {
     const unsigned char *ram;
-    uint64_t gpa, granule;
+    uint64_t gpa, page_size;
 };
 
 static atomic_bool stop;
@@ -244,13 +296,13 @@ static void *drop_and_touch(void *argument)
     struct field *field = argument;
     bool good = true;
     for (int round = 0; !atomic_load(&stop); round++) {
-        uint64_t offset = (uint64_t)(round % PAGES) * field->granule;
-        good = good && holds_content(field->ram + offset, field->gpa + offset, field->granule, 1);
-        int got = kuf_discard(shared_kuf, field->gpa + offset, field->granule, 0);
+        uint64_t offset = (uint64_t)(round % PAGES) * field->page_size;
+        good = good && holds_content(field->ram + offset, field->gpa + offset, field->page_size, 1);
+        int got = kuf_discard(shared_kuf, field->gpa + offset, field->page_size, KUF_DISCARD_REFILL);
         good = good && got == 0;
-        good = good && holds_content(field->ram + offset, field->gpa + offset, field->granule, 1);
+        good = good && holds_content(field->ram + offset, field->gpa + offset, field->page_size, 1);
     }
-    ok(good, "granule %#" PRIx64 ": a page is dropped and refilled over and over", field->granule);
+    ok(good, "granule %#" PRIx64 ": a page is dropped and refilled over and over", field->page_size);
     return NULL;
 }
 
@@ -267,7 +319,7 @@ static void different_granules(void)
     atomic_store(&source.generation, 1);
     struct kuf *kuf = shared_kuf = open_serviced(&source);
     for (int i = 0; i < 4; i++)
-        add_slot(kuf, field[i].gpa, field[i].ram, PAGES * field[i].granule, fd[i]);
+        add_slot(kuf, field[i].gpa, field[i].ram, PAGES * field[i].page_size, fd[i]);
     is(progress_of(kuf, KUF_ALL).total, 2 * PAGES * (page + HUGE_PAGE), "four slots of two granules in one handle");
     pthread_t thread[4];
     for (int i = 0; i < 4; i++)
@@ -283,8 +335,8 @@ static void different_granules(void)
         struct kuf_memory two = slot_of(gpa + HUGE_PAGE, file_ram, HUGE_PAGE, file);
         int added = kuf_add_memory(kuf, &one) == 0 && kuf_add_memory(kuf, &two) == 0;
         int filled = shows(private_ram, gpa, 0, 1) && shows(file_ram, gpa + HUGE_PAGE, 0, 1);
-        int removed = kuf_remove_memory(kuf, gpa, KUF_CLOSE_POPULATE) == 0
-                      && kuf_remove_memory(kuf, gpa + HUGE_PAGE, KUF_CLOSE_POPULATE) == 0;
+        int removed = kuf_remove_memory(kuf, gpa, KUF_END_POPULATE) == 0
+                      && kuf_remove_memory(kuf, gpa + HUGE_PAGE, KUF_END_POPULATE) == 0;
         good += added && filled && removed;
         must(madvise(private_ram, HUGE_PAGE, MADV_DONTNEED) == 0, "madvise: %s", strerror(errno));
         munmap(file_ram, HUGE_PAGE);
@@ -294,16 +346,16 @@ static void different_granules(void)
     atomic_store(&stop, true);
     for (int i = 0; i < 4; i++)
         pthread_join(thread[i], NULL);
-    struct kuf_populate all = {.size = sizeof(all), .gpa = KUF_ALL};
+    struct kuf_populate_request all = {.size = sizeof(all), .gpa = KUF_ALL};
     is(kuf_populate(kuf, &all), 0, "everything is populated");
     wait_until(atomic_load(&source.events[KUF_EVENT_POPULATED]) == 1);
     ok(progress_of(kuf, KUF_ALL).flags & KUF_PROGRESS_COMPLETE, "all of it is present");
-    struct kuf_stats stats = stats_of(kuf);
+    struct kuf_stats_info stats = stats_of(kuf);
     ok(stats.bytes_copied > 0 && stats.bytes_in_place > 0 && stats.bytes_discarded > 0, "by copy and in place");
     is(stats.bytes_poisoned, 0, "and nothing was lost");
     close_with(kuf, 0);
     for (int i = 0; i < 4; i++) {
-        munmap((void *)(uintptr_t)field[i].ram, PAGES * field[i].granule);
+        munmap((void *)(uintptr_t)field[i].ram, PAGES * field[i].page_size);
         close(fd[i]);
     }
     munmap(private_ram, HUGE_PAGE);
@@ -315,11 +367,14 @@ static int test(void)
     for (int file = 0; file < 2; file++) {
         wrong_granules(file);
         everything(file);
-        if (kuf_has_feature(KUF_FEATURE_POISON) == 1)
+        if (has_feature(KUF_FEATURE_POISON)) {
             bad_page(file);
-        else
+            poison_left(file);
+        } else {
             skip_part("this kernel cannot poison pages");
+        }
     }
+    parts();
     different_granules();
     return done();
 }
@@ -338,12 +393,11 @@ int main(void)
             reserve(before);
         skip("%d huge pages cannot be reserved through vm.nr_hugepages", RESERVED);
     }
-    int status = 0;
     pid_t child = fork();
     if (child == 0)
         exit(test());
-    waitpid(child, &status, 0);
+    int status = end_of(child);
     if (!enough && !reserve(before))
         printf("# vm.nr_hugepages could not be put back to %ld\n", before);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+    return status >= 0 ? status : 1;
 }

@@ -6,70 +6,21 @@
  *
  * Each page has one owner, a vCPU or the thread that plays a balloon, who alone writes to it, discards it and gives it
  * back. The owner raises the generation of the page, waits until no kuf_resolve with older bytes is under way, and then
- * discards: from the return on nothing older may be seen by anybody.
+ * discards: from the return on no thread may see older bytes.
  *
  * KUF_STRESS_SEED sets the seed, KUF_STRESS_SECONDS how long it goes on.
  */
 #include "seeded.h"
 
-#if defined(__x86_64__)
-#include <linux/kvm.h>
+#if defined(__x86_64__) || defined(__aarch64__)
+#include "kvm_race_guest.h"
 
-/*
- * The guest, in long mode at CPL 3: executes the orders of its mailbox (r15) one after the other, reports with an OUT,
- * and begins anew. An order is: address, factor, summand, 1 to write and 0 to compare, and, from the guest, the words that
- * differ and the first of them. The word at an address is (address | 1) * factor + summand.
- */
-extern const unsigned char race_guest[], race_guest_end[];
-__asm__(".intel_syntax noprefix\n"
-        "        .section .rodata\n"
-        "        .global race_guest, race_guest_end\n"
-        "race_guest:\n"
-        "        mov     r14, [r15]\n"
-        "        lea     r13, [r15 + 64]\n"
-        "1:      mov     rdi, [r13]\n"
-        "        mov     r8, [r13 + 8]\n"
-        "        mov     rsi, [r13 + 16]\n"
-        "        mov     rdx, [r13 + 24]\n"
-        "        xor     eax, eax\n"
-        "        xor     ebx, ebx\n"
-        "        mov     ecx, 512\n"
-        "2:      mov     r9, rdi\n"
-        "        or      r9, 1\n"
-        "        imul    r9, r8\n"
-        "        add     r9, rsi\n"
-        "        test    rdx, rdx\n"
-        "        jnz     4f\n"
-        "        mov     r10, [rdi]\n"
-        "        cmp     r10, r9\n"
-        "        je      5f\n"
-        "        test    eax, eax\n"
-        "        jnz     3f\n"
-        "        mov     rbx, r10\n"
-        "3:      inc     eax\n"
-        "        jmp     5f\n"
-        "4:      mov     [rdi], r9\n"
-        "5:      add     rdi, 8\n"
-        "        dec     ecx\n"
-        "        jnz     2b\n"
-        "        mov     [r13 + 32], rax\n"
-        "        mov     [r13 + 40], rbx\n"
-        "        add     r13, 64\n"
-        "        dec     r14\n"
-        "        jnz     1b\n"
-        "        mov     dx, 0x500\n"
-        "        out     dx, eax\n"
-        "        jmp     race_guest\n"
-        "race_guest_end:\n"
-        "        .text\n"
-        "        .att_syntax prefix\n");
-
-enum { PML4 = 0x1000, PDPT = 0x2000, PD = 0x3000, CODE = 0x8000, MAILBOX = 0x10000, LOW = 0x20000 };
-enum { VCPUS = 4, OWNERS = VCPUS + 1, SLOTS = 2, PAGES = 64, ALL_PAGES = SLOTS * PAGES, PAGE = 4096, WORDS = PAGE / 8 };
+#define PAGE ((uint64_t)page_size())
+#define WORDS (PAGE / 8)
+enum { PAGE_MAX = 65536, WORDS_MAX = PAGE_MAX / 8 };
+enum { VCPUS = 4, OWNERS = VCPUS + 1, SLOTS = 2, PAGES = 64, ALL_PAGES = SLOTS * PAGES };
 enum { ORDERS = 8, RUN_MAX = 16, PATIENCE_S = 40 };
 
-#define CODE_ZERO 0
-#define CODE_WRITTEN (UINT64_C(1) << 48)
 
 struct order {
     uint64_t address, factor, summand, write, differ, first;
@@ -77,8 +28,8 @@ struct order {
 };
 
 struct mailbox {
-    uint64_t orders;
-    uint64_t unused[7];
+    uint64_t orders, words;
+    uint64_t unused[6];
     struct order order[ORDERS];
 };
 
@@ -98,24 +49,24 @@ struct vcpu {
     uint64_t written;
 };
 
-static const uint64_t slot_gpa[SLOTS] = {0x200000, 0x400000};
+static const uint64_t slot_gpa[SLOTS] = {0x800000, 0x1000000};
 static unsigned char *memory[SLOTS], *low;
 static struct page pages[ALL_PAGES];
 static struct vcpu vcpus[VCPUS];
 static int kvm, vm, memory_fd;
 static size_t run_size;
 static struct kuf *handle;
-static atomic_bool stop, over;
+static atomic_bool stop;
 static _Atomic uint64_t steps, guest_checks, cross_checks, host_checks, guest_writes, discards;
 
 static uint64_t gpa_of(unsigned page)
 {
-    return slot_gpa[page / PAGES] + page % PAGES * (uint64_t)PAGE;
+    return slot_gpa[page / PAGES] + page % PAGES * PAGE;
 }
 
 static unsigned char *at(unsigned page)
 {
-    return memory[page / PAGES] + page % PAGES * (size_t)PAGE;
+    return memory[page / PAGES] + page % PAGES * PAGE;
 }
 
 /* Runs of four pages have the same owner. */
@@ -124,17 +75,9 @@ static unsigned owner_of(unsigned page)
     return page / 4 % OWNERS;
 }
 
-static uint64_t source_code(unsigned page, uint64_t generation)
-{
-    return mix(page * UINT64_C(0x10001) + generation) % 8 == 0 ? CODE_ZERO : generation;
-}
-
 static void put(unsigned char *buffer, unsigned page, uint64_t code)
 {
-    if (code == CODE_ZERO)
-        memset(buffer, 0, PAGE);
-    else
-        write_content(buffer, gpa_of(page), PAGE, code);
+    write_code(buffer, gpa_of(page), PAGE, code);
 }
 
 static void describe(const char *what, uint64_t code)
@@ -147,7 +90,7 @@ static void describe(const char *what, uint64_t code)
 
 static void wrong(unsigned page, uint64_t wanted, uint64_t first, uint64_t differ, const char *who)
 {
-    ok(false, "gpa %#" PRIx64 ": %" PRIu64 " of %d words are wrong, seen by %s", gpa_of(page), differ, WORDS, who);
+    ok(false, "gpa %#" PRIx64 ": %" PRIu64 " of %" PRIu64 " words are wrong, seen by %s", gpa_of(page), differ, WORDS, who);
     printf("    ");
     describe("wanted", wanted);
     printf("; the first wrong word is %#" PRIx64, first);
@@ -192,15 +135,15 @@ static int fill(void *opaque, struct kuf_fill *run)
         zeroes = zeroes == i && code[i] == CODE_ZERO ? i + 1 : zeroes;
     }
     if (zeroes > 0) {
-        run->filled = zeroes * (uint64_t)PAGE;
-        return KUF_ZERO;
+        run->filled = zeroes * PAGE;
+        return KUF_FILL_ZERO;
     }
     if (below(4) == 0)
         count = 1 + (unsigned)below(count);
     for (unsigned i = 0; i < count; i++)
-        put((unsigned char *)run->buf + i * (size_t)PAGE, first + i, code[i]);
-    run->filled = count * (uint64_t)PAGE;
-    return KUF_FILLED;
+        put((unsigned char *)run->buf + i * PAGE, first + i, code[i]);
+    run->filled = count * PAGE;
+    return KUF_FILL_DONE;
 }
 
 static void event(void *opaque, const struct kuf_event *told)
@@ -220,7 +163,7 @@ static void discard(unsigned first, unsigned count, bool removed)
         while (atomic_load(&pages[i].bringing[old % 2]) != 0)
             sched_yield();
     }
-    int got = kuf_discard(handle, gpa_of(first), count * (uint64_t)PAGE, removed ? KUF_DISCARD_REMOVED : 0);
+    int got = kuf_discard(handle, gpa_of(first), count * PAGE, removed ? KUF_DISCARD_ZERO : KUF_DISCARD_REFILL);
     must(got == 0, "kuf_discard %#" PRIx64 ": %s", gpa_of(first), kuf_error());
     for (unsigned i = first; i < first + count; i++)
         atomic_store(&pages[i].holds, removed ? CODE_ZERO : source_code(i, atomic_load(&pages[i].generation)));
@@ -231,7 +174,7 @@ static void discard(unsigned first, unsigned count, bool removed)
 static void give_back(unsigned first, unsigned count)
 {
     changing(first, count);
-    int got = madvise(at(first), count * (size_t)PAGE, first < PAGES ? MADV_DONTNEED : MADV_REMOVE);
+    int got = madvise(at(first), count * PAGE, first < PAGES ? MADV_DONTNEED : MADV_REMOVE);
     must(got == 0, "madvise: %s", strerror(errno));
     for (unsigned i = first; i < first + count; i++)
         atomic_store(&pages[i].holds, CODE_ZERO);
@@ -280,10 +223,11 @@ static void vcpu_step(struct vcpu *vcpu)
         }
     }
     vcpu->mailbox->orders = count;
+    vcpu->mailbox->words = WORDS;
     atomic_thread_fence(memory_order_seq_cst);
     while (ioctl(vcpu->fd, KVM_RUN, 0) < 0)
         must(errno == EINTR || errno == EAGAIN, "KVM_RUN of vCPU %u: %s", vcpu->index, strerror(errno));
-    must(vcpu->run->exit_reason == KVM_EXIT_IO && vcpu->run->io.port == 0x500, "vCPU %u stops with exit reason %u", vcpu->index,
+    must(guest_reports(vcpu->run), "vCPU %u stops with exit reason %u", vcpu->index,
          vcpu->run->exit_reason);
     atomic_thread_fence(memory_order_seq_cst);
     for (unsigned i = 0; i < count; i++) {
@@ -336,13 +280,13 @@ static void *populate_main(void *unused)
 {
     (void)unused;
     while (!atomic_load(&stop)) {
-        struct kuf_populate request = {.size = sizeof(request), .gpa = KUF_ALL};
+        struct kuf_populate_request request = {.size = sizeof(request), .gpa = KUF_ALL};
         if (below(2)) {
             request.gpa = gpa_of((unsigned)below(ALL_PAGES));
             request.len = (1 + below(32)) * PAGE;
             request.rate = below(2) ? 64 << 20 : 0;
         } else if (below(8) == 0) {
-            request = (struct kuf_populate){.size = sizeof(request), .flags = KUF_POPULATE_STOP};
+            request = (struct kuf_populate_request){.size = sizeof(request), .flags = KUF_POPULATE_STOP};
         }
         int got = kuf_populate(handle, &request);
         must(got == 0, "kuf_populate: %d, %s", got, kuf_error());
@@ -354,7 +298,7 @@ static void *populate_main(void *unused)
 static void *resolve_main(void *unused)
 {
     (void)unused;
-    static unsigned char bytes[8 * PAGE];
+    static unsigned char bytes[8 * PAGE_MAX];
     while (!atomic_load(&stop)) {
         unsigned first = (unsigned)below(ALL_PAGES), count = 1 + (unsigned)below(8);
         if (first / PAGES != (first + count - 1) / PAGES)
@@ -369,10 +313,10 @@ static void *resolve_main(void *unused)
                     break;
                 atomic_fetch_sub(&page->bringing[generation[i] % 2], 1);
             }
-            put(bytes + i * (size_t)PAGE, first + i, source_code(first + i, generation[i]));
+            put(bytes + i * PAGE, first + i, source_code(first + i, generation[i]));
         }
         for (int twice = 0; twice < 2; twice++) {
-            ssize_t got = kuf_resolve(handle, gpa_of(first), bytes, count * (size_t)PAGE, 0);
+            ssize_t got = kuf_resolve(handle, gpa_of(first), bytes, count * PAGE, 0);
             must(got >= 0 && got <= (ssize_t)(count * PAGE), "kuf_resolve: %zd, %s", got, kuf_error());
         }
         for (unsigned i = 0; i < count; i++)
@@ -391,7 +335,7 @@ static void *device_main(void *unused)
         uint64_t before = atomic_load(&pages[page].sequence), wanted = atomic_load(&pages[page].holds);
         int got = kuf_ensure(handle, gpa_of(page), PAGE, -1);
         must(got == 0, "kuf_ensure: %d, %s", got, kuf_error());
-        uint64_t copy[WORDS], differ = 0, first = 0;
+        uint64_t copy[WORDS_MAX], differ = 0, first = 0;
         const volatile uint64_t *words = (const volatile uint64_t *)at(page);
         for (unsigned i = 0; i < WORDS; i++)
             copy[i] = words[i];
@@ -409,30 +353,18 @@ static void *device_main(void *unused)
     return NULL;
 }
 
-static void *watch_main(void *unused)
+static uint64_t work_done(void)
 {
-    (void)unused;
-    uint64_t last = 0, since = now_ns();
-    while (!atomic_load(&over)) {
-        uint64_t now = atomic_load(&steps) + atomic_load(&host_checks);
-        if (now != last) {
-            last = now;
-            since = now_ns();
-        } else if (now_ns() - since > (uint64_t)PATIENCE_S * 1000000000) {
-            /* If the library is so stuck that it does not even say how far it is, the alarm ends the program. */
-            watchdog(10);
-            printf("    HANG: nothing was done for %d s, seed %" PRIu64 "\n", PATIENCE_S, seed);
-            dump_handle(handle);
-            raise(SIGALRM);
-        }
-        sleep_ms(100);
-    }
-    return NULL;
+    return atomic_load(&steps) + atomic_load(&host_checks);
+}
+
+static void say_where(void)
+{
+    printf("    seed %" PRIu64 "\n", seed);
+    dump_handle(handle);
 }
 
 /* ---- The machine --------------------------------------------------------------------------------------------------- */
-
-#define KVM_CALL(fd, request, argument) must(ioctl(fd, request, argument) >= 0, #request ": %s", strerror(errno))
 
 static void add_slot(unsigned number, uint64_t gpa, void *host, uint64_t length)
 {
@@ -441,64 +373,25 @@ static void add_slot(unsigned number, uint64_t gpa, void *host, uint64_t length)
     KVM_CALL(vm, KVM_SET_USER_MEMORY_REGION, &slot);
 }
 
-/* Page tables that map the first GiB onto itself, and the code. */
-static void load_guest(void)
-{
-    enum { PRESENT_WRITABLE_USER = 7, LARGE = 0x80 };
-    uint64_t *pd = (uint64_t *)(low + PD);
-    *(uint64_t *)(low + PML4) = PDPT | PRESENT_WRITABLE_USER;
-    *(uint64_t *)(low + PDPT) = PD | PRESENT_WRITABLE_USER;
-    for (uint64_t i = 0; i < 512; i++)
-        pd[i] = i << 21 | LARGE | PRESENT_WRITABLE_USER;
-    memcpy(low + CODE, race_guest, (size_t)(race_guest_end - race_guest));
-}
-
-/* A vCPU in long mode and user mode, which every KVM runs natively, that may write to ports. */
 static void add_vcpu(struct vcpu *vcpu, unsigned index)
 {
-    enum { CR0_PE = 1, CR0_ET = 1 << 4, CR0_NE = 1 << 5, CR0_WP = 1 << 16, CR4_PAE = 1 << 5 };
-    enum { EFER_LME = 1 << 8, EFER_LMA = 1 << 10, USER = 3, RFLAGS_RESERVED = 1 << 1, RFLAGS_IOPL_USER = USER << 12 };
-    static struct {
-        struct kvm_cpuid2 list;
-        struct kvm_cpuid_entry2 room[256];
-    } cpuid;
+    uint64_t mailbox = MAILBOX + index * 0x1000;
     vcpu->index = index;
-    vcpu->mailbox = (struct mailbox *)(low + MAILBOX + index * 0x1000);
+    vcpu->mailbox = (struct mailbox *)(low + mailbox);
     vcpu->fd = ioctl(vm, KVM_CREATE_VCPU, (unsigned long)index);
     must(vcpu->fd >= 0, "KVM_CREATE_VCPU: %s", strerror(errno));
-    cpuid.list.nent = 256;
-    KVM_CALL(kvm, KVM_GET_SUPPORTED_CPUID, &cpuid);
-    KVM_CALL(vcpu->fd, KVM_SET_CPUID2, &cpuid);
     int size = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
     must(size > 0, "KVM_GET_VCPU_MMAP_SIZE");
     run_size = (size_t)size;
     vcpu->run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd, 0);
     must(vcpu->run != MAP_FAILED, "mmap of kvm_run: %s", strerror(errno));
-
-    struct kvm_segment code = {
-        .limit = ~0u, .selector = 8 | USER, .type = 11, .present = 1, .dpl = USER, .s = 1, .l = 1, .g = 1};
-    struct kvm_segment data = {
-        .limit = ~0u, .selector = 16 | USER, .type = 3, .present = 1, .dpl = USER, .s = 1, .db = 1, .g = 1};
-    struct kvm_sregs sregs;
-    KVM_CALL(vcpu->fd, KVM_GET_SREGS, &sregs);
-    sregs.cs = code;
-    sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data;
-    sregs.cr0 = UINT64_C(1) << 31 | CR0_WP | CR0_NE | CR0_ET | CR0_PE;
-    sregs.cr3 = PML4;
-    sregs.cr4 = CR4_PAE;
-    sregs.efer = EFER_LMA | EFER_LME;
-    KVM_CALL(vcpu->fd, KVM_SET_SREGS, &sregs);
-    struct kvm_regs regs = {
-        .rip = CODE, .rflags = RFLAGS_RESERVED | RFLAGS_IOPL_USER, .r15 = MAILBOX + index * 0x1000};
-    KVM_CALL(vcpu->fd, KVM_SET_REGS, &regs);
+    start_guest(kvm, vm, vcpu->fd, mailbox);
 }
 
 int main(void)
 {
     begin();
     uint64_t seconds = begin_seeded(6, 180);
-    if (page_size() != PAGE)
-        skip("the host's pages are not of %d bytes", PAGE);
     kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
     if (kvm < 0)
         skip("/dev/kvm: %s", strerror(errno));
@@ -508,12 +401,12 @@ int main(void)
     needs_feature(KUF_FEATURE_KERNEL_FAULTS, "userfaultfd that serves KVM, for this user");
 
     low = map_anonymous(LOW);
-    memory[0] = map_anonymous(PAGES * (size_t)PAGE);
-    memory[1] = map_shared(PAGES * (size_t)PAGE, &memory_fd);
-    load_guest();
+    memory[0] = map_anonymous(PAGES * PAGE);
+    memory[1] = map_shared(PAGES * PAGE, &memory_fd);
+    load_guest(low);
     add_slot(0, 0, low, LOW);
     for (unsigned i = 0; i < SLOTS; i++)
-        add_slot(1 + i, slot_gpa[i], memory[i], PAGES * (uint64_t)PAGE);
+        add_slot(1 + i, slot_gpa[i], memory[i], PAGES * PAGE);
     for (unsigned i = 0; i < VCPUS; i++)
         add_vcpu(&vcpus[i], i);
     for (unsigned i = 0; i < ALL_PAGES; i++) {
@@ -521,18 +414,20 @@ int main(void)
         atomic_store(&pages[i].holds, source_code(i, 1));
     }
 
-    handle = open_with((struct kuf_options){.flags = KUF_OPEN_VM_FD, .vm_fd = vm, .fill = fill, .event = event,
-                                            .fill_threads = 1 + (uint32_t)below(4), .queue_max = below(2) ? 2 : 0,
-                                            .demand_run = (uint64_t)PAGE << below(8), .populate_run = (uint64_t)PAGE << below(5)});
+    handle = open_with((struct kuf_options){.vm_fd = vm, .fill = fill, .event = event,
+                                            .fill_threads = 1 + (uint32_t)below(4),
+                                            .demand_run = PAGE << below(8), .populate_run = PAGE << below(5)});
     for (unsigned i = 0; i < SLOTS; i++) {
-        struct kuf_memory slot = {.size = sizeof(slot), .flags = i ? KUF_MEMORY_FD : 0, .gpa = slot_gpa[i],
-                                  .len = PAGES * (uint64_t)PAGE, .hva = (uintptr_t)memory[i], .fd = i ? memory_fd : 0,
+        struct kuf_memory slot = {.size = sizeof(slot), .gpa = slot_gpa[i],
+                                  .len = PAGES * PAGE, .hva = (uintptr_t)memory[i], .fd = i ? memory_fd : 0,
                                   .opaque = (void *)(uintptr_t)i};
         int got = kuf_add_memory(handle, &slot);
         must(got == 0, "kuf_add_memory: %s", got ? kuf_error() : "adds");
     }
 
-    pthread_t watcher = start(watch_main, NULL), threads[VCPUS + 4];
+    static struct progress_watch progress = {.work = work_done, .describe = say_where, .patience_s = PATIENCE_S};
+    start_progress_watch(&progress);
+    pthread_t threads[VCPUS + 4];
     unsigned count = 0;
     for (unsigned i = 0; i < VCPUS; i++)
         threads[count++] = start(vcpu_main, &vcpus[i]);
@@ -547,12 +442,11 @@ int main(void)
     for (unsigned i = 0; i < count; i++)
         pthread_join(threads[i], NULL);
 
-    int got = kuf_close(&handle, KUF_CLOSE_POPULATE);
+    int got = kuf_close(&handle, KUF_END_POPULATE);
     must(got == 0, "kuf_close: %d, %s", got, got ? kuf_error() : "closes");
     for (unsigned i = 0; i < ALL_PAGES; i++)
         check_here(i, atomic_load(&pages[i].holds), "the VMM at the end");
-    atomic_store(&over, true);
-    pthread_join(watcher, NULL);
+    end_progress_watch(&progress);
     ok(true, "%" PRIu64 " pages compared by the vCPUs that own them, %" PRIu64 " by others", atomic_load(&guest_checks),
        atomic_load(&cross_checks));
     ok(true, "%" PRIu64 " pages written by the guest, %" PRIu64 " discards, %" PRIu64 " pages compared by the VMM",
@@ -564,7 +458,7 @@ int main(void)
     close(vm);
     close(kvm);
     for (unsigned i = 0; i < SLOTS; i++)
-        munmap(memory[i], PAGES * (size_t)PAGE);
+        munmap(memory[i], PAGES * PAGE);
     munmap(low, LOW);
     close(memory_fd);
     return done();

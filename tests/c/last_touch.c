@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A page that the guest has given back keeps no slot from being removed, and may be touched while it is: whoever does goes
- * on. The kernel may leave him asleep when the range is unregistered (in a few of a thousand rounds on Linux 6.18), and
- * where the userfaultfd is the host's nobody reads of him afterwards.
+ * A page that the guest has given back does not keep its slot from being removed. A thread that touches it meanwhile goes on:
+ * the kernel may leave the thread asleep when the range is unregistered (in a few of a thousand rounds on Linux 6.18), and the
+ * library does not read a userfaultfd of the caller's afterwards.
  */
 #include "uffd.h"
 
@@ -36,14 +36,14 @@ int main(void)
     struct kuf *kuf = open_with((struct kuf_options){
         .fill = source_fill, .opaque = &source, .flags = KUF_OPEN_ADOPT_ONLY, .fill_threads = 1});
     unsigned char *ram = map_anonymous(page);
-    struct kuf_memory memory = {.size = sizeof(memory), .flags = KUF_MEMORY_UFFD, .gpa = BASE, .len = page,
+    struct kuf_memory memory = {.size = sizeof(memory), .gpa = BASE, .len = page,
                                 .hva = (uintptr_t)ram, .uffd = own_userfaultfd(0)};
     touched = ram;
     pthread_t toucher = start(touch_each_round, NULL);
     for (unsigned long n = 1; n <= ROUNDS; n++) {
         must(madvise(ram, page, MADV_DONTNEED) == 0, "the page is dropped");
         must(kuf_add_memory(kuf, &memory) == 0, "%s", kuf_error());
-        must(kuf_discard(kuf, BASE, page, KUF_DISCARD_REMOVED) == 0, "%s", kuf_error());
+        must(kuf_discard(kuf, BASE, page, KUF_DISCARD_ZERO) == 0, "%s", kuf_error());
         atomic_store(&round_begun, n);
         for (uint64_t until = now_ns() + n / 64 % 64 * 200; now_ns() < until;)
             ;

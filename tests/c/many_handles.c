@@ -38,7 +38,7 @@ int main(void)
     }
     for (int i = 1; i < HANDLES; i += 2) {
         atomic_store(&sources[i].generation, 100);
-        is(kuf_discard(handles[i], BASE, length, 0), 0, "handle %d drops its pages", i);
+        is(kuf_discard(handles[i], BASE, length, KUF_DISCARD_REFILL), 0, "handle %d drops its pages", i);
         touchers[i].generation = 100;
         start_toucher(&touchers[i]);
     }
@@ -51,11 +51,11 @@ int main(void)
     for (int i = 0; i < CYCLES; i++) {
         static struct source source = SOURCE_INIT;
         struct kuf *kuf = open_serviced(&source);
-        must(madvise(rams[0], length, MADV_DONTNEED) == 0, "drops the pages");
+        empty_again(rams[0], length);
         add(kuf, BASE, rams[0], length);
         must(holds_content(rams[0] + page * (i % PAGES), BASE + page * (i % PAGES), page, 1), "cycle %d is served", i);
         struct kuf *copy = kuf;
-        must(kuf_close(&copy, i % 2 ? KUF_CLOSE_POPULATE : KUF_CLOSE_POISON) == 0, "cycle %d: %s", i, kuf_error());
+        must(kuf_close(&copy, i % 2 ? KUF_END_POPULATE : KUF_END_POISON) == 0, "cycle %d: %s", i, kuf_error());
         must(kuf_pending(kuf, NULL, 0) == -EBADF, "a closed handle stays closed");
         must(kuf_pending(closed[0], NULL, 0) == -EBADF, "and so do older ones");
         must(atomic_load(&source.released) == i + 1, "each is released once");

@@ -11,24 +11,21 @@ static int fill(void *opaque, struct kuf_fill *fill)
 {
     (void)opaque;
     atomic_fetch_add(&calls, 1);
-    fill->filled = fill->granule;
-    if (atomic_load(&answer) == KUF_FILLED)
-        write_content(fill->buf, fill->gpa, fill->granule, 1);
+    fill->filled = fill->page_size;
+    if (atomic_load(&answer) == KUF_FILL_DONE)
+        write_content(fill->buf, fill->gpa, fill->page_size, 1);
     return atomic_load(&answer);
 }
 
 static void go(bool shared)
 {
-    const char *kind = shared ? "shared" : "anonymous";
+    const char *kind = kind_of(shared);
     size_t page = page_size();
-    int fd = -1;
-    unsigned char *ram = shared ? map_shared(PAGES * page, &fd) : map_anonymous(PAGES * page);
-    struct kuf *kuf = open_with((struct kuf_options){.fill = fill, .demand_run = 16 * page});
-    if (shared)
-        add_shared(kuf, BASE, ram, PAGES * page, fd, 0);
-    else
-        add(kuf, BASE, ram, PAGES * page);
-    atomic_store(&answer, KUF_FILLED);
+    int fd;
+    unsigned char *ram = map_kind(shared, PAGES * page, &fd);
+    struct kuf *kuf = open_with((struct kuf_options){.fill = fill, .demand_run = 64 << 10});
+    add_kind(kuf, BASE, ram, PAGES * page, fd);
+    atomic_store(&answer, KUF_FILL_DONE);
     atomic_store(&calls, 0);
     struct toucher half = {.memory = ram, .gpa = BASE, .length = PAGES / 2 * page, .generation = 1};
     start_toucher(&half);
@@ -36,7 +33,7 @@ static void go(bool shared)
     is(atomic_load(&calls), PAGES / 2, "%s: each was asked for again", kind);
     comes_to(progress_of(kuf, BASE).present, PAGES / 2 * page, "%s: only what was filled is present", kind);
 
-    atomic_store(&answer, KUF_ZERO);
+    atomic_store(&answer, KUF_FILL_ZERO);
     ok(holds_zeroes(ram + PAGES / 2 * page, PAGES / 2 * page), "%s: pages of zeroes", kind);
     comes_to(stats_of(kuf).bytes_zeroed, PAGES / 2 * page, "%s: counted as zeroes", kind);
     close_with(kuf, 0);

@@ -12,7 +12,7 @@ static unsigned char *low, *high;
 
 static void populate(uint64_t gpa, uint64_t length, uint64_t rate, uint32_t flags)
 {
-    struct kuf_populate request = {.size = sizeof(request), .flags = flags, .gpa = gpa, .len = length, .rate = rate};
+    struct kuf_populate_request request = {.size = sizeof(request), .flags = flags, .gpa = gpa, .len = length, .rate = rate};
     is(kuf_populate(kuf, &request), 0, "a request is taken");
 }
 
@@ -23,14 +23,14 @@ static void wait_populated(int count)
 
 static void drop(uint64_t gpa)
 {
-    is(kuf_discard(kuf, gpa, PAGES * page_size(), 0), 0, "pages are dropped");
+    is(kuf_discard(kuf, gpa, PAGES * page_size(), KUF_DISCARD_REFILL), 0, "pages are dropped");
 }
 
 static atomic_bool demand_is_stuck;
 
 static int fill_unless_stuck(void *opaque, struct kuf_fill *fill)
 {
-    while ((fill->flags & KUF_FILL_DEMAND) != 0 && atomic_load(&demand_is_stuck))
+    while ((fill->flags & KUF_RUN_DEMAND) != 0 && atomic_load(&demand_is_stuck))
         sleep_ms(1);
     return source_fill(opaque, fill);
 }
@@ -52,14 +52,14 @@ static void under_steady_demand(size_t page, size_t length)
         start_toucher(&touchers[i]);
     }
     comes_to(stats_of(busy).faults, 3, "three pages are waited for, and one can be filled at a time");
-    struct kuf_populate request = {.size = sizeof(request), .gpa = LOW, .len = length};
+    struct kuf_populate_request request = {.size = sizeof(request), .gpa = LOW, .len = length};
     is(kuf_populate(busy, &request), 0, "a request is taken");
     comes_to(progress_of(busy, LOW).present, length, "demand that does not end does not keep it from being filled");
     is(progress_of(busy, HIGH).present, 0, "and nothing of the demand was");
     atomic_store(&demand_is_stuck, false);
     for (int i = 0; i < 3; i++)
         ok(join_toucher(&touchers[i]), "a toucher goes on");
-    close_with(busy, KUF_CLOSE_POISON);
+    close_with(busy, KUF_END_POISON);
 }
 
 int main(void)
@@ -78,7 +78,7 @@ int main(void)
     ok(event.gpa == LOW && event.len == length / 2 && event.error == 0, "the event names the request, with no error");
     is(progress_of(kuf, LOW).present, length / 2, "the range is present");
     is(progress_of(kuf, HIGH).present, 0, "and nothing else");
-    is(atomic_load(&source.flags_seen) & KUF_FILL_DEMAND, 0, "nobody waited for it");
+    is(atomic_load(&source.flags_seen) & KUF_RUN_DEMAND, 0, "no thread waited for it");
     is(stats_of(kuf).bytes_populated, length / 2, "and it is counted as populated");
     is(stats_of(kuf).faults, 0, "without a fault");
     ok(holds_content(low, LOW, length / 2, 1), "the bytes are there");
@@ -88,7 +88,7 @@ int main(void)
     wait_populated(2);
     is(progress_of(kuf, LOW).present, length, "a request spans slots: the first is present");
     is(progress_of(kuf, HIGH).present, length / 2, "and half of the second");
-    populate(KUF_ALL, 0, 0, 0);
+    populate(KUF_ALL, length, 0, 0); /* len is ignored */
     wait_populated(3);
     is(progress_of(kuf, KUF_ALL).present, 2 * length, "KUF_ALL: everything is present");
     ok(progress_of(kuf, KUF_ALL).flags & KUF_PROGRESS_COMPLETE, "and complete");
@@ -124,10 +124,10 @@ int main(void)
     wait_populated(7);
     event = last_event(&source, KUF_EVENT_POPULATED);
     is(event.error, -EIO, "the event has the source's error");
-    struct kuf_progress progress = progress_of(kuf, LOW);
+    struct kuf_progress_info progress = progress_of(kuf, LOW);
     is(progress.poisoned, 0, "nothing is poisoned");
-    ok(progress.absent >= page && progress.present >= 100 * page, "what came before is present, the rest absent");
-    is(atomic_load(&source.events[poison_event()]), 0, "nobody hears of poison");
+    ok(progress.absent >= page && progress.present >= 100 * page, "the pages before are present, the rest absent");
+    is(atomic_load(&source.events[poison_event()]), 0, "no event says that a page is poisoned");
     atomic_store(&source.bad_gpa, NO_GPA);
     toucher = (struct toucher){.memory = low, .gpa = LOW, .length = length, .generation = 1};
     start_toucher(&toucher);
@@ -135,19 +135,19 @@ int main(void)
 
     /* Deferred: the request waits for what it has asked for. */
     drop(LOW);
-    atomic_store(&source.answer, KUF_DEFERRED);
+    atomic_store(&source.answer, KUF_FILL_DEFERRED);
     populate(LOW, 4 * page, 0, 0);
     wait_until(progress_of(kuf, LOW).deferred == 4 * page);
     struct kuf_fault owed;
     is(kuf_pending(kuf, &owed, 1), 1, "a deferred run is owed");
-    ok(owed.gpa == LOW && owed.len == 4 * page && !(owed.flags & KUF_FAULT_DEMAND), "with nobody waiting");
+    ok(owed.gpa == LOW && owed.len == 4 * page && !(owed.flags & KUF_FAULT_DEMAND), "and no thread waits for it");
     unsigned char *bytes = malloc(4 * page);
     write_content(bytes, LOW, 4 * page, 1);
     is(kuf_resolve(kuf, LOW, bytes, 4 * page, 0), 4 * page, "it is resolved");
     free(bytes);
     wait_populated(8);
     is(last_event(&source, KUF_EVENT_POPULATED).error, 0, "then the request ends");
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     is(atomic_load(&source.released), 1, "released once");
     under_steady_demand(page, length);
     return done();

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A working set: what one guest demanded is recorded, and filled ahead of the next one, in whatever slots that has. A file
- * that is no good is refused, and does nothing.
+ * A working set: the pages that one guest demanded are recorded, and filled ahead of the next guest's faults, in whatever slots
+ * that has. A file that is no good is refused, and does nothing.
  */
 #include "harness.h"
 
@@ -9,7 +9,7 @@
 enum {
     PAGES = 8192,
     ROW = 256,         /* pages that are touched in order, from page 0 */
-    HOLE_FROM = 3000,  /* what the other layout does not have */
+    HOLE_FROM = 3000,  /* the other layout has a hole here */
     HOLE_TO = 3700,
     SPLIT = 1000,      /* and where its slots part */
 };
@@ -148,7 +148,7 @@ static void record(void)
     close(fd);
     close(full);
     close(readable);
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     munmap(memory, PAGES * page_size());
 }
 
@@ -166,9 +166,9 @@ static void replay_same_layout(void)
     ok(event.error == 0 && event.gpa == 0 && event.len == 0, "the event comes, without an error");
     uint64_t present = progress_of(kuf, BASE).present / page_size();
     ok(present >= wanted_in(0, PAGES) && present <= wanted_in(0, PAGES) + 16,
-       "what was wanted is present and next to nothing else: %" PRIu64 " pages for %" PRIu64, present,
+       "wanted pages are present and next to no others: %" PRIu64 " pages for %" PRIu64, present,
        wanted_in(0, PAGES));
-    is(atomic_load(&source.flags_seen) & KUF_FILL_DEMAND, 0, "nobody waited for it");
+    is(atomic_load(&source.flags_seen) & KUF_RUN_DEMAND, 0, "no thread waited for it");
     ok(atomic_load(&source.calls) < present, "in fewer fills than pages: %u", atomic_load(&source.calls));
     ok(run_guest(memory, 0, PAGES), "the guest runs, on the right bytes");
     uint64_t faults = stats_of(kuf).faults;
@@ -177,8 +177,8 @@ static void replay_same_layout(void)
 
     is(replay(kuf, file, file_length), 0, "again");
     wait_replayed(2);
-    is(progress_of(kuf, BASE).present / page_size(), present + faults, "what is present is skipped");
-    close_with(kuf, KUF_CLOSE_POISON);
+    is(progress_of(kuf, BASE).present / page_size(), present + faults, "present pages are skipped");
+    close_with(kuf, KUF_END_POISON);
     munmap(memory, PAGES * page_size());
 }
 
@@ -197,23 +197,23 @@ static void replay_other_layout(void)
     add_shared(kuf, gpa_of(SPLIT), second, (HOLE_FROM - SPLIT) * page, fd, 0);
     close(fd);
     is(kuf_ensure(kuf, BASE, 4 * page, -1), 0, "some is present already");
-    is(kuf_discard(kuf, BASE + 4 * page, 4 * page, KUF_DISCARD_REMOVED), 0, "and some was given back");
+    is(kuf_discard(kuf, BASE + 4 * page, 4 * page, KUF_DISCARD_ZERO), 0, "and some was given back");
     must(pipe2(pipe_fds, O_CLOEXEC | O_NONBLOCK) == 0, "a pipe");
     must(file_length < 60000 && write(pipe_fds[1], file, file_length) == (ssize_t)file_length, "holds the recording");
     must(write(pipe_fds[1], "rest", 4) == 4, "and more");
     is(kuf_replay(kuf, pipe_fds[0], 0), 0, "a recording is replayed in other slots, from a pipe");
     char rest[8];
-    is(read(pipe_fds[0], rest, sizeof(rest)), 4, "what follows it in the pipe is not read");
+    is(read(pipe_fds[0], rest, sizeof(rest)), 4, "the bytes behind it in the pipe are not read");
     wait_replayed(1);
     is(last_event(&source, KUF_EVENT_REPLAYED).error, 0, "without an error");
     uint64_t all = wanted_in(0, HOLE_FROM) + wanted_in(HOLE_TO, PAGES);
-    struct kuf_progress progress = progress_of(kuf, KUF_ALL);
+    struct kuf_progress_info progress = progress_of(kuf, KUF_ALL);
     ok(progress.present / page >= all - 4 && progress.present / page <= all + 16,
-       "what lies in slots is present: %" PRIu64 " pages of %" PRIu64, progress.present / page, all);
-    is(progress.removed, 4 * page, "what was given back stays so");
+       "pages in slots are present: %" PRIu64 " pages of %" PRIu64, progress.present / page, all);
+    is(progress.removed, 4 * page, "pages that were given back stay so");
     uint64_t faults = stats_of(kuf).faults;
-    is(faults, 0, "nobody has touched anything");
-    ok(holds_zeroes(first + 4 * page, 4 * page), "what was given back is zero");
+    is(faults, 0, "no page was touched");
+    ok(holds_zeroes(first + 4 * page, 4 * page), "and read as zero");
     uint64_t zeroed = stats_of(kuf).faults;
     write_content(first + 4 * page, BASE + 4 * page, 4 * page, 1);
     ok(run_guest(first, 0, SPLIT), "the guest's first slot has the right bytes");
@@ -223,7 +223,7 @@ static void replay_other_layout(void)
     ok(faults * 100 <= all * 3, "its demand faults are gone: %" PRIu64, faults);
     close(pipe_fds[0]);
     close(pipe_fds[1]);
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     munmap(first, SPLIT * page);
     munmap(second, (HOLE_FROM - SPLIT) * page);
     munmap(third, (PAGES - HOLE_TO) * page);
@@ -249,7 +249,7 @@ static void replay_huge(void)
         ok(holds_content(memory, BASE, 2 * huge, 1), "with the right bytes");
         is(stats_of(kuf).faults, 0, "without a fault");
     }
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     munmap(memory, 2 * huge);
 }
 
@@ -287,7 +287,7 @@ struct run {
 };
 
 /* A file with good checksums, whatever it says. */
-static size_t forge(unsigned char *to, uint32_t version, const struct run *runs, unsigned count)
+static size_t forge_of(unsigned char *to, uint32_t version, uint64_t unit, const struct run *runs, unsigned count)
 {
     size_t length = 48;
     memcpy(to, "\x89KUFREC\n", 8);
@@ -297,13 +297,18 @@ static size_t forge(unsigned char *to, uint32_t version, const struct run *runs,
     }
     put(to + 8, version, 4);
     put(to + 12, 48, 4);
-    put(to + 16, page_size(), 8);
+    put(to + 16, unit, 8);
     put(to + 24, count, 8);
     put(to + 32, length - 48, 8);
     put(to + 40, 0, 4);
     put(to + 44, crc32_of(to, 44), 4);
     put(to + length, crc32_of(to, length), 4);
     return length + 4;
+}
+
+static size_t forge(unsigned char *to, uint32_t version, const struct run *runs, unsigned count)
+{
+    return forge_of(to, version, page_size(), runs, count);
 }
 
 static void refuse_bad_files(void)
@@ -400,7 +405,7 @@ static void among_others(void)
     is(replay(kuf, file, file_length), 0, "a replay begins");
     is(replay(kuf, file, file_length), 0, "and another is queued");
     wait_until(atomic_load(&source.inside) == 1);
-    struct kuf_populate stop = {.size = sizeof(stop), .flags = KUF_POPULATE_STOP};
+    struct kuf_populate_request stop = {.size = sizeof(stop), .flags = KUF_POPULATE_STOP};
     is(kuf_populate(kuf, &stop), 0, "both are told to stop");
     atomic_store(&source.hold, false);
     wait_replayed(2);
@@ -415,8 +420,8 @@ static void among_others(void)
     is(progress_of(kuf, BASE).poisoned, 0, "and poisons nothing");
     atomic_store(&source.bad_gpa, NO_GPA);
 
-    is(kuf_discard(kuf, BASE, PAGES * page, 0), 0, "everything is dropped");
-    struct kuf_populate slow = {.size = sizeof(slow), .gpa = KUF_ALL, .rate = page};
+    is(kuf_discard(kuf, BASE, PAGES * page, KUF_DISCARD_REFILL), 0, "everything is dropped");
+    struct kuf_populate_request slow = {.size = sizeof(slow), .gpa = KUF_ALL, .rate = page};
     is(kuf_populate(kuf, &slow), 0, "a slow request runs");
     wait_until(progress_of(kuf, BASE).present > 0);
     is(replay(kuf, file, file_length), 0, "a replay comes in between");
@@ -427,7 +432,7 @@ static void among_others(void)
     wait_until(atomic_load(&source.events[KUF_EVENT_POPULATED]) == 1);
 
     /* Demand joins what is on its way, and is recorded for it. */
-    is(kuf_discard(kuf, BASE, PAGES * page, 0), 0, "everything is dropped");
+    is(kuf_discard(kuf, BASE, PAGES * page, KUF_DISCARD_REFILL), 0, "everything is dropped");
     uint64_t joined = stats_of(kuf).faults_joined;
     atomic_store(&source.hold, true);
     is(kuf_record_start(kuf, 0), 0, "recording starts");
@@ -442,14 +447,14 @@ static void among_others(void)
     ok(run_guest(memory, 0, PAGES), "all bytes are right");
     int fd = new_file();
     is(kuf_record_stop(kuf, fd), 0, "the recording is written");
-    is(kuf_discard(kuf, BASE, PAGES * page, 0), 0, "everything is dropped");
+    is(kuf_discard(kuf, BASE, PAGES * page, KUF_DISCARD_REFILL), 0, "everything is dropped");
     lseek(fd, 0, SEEK_SET);
     is(kuf_replay(kuf, fd, 0), 0, "and it is replayed");
     wait_replayed(6);
     is(progress_of(kuf, BASE).present, page, "one page was demanded: the others were there in time");
     ok(holds_content(memory + 5 * page, gpa_of(5), page, 1), "that one");
     close(fd);
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     munmap(memory, PAGES * page);
 }
 
@@ -491,7 +496,7 @@ static void caller_driven(void)
             pthread_join(toucher, NULL);
         }
         if (round == 0)
-            is(kuf_discard(kuf, BASE, 100 * page, 0), 0, "some pages are dropped, to be demanded once more");
+            is(kuf_discard(kuf, BASE, 100 * page, KUF_DISCARD_REFILL), 0, "some pages are dropped, to be demanded once more");
     }
     is(good, 100 + MANY, "faults are read and resolved");
     free(bytes);
@@ -505,7 +510,7 @@ static void caller_driven(void)
     close(fds[1]);
     pthread_join(thread, NULL);
     close(fds[0]);
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     munmap(memory, MANY * page);
 
     new_source();
@@ -515,11 +520,48 @@ static void caller_driven(void)
     is(replay(kuf, reader.bytes, reader.length), 0, "and is replayed on a serviced one (%zu bytes)", reader.length);
     wait_replayed(1);
     is(progress_of(kuf, BASE).present, MANY / 2 * page, "with each page it was asked for");
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     munmap(memory, MANY * page);
 }
 
-/* Nothing demanded is a recording; what nobody writes is dropped. */
+/* Recorded on a host with pages of another size: each page here that has a byte of a recorded one is filled, and no other. */
+static void other_page_size(uint64_t unit)
+{
+    static const struct {
+        uint64_t first, count;
+    } named[] = {{9, 1}, {3, 2}, {12, 3}, {0, 1}};
+    enum { RUNS = sizeof(named) / sizeof(named[0]), UNITS = 16 };
+    struct run runs[RUNS];
+    uint64_t at = 0, page = page_size(), length = UNITS * UINT64_C(65536), expected = 0;
+    unsigned char *memory = map_anonymous(length), bytes[4096];
+    bool *filled = calloc(length / page, sizeof(*filled));
+    for (unsigned i = 0; i < RUNS; i++) {
+        uint64_t first = BASE / unit + named[i].first;
+        runs[i] = (struct run){(int64_t)(first - at), named[i].count};
+        at = first + named[i].count;
+        for (uint64_t byte = named[i].first * unit; byte < (named[i].first + named[i].count) * unit; byte += 4096)
+            filled[byte / page] = true;
+    }
+    for (uint64_t i = 0; i < length / page; i++)
+        expected += filled[i] * page;
+    new_source();
+    struct kuf *kuf = open_for_guest();
+    add(kuf, BASE, memory, length);
+    is(replay(kuf, bytes, forge_of(bytes, KUF_RECORD_VERSION, unit, runs, RUNS)), 0,
+       "a recording in pages of %" PRIu64 " bytes is replayed", unit);
+    wait_replayed(1);
+    is(progress_of(kuf, BASE).present, expected, "its pages are present");
+    bool good = true;
+    for (uint64_t i = 0; i < length / page; i++)
+        good = (!filled[i] || holds_content(memory + i * page, BASE + i * page, page, 1)) && good;
+    ok(good, "with its bytes");
+    is(stats_of(kuf).faults, 0, "without a fault");
+    close_with(kuf, KUF_END_POISON);
+    munmap(memory, length);
+    free(filled);
+}
+
+/* A recording may be empty; one that is never written is dropped. */
 static void nothing(void)
 {
     new_source();
@@ -540,8 +582,8 @@ static void nothing(void)
     is(kuf_ensure(kuf, BASE, page, -1), 0, "something is demanded");
     is(kuf_record_stop(kuf, -1), 0, "and dropped");
     is(kuf_record_stop(kuf, -1), -EINVAL, "for good");
-    is(kuf_record_start(kuf, 0), 0, "a recording that nobody writes");
-    close_with(kuf, KUF_CLOSE_POISON);
+    is(kuf_record_start(kuf, 0), 0, "a recording that is never written");
+    close_with(kuf, KUF_END_POISON);
     munmap(memory, 4 * page);
 }
 
@@ -554,6 +596,8 @@ int main(void)
     replay_other_layout();
     replay_huge();
     refuse_bad_files();
+    for (uint64_t unit = 4096; unit <= 65536; unit *= 4)
+        other_page_size(unit);
     among_others();
     caller_driven();
     nothing();

@@ -20,12 +20,12 @@ static void event(void *opaque, const struct kuf_event *event)
 
 static void go(bool shared)
 {
-    const char *kind = shared ? "shared" : "anonymous";
+    const char *kind = kind_of(shared);
     size_t page = page_size(), length = PAGES * page;
-    int fd = -1;
+    int fd;
     struct kuf *kuf = open_with((struct kuf_options){
         .fill = source_fill, .event = event, .opaque = &source, .demand_run = page});
-    unsigned char *ram = shared ? map_shared(length, &fd) : map_anonymous(length);
+    unsigned char *ram = map_kind(shared, length, &fd);
     unsigned char *other = map_anonymous(length);
     add(kuf, OTHER, other, length);
 
@@ -33,7 +33,7 @@ static void go(bool shared)
         if (shared)
             add_shared(kuf, BASE, ram, length, fd, KUF_MEMORY_FILL_ALL);
         else
-            add(kuf, BASE, ram, length);
+            add_populated(kuf, BASE, ram, length);
         ok(is_registered(ram), "%s: a slot is registered", kind);
         if (round == 0) {
             ok(holds_content(ram, BASE, 3 * page, 1), "%s: some pages are touched", kind);
@@ -42,11 +42,11 @@ static void go(bool shared)
             ok(holds_content(ram, BASE, length, 1), "%s: and still served", kind);
             is(kuf_remove_memory(kuf, BASE, 0), 0, "%s: a complete one is let go", kind);
         } else {
-            is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POPULATE), 0, "%s: added again, filled and let go", kind);
+            is(kuf_remove_memory(kuf, BASE, KUF_END_POPULATE), 0, "%s: added again, filled and let go", kind);
         }
         ok(!is_registered(ram), "%s: no registration is left", kind);
         ok(holds_content(ram, BASE, length, 1), "%s: its bytes stay", kind);
-        struct kuf_progress progress = {.size = sizeof(progress)};
+        struct kuf_progress_info progress = {.size = sizeof(progress)};
         is(kuf_progress(kuf, BASE, &progress), -ENOENT, "%s: the library does not know it any more", kind);
         is(kuf_remove_memory(kuf, BASE, 0), -ENOENT, "%s: nor lets it go twice", kind);
     }
@@ -57,15 +57,12 @@ static void go(bool shared)
     ok(holds_zeroes(ram, length), "%s: it is ordinary memory: dropped pages read as zero", kind);
     is(atomic_load(&source.calls), before, "%s: without asking the source", kind);
 
-    /* Poison: what is there stays, the rest is closed. */
+    /* Poison: present pages stay, the rest is closed. */
     if (shared)
         must(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)length) == 0, "an empty file");
     else
         must(madvise(ram, length, MADV_DONTNEED) == 0, "empty memory");
-    if (shared)
-        add_shared(kuf, BASE, ram, length, fd, 0);
-    else
-        add(kuf, BASE, ram, length);
+    add_kind(kuf, BASE, ram, length, fd);
     ok(holds_content(ram + 4 * page, BASE + 4 * page, 2 * page, 1), "%s: two pages are touched", kind);
     is(remove_patiently(kuf, BASE), 0, "%s: an incomplete slot is poisoned and let go", kind);
     ok(!is_registered(ram + 4 * page), "%s: no registration is left", kind);
@@ -81,9 +78,9 @@ static void go(bool shared)
     add(kuf, BASE, third, length);
     atomic_store(&source.bad_answer, -EIO);
     atomic_store(&source.bad_gpa, BASE + 7 * page);
-    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POPULATE), -EIO, "%s: a page cannot be filled", kind);
+    is(kuf_remove_memory(kuf, BASE, KUF_END_POPULATE), -EIO, "%s: a page cannot be filled", kind);
     ok(is_registered(third + 7 * page), "%s: the slot goes on", kind);
-    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POPULATE | KUF_CLOSE_POISON), 0, "%s: filled where possible", kind);
+    is(kuf_remove_memory(kuf, BASE, KUF_END_POPULATE | KUF_END_POISON), 0, "%s: filled where possible", kind);
     is(touch(third + 7 * page), poison_signal(), "%s: and poisoned where not", kind);
     ok(holds_content(third, BASE, 7 * page, 1) && holds_content(third + 8 * page, BASE + 8 * page, (PAGES - 8) * page, 1),
        "%s: all other pages have their bytes", kind);
@@ -96,7 +93,7 @@ static void go(bool shared)
     struct toucher toucher = {.memory = fourth, .gpa = BASE, .length = page, .generation = 1};
     start_toucher(&toucher);
     wait_until(atomic_load(&source.inside) == 1);
-    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON), -EBUSY, "%s: not while a fill of it runs", kind);
+    is(kuf_remove_memory(kuf, BASE, KUF_END_POISON), -EBUSY, "%s: not while a fill of it runs", kind);
     atomic_store(&source.hold, false);
     ok(join_toucher(&toucher), "%s: which ends as it should", kind);
     is(remove_patiently(kuf, BASE), 0, "%s: then it is let go", kind);
@@ -116,8 +113,8 @@ static void go(bool shared)
         else
             is(kuf_resolve(kuf, BASE, bytes, page, 0), page, "a page is resolved while its fill runs");
         is(join_toucher(&toucher), !given_back, "%s: its toucher goes on", how);
-        is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POISON), -EBUSY, "%s: the fill that runs on holds its slot", how);
-        is(kuf_discard(kuf, BASE + page, (PAGES - 1) * page, KUF_DISCARD_REMOVED), 0, "%s: the rest is given back", how);
+        is(kuf_remove_memory(kuf, BASE, KUF_END_POISON), -EBUSY, "%s: the fill that runs on holds its slot", how);
+        is(kuf_discard(kuf, BASE + page, (PAGES - 1) * page, KUF_DISCARD_ZERO), 0, "%s: the rest is given back", how);
         is(kuf_remove_memory(kuf, BASE, 0), -EBUSY, "%s: also when nothing of it is unresolved", how);
         atomic_store(&source.hold, false);
         is(remove_patiently(kuf, BASE), 0, "%s: it is let go when the fill has ended", how);
@@ -149,14 +146,14 @@ struct remover {
     int got;
 };
 
-/* Who has removed the slot gives its memory to another one at once. */
+/* The thread that has removed the slot gives its memory to another one at once. */
 static void *remove_one(void *argument)
 {
     struct remover *remover = argument;
     atomic_fetch_add(remover->begun, 1);
     remover->got = remove_patiently(remover->kuf, remover->gpa);
     if (remover->got == 0)
-        add(remover->kuf, remover->next, remover->ram, page_size());
+        add_populated(remover->kuf, remover->next, remover->ram, page_size());
     return NULL;
 }
 
@@ -194,13 +191,13 @@ static void twice_at_once(void)
         refused += (removers[0].got == -ENOENT) + (removers[1].got == -ENOENT);
         registered += is_registered(ram);
         must(madvise(ram, page, MADV_DONTNEED) == 0, "the host drops the page");
-        must(kuf_discard(kuf, gpa ^ BASE ^ OTHER, page, 0) == 0, "which is absent in the new slot");
+        must(kuf_discard(kuf, gpa ^ BASE ^ OTHER, page, KUF_DISCARD_REFILL) == 0, "which is absent in the new slot");
     }
     is(removed, ROUNDS, "twice at once: one call removes the slot");
     is(refused, ROUNDS, "twice at once: for the other there is none");
     is(registered, ROUNDS, "twice at once: the slot that has its memory next is left alone");
     is(served, ROUNDS, "twice at once: and served");
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     munmap(ram, page);
 }
 
@@ -209,7 +206,7 @@ int main(void)
     begin();
     go(false);
     twice_at_once();
-    if (kuf_has_feature(KUF_FEATURE_MINOR) == 1)
+    if (has_feature(KUF_FEATURE_MINOR))
         go(true);
     else
         skip_part("no minor faults on shared memory");

@@ -15,12 +15,12 @@ static unsigned char file[1 << 20];
 static size_t file_length;
 
 static struct source source = SOURCE_INIT;
-static _Atomic uint64_t blocked = NO_GPA; /* its fill does not end, if nobody waits for it */
+static _Atomic uint64_t blocked = NO_GPA; /* its fill blocks, unless a thread waits for it */
 static atomic_bool inside, released;
 
 static int fill(void *opaque, struct kuf_fill *fill)
 {
-    if (fill->gpa == atomic_load(&blocked) && !(fill->flags & KUF_FILL_DEMAND)) {
+    if (fill->gpa == atomic_load(&blocked) && !(fill->flags & KUF_RUN_DEMAND)) {
         atomic_store(&inside, true);
         while (!atomic_load(&released))
             sleep_ms(1);
@@ -69,7 +69,7 @@ static struct kuf *new_guest(void)
 
 static void end_guest(struct kuf *kuf)
 {
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     munmap(memory, PAGES * page_size());
 }
 
@@ -130,7 +130,7 @@ static void together(void)
     ok(guest.good, "a guest that starts with its replay has the right bytes");
     is(replayed(), 0, "and the replay is done");
     uint64_t present = progress_of(kuf, BASE).present / page_size();
-    is(present, TOUCHED, "what was recorded is present and nothing else");
+    is(present, TOUCHED, "recorded pages are present and no others");
     end_guest(kuf);
 }
 
@@ -145,7 +145,7 @@ static void *disturb(void *argument)
     uint64_t seed = 88172645463325252;
     while (!atomic_load(&disturber->end)) {
         unsigned page = some_page(&seed);
-        int got = kuf_discard(disturber->kuf, gpa_of(page), page_size(), 0);
+        int got = kuf_discard(disturber->kuf, gpa_of(page), page_size(), KUF_DISCARD_REFILL);
         if (got == 0)
             got = kuf_ensure(disturber->kuf, gpa_of(some_page(&seed)), 1, -1);
         if (got != 0)
@@ -176,7 +176,7 @@ static void disturbed(void)
         }
         ok(good, "several vCPUs have the right bytes in spite of discards, in round %d", round);
         is(replayed(), 0, "the replay is done");
-        is(kuf_discard(kuf, BASE, PAGES * page_size(), 0), 0, "everything is dropped");
+        is(kuf_discard(kuf, BASE, PAGES * page_size(), KUF_DISCARD_REFILL), 0, "everything is dropped");
     }
     atomic_store(&disturber.end, true);
     pthread_join(disturbing, NULL);
@@ -192,7 +192,7 @@ static void does_not_end(unsigned n)
     replay(kuf);
     struct guest guest = {.not_for = gpa_of(order[n])};
     pthread_join(start(guest_body, &guest), NULL);
-    ok(guest.good, "a fill of page %u that does not end keeps nobody from the others", n);
+    ok(guest.good, "a fill of page %u that does not end delays no other page", n);
     wait_until(atomic_load(&inside));
     atomic_store(&released, true);
     is(replayed(), 0, "the replay goes on");
@@ -219,18 +219,19 @@ static void fails(void)
     pthread_join(start(guest_body, &guest), NULL);
     ok(guest.good, "a guest whose replay ends early has the right bytes");
     is(replayed(), -EIO, "it has ended with the error of the fill");
-    is(progress_of(kuf, BASE).poisoned, 0, "for a page that nobody wanted");
+    is(progress_of(kuf, BASE).poisoned, 0, "for a page that no thread wanted");
     atomic_store(&source.bad_gpa, NO_GPA);
     ok(holds_content(at(bad), gpa_of(bad), page_size(), 1), "it is filled when the source has it again");
     end_guest(kuf);
 }
 
-/* Another slot comes and goes, and the replay is stopped: who was left to it is served. */
+/* Another slot comes and goes, and the replay is stopped: faults that were left to it are served. */
 static void stopped(void)
 {
     struct kuf *kuf = new_guest();
     unsigned char *more = map_anonymous(page_size());
     for (int round = 0; round < 8; round++) {
+        must(madvise(more, page_size(), MADV_DONTNEED) == 0, "an empty page");
         add(kuf, OTHER, more, page_size());
         replay(kuf);
         struct guest guest = {.not_for = NO_GPA};
@@ -238,14 +239,14 @@ static void stopped(void)
         is(kuf_ensure(kuf, OTHER, 1, -1), 0, "the other slot is used");
         pthread_t removing = start(remove_other, kuf);
         wait_until(progress_of(kuf, BASE).present / page_size() > (unsigned)round * TOUCHED / 8);
-        struct kuf_populate stop = {.size = sizeof(stop), .flags = KUF_POPULATE_STOP};
+        struct kuf_populate_request stop = {.size = sizeof(stop), .flags = KUF_POPULATE_STOP};
         is(kuf_populate(kuf, &stop), 0, "the replay is told to stop");
         pthread_join(thread, NULL);
         pthread_join(removing, NULL);
         ok(guest.good, "the guest gets on, with the right bytes");
         int error = replayed();
         ok(error == 0 || error == -ECANCELED, "the replay has ended: %d", error);
-        is(kuf_discard(kuf, BASE, PAGES * page_size(), 0), 0, "everything is dropped");
+        is(kuf_discard(kuf, BASE, PAGES * page_size(), KUF_DISCARD_REFILL), 0, "everything is dropped");
     }
     munmap(more, page_size());
     end_guest(kuf);

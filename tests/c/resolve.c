@@ -46,7 +46,7 @@ int main(void)
     is(kuf_read(kuf, faults, 16), -EAGAIN, "nothing to read at first");
     is(kuf_poll(kuf, 0), 0, "nothing to poll for at first");
 
-    is(resolve(0, 1, 1), page, "a page that nobody asked for becomes present");
+    is(resolve(0, 1, 1), page, "a page becomes present before it is touched");
     ok(holds_content(ram, BASE, page, 1), "with its bytes");
     is(resolve(0, 1, 2), 0, "a second time makes nothing present");
     ok(holds_content(ram, BASE, page, 1), "and the bytes stay");
@@ -64,7 +64,7 @@ int main(void)
     is(faults[0].gpa, gpa_of(4), "it names the page");
     is(faults[0].len, page, "and its length");
     is(faults[0].memory_offset, 4 * page, "and its offset");
-    ok(faults[0].flags & KUF_FAULT_DEMAND, "somebody waits");
+    ok(faults[0].flags & KUF_FAULT_DEMAND, "a thread waits");
     ok(!(faults[0].flags & (KUF_FAULT_WRITE | KUF_FAULT_MINOR | KUF_FAULT_FORKED)), "a plain read of missing memory");
     ok(faults[0].place == NULL, "anonymous memory is not filled in place");
     is(kuf_read(kuf, faults, 16), -EAGAIN, "and it is given once");
@@ -119,7 +119,7 @@ int main(void)
     ok(holds_zeroes(ram + 40 * page, 4 * page), "read as zeroes");
     is(kuf_resolve(kuf, gpa_of(40), NULL, 4 * page, KUF_RESOLVE_ZERO), 0, "a second time makes nothing present");
 
-    /* Poison, before anybody asks and while somebody waits. */
+    /* Poison, before a touch and while a thread waits. */
     is(kuf_resolve(kuf, gpa_of(50), NULL, page, KUF_RESOLVE_POISON), page, "a page is poisoned");
     is(touch(ram + 50 * page), poison_signal(), "touching it raises the signal");
     wait_until(atomic_load(&source.events[poison_event()]) == 1);
@@ -129,10 +129,10 @@ int main(void)
     is(kuf_resolve(kuf, gpa_of(50), NULL, page, KUF_RESOLVE_POISON), 0, "a second time poisons nothing");
     is(resolve(49, 1, 1), page, "its neighbour is resolved");
     is(touch(ram + 49 * page), 0, "and read");
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
 
     /* In place: the caller writes through kuf_fault.place. */
-    if (kuf_has_feature(KUF_FEATURE_MINOR) != 1) {
+    if (!has_feature(KUF_FEATURE_MINOR)) {
         skip_part("no minor faults on shared memory: nothing is filled in place");
         return done();
     }
@@ -155,7 +155,7 @@ int main(void)
     ok(holds_content(ram + 6 * page, gpa_of(6), 2 * page, 1), "and read");
     is(kuf_resolve(kuf, gpa_of(8), NULL, page, KUF_RESOLVE_ZERO), page, "zeroes");
     ok(holds_zeroes(ram + 8 * page, page), "and read");
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     close(fd);
     return done();
 }

@@ -44,8 +44,8 @@ static void from(size_t pages)
     pthread_join(thread, NULL);
     is(resolving.got, length, "%zu pages: then they are resolved", pages);
     ok(holds_content(ram, BASE, length, 1), "%zu pages: with their bytes", pages);
-    close_with(kuf, KUF_CLOSE_POISON);
-    close_with(other, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
+    close_with(other, KUF_END_POISON);
     munmap(ram, PAGES * page);
     munmap(far, length);
 }

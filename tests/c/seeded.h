@@ -1,12 +1,20 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * What programs that do things at random share: a seed that can be given again, and numbers from it, each thread its
- * own.
+ * For programs that do things at random: a seed that can be given again, and random numbers from it for each thread.
  */
 #ifndef KUF_TESTS_SEEDED_H
 #define KUF_TESTS_SEEDED_H
 
-#include "trap.h"
+#include "watched.h"
+
+/* A random number generator that needs no lock: each thread has its own state, not 0. */
+static inline uint64_t next_random(uint64_t *state)
+{
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    return *state * UINT64_C(0x2545f4914f6cdd1d);
+}
 
 static uint64_t seed;
 static atomic_ulong threads_seeded;
@@ -31,6 +39,24 @@ static inline uint64_t chance(void)
 static inline uint64_t below(uint64_t n)
 {
     return chance() % n;
+}
+
+/* The content of a page as a number: zeroes, a generation of the source, or with CODE_WRITTEN a write of the guest's. */
+#define CODE_ZERO 0
+#define CODE_WRITTEN (UINT64_C(1) << 48)
+
+/* Of the source's pages some are zero. */
+static inline uint64_t source_code(unsigned page, uint64_t generation)
+{
+    return mix(page * UINT64_C(0x10001) + generation) % 8 == 0 ? CODE_ZERO : generation;
+}
+
+static inline void write_code(void *buffer, uint64_t gpa, uint64_t length, uint64_t code)
+{
+    if (code == CODE_ZERO)
+        memset(buffer, 0, length);
+    else
+        write_content(buffer, gpa, length, code);
 }
 
 static inline uint64_t setting(const char *name, uint64_t otherwise)

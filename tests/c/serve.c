@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Anonymous memory filled by a callback: what the callback is told, that each page is asked for once, what touchers read. */
+/* Anonymous memory filled by a callback: the callback's arguments, one request for each page, and the bytes that touchers read. */
 #include "harness.h"
 
 #define BASE UINT64_C(0x100000000)
@@ -15,9 +15,9 @@ static int fill(void *opaque, struct kuf_fill *fill)
 {
     size_t page = page_size();
     atomic_fetch_add(&fills, 1);
-    bool good = opaque == asked && fill->size == sizeof(*fill) && fill->granule == page && fill->filled == fill->len &&
-                fill->len > 0 && fill->len % page == 0 && fill->len <= (fill->flags & KUF_FILL_DEMAND ? 64 << 10 : 256 << 10) && fill->gpa % page == 0 &&
-                !(fill->flags & ~(uint32_t)(KUF_FILL_DEMAND | KUF_FILL_IN_PLACE)) &&
+    bool good = opaque == asked && fill->size == sizeof(*fill) && fill->page_size == page && fill->filled == fill->len &&
+                fill->len > 0 && fill->len % page == 0 && fill->len <= (fill->flags & KUF_RUN_DEMAND ? 64 << 10 : 256 << 10) && fill->gpa % page == 0 &&
+                !(fill->flags & ~(uint32_t)(KUF_RUN_DEMAND | KUF_RUN_IN_PLACE)) &&
                 (uintptr_t)fill->buf % page == 0;
     if (fill->memory_opaque == &ram_name) {
         char name[32] = "";
@@ -31,7 +31,7 @@ static int fill(void *opaque, struct kuf_fill *fill)
     if (!good)
         atomic_fetch_add(&wrong, 1);
     write_content(fill->buf, fill->gpa, fill->len, 1);
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
 static void event(void *opaque, const struct kuf_event *event)
@@ -69,7 +69,7 @@ int main(void)
     struct kuf_memory memory = {.size = sizeof(memory), .gpa = BASE, .len = PAGES * page, .hva = (uintptr_t)ram,
                                 .opaque = &ram_name};
     is(kuf_add_memory(kuf, &memory), 0, "memory is added");
-    struct kuf_progress progress = progress_of(kuf, BASE);
+    struct kuf_progress_info progress = progress_of(kuf, BASE);
     is(progress.gpa, BASE, "progress names the slot");
     is(progress.total, PAGES * page, "progress has the slot's length");
     is(progress.absent, PAGES * page, "all of it is absent");
@@ -99,7 +99,7 @@ int main(void)
 
     /* A slot added while the first is in use; writes fault too; what existed stays. */
     memory = (struct kuf_memory){.size = sizeof(memory), .gpa = OTHER, .len = FEW * page, .hva = (uintptr_t)other,
-                                 .opaque = &other_name};
+                                 .flags = KUF_MEMORY_POPULATED, .opaque = &other_name};
     is(kuf_add_memory(kuf, &memory), 0, "a second slot is added");
     other[0] = 'w';
     ok(other[0] == 'w' && holds_content(other + 8, OTHER + 8, page - 8, 1), "a write lands on the filled page");

@@ -26,9 +26,9 @@ int main(void)
     unsigned char old[4096];
     memset(old, 0x5a, sizeof(old));
     must(pwrite(fd, old, sizeof(old), (off_t)(OLD * page)) == (ssize_t)sizeof(old), "old data in the file");
-    add_shared(kuf, BASE, ram, PAGES * page, fd, 0);
+    add_shared(kuf, BASE, ram, PAGES * page, fd, KUF_MEMORY_POPULATED);
 
-    struct kuf_progress progress = progress_of(kuf, BASE);
+    struct kuf_progress_info progress = progress_of(kuf, BASE);
     is(progress.present, page, "a page that the file holds counts as present");
     is(progress.absent, (PAGES - 1) * page, "the others are absent");
 
@@ -40,7 +40,7 @@ int main(void)
     ok(join_toucher(&first) && join_toucher(&second), "every absent page reads as its source's bytes");
     ok(ram[OLD * page] == 0x5a && ram[OLD * page + 4095] == 0x5a, "the page that the file held keeps its bytes");
 
-    ok(atomic_load(&source.flags_seen) & KUF_FILL_IN_PLACE, "the callback's buffer is the page");
+    ok(atomic_load(&source.flags_seen) & KUF_RUN_IN_PLACE, "the callback's buffer is the page");
     is(atomic_load(&source.bytes), (PAGES - 1) * page, "each page is filled once");
     comes_to(stats_of(kuf).bytes_in_place, (PAGES - 1) * page, "all of it in place");
     is(stats_of(kuf).bytes_copied, 0, "nothing is copied");
@@ -60,7 +60,7 @@ int main(void)
     start_toucher(&all);
     ok(join_toucher(&all), "KUF_MEMORY_FILL_ALL: pages come from the source");
     ok(holds_content(ram + 2 * page, BASE + 2 * page, page, 1), "the page that was marked whole keeps its bytes");
-    close_with(kuf, KUF_CLOSE_POPULATE);
+    close_with(kuf, KUF_END_POPULATE);
     ok(holds_content(ram, BASE, 2 * page, 2), "closing filled the rest");
 
     /* A file mapped at an offset, at another place. */
@@ -68,7 +68,7 @@ int main(void)
     must(window != MAP_FAILED, "maps a window");
     atomic_store(&again.generation, 3);
     kuf = open_serviced(&again);
-    struct kuf_memory memory = {.size = sizeof(memory), .flags = KUF_MEMORY_FD | KUF_MEMORY_FILL_ALL, .gpa = BASE,
+    struct kuf_memory memory = {.size = sizeof(memory), .flags = KUF_MEMORY_FILL_ALL, .gpa = BASE,
                                 .len = 8 * page, .hva = (uintptr_t)window, .fd = fd, .fd_offset = 16 * page};
     is(kuf_add_memory(kuf, &memory), 0, "a window of the file is added");
     struct toucher some = {.memory = window, .gpa = BASE, .length = 8 * page, .generation = 3};

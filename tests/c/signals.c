@@ -48,7 +48,7 @@ int main(void)
 {
     begin();
     size_t page = page_size(), length = PAGES * page;
-    /* Without SA_RESTART: what a signal can interrupt, it does. */
+    /* Without SA_RESTART a signal interrupts every call that it can. */
     struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGUSR1, &action, NULL);
     sigaction(SIGUSR2, &action, NULL);
@@ -110,6 +110,6 @@ int main(void)
     is(kuf_resolve(kuf, BASE, NULL, page, KUF_RESOLVE_ZERO), page, "and resolved");
     pthread_join(second, NULL);
     is(ensuring.got, 0, "until the page is there");
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     return done();
 }

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * Pages without a callback that writes them: built-in sources (a file, a block device, memory, zero), and a callback that
- * hands over memory of its own. What has become unreadable is a page that is poisoned, never one of zeroes and never a
- * signal for anybody but who touches it.
+ * hands over memory of its own. A page whose source has become unreadable is poisoned, never zero, and raises a signal in
+ * its touchers only.
  */
 #include "harness.h"
 
@@ -46,24 +46,36 @@ static struct kuf_source of_memory(const void *memory, uint64_t len)
 
 static int add_with(struct kuf *kuf, unsigned char *ram, int fd, const struct kuf_source *source)
 {
-    struct kuf_memory slot = {.size = sizeof(slot), .gpa = BASE, .len = length, .hva = (uintptr_t)ram, .source = source};
-    if (fd >= 0) {
-        slot.flags = KUF_MEMORY_FD;
-        slot.fd = fd;
-    }
+    struct kuf_memory slot = {.size = sizeof(slot), .gpa = BASE, .len = length, .hva = (uintptr_t)ram, .fd = fd,
+                              .source = source};
     return kuf_add_memory(kuf, &slot);
 }
 
 /* A handle without a fill callback. */
-static struct kuf *open_sources(uint64_t flags)
+static struct kuf *open_sources(uint32_t flags)
 {
     return open_with((struct kuf_options){.flags = KUF_OPEN_SOURCES | flags, .event = source_event, .opaque = &callback});
+}
+
+/* A handle with a slot whose pages come from the source. NULL, with a SKIP, where the file allows no direct I/O. */
+static struct kuf *open_with_source(const char *what, unsigned char *ram, int fd, const struct kuf_source *source,
+                                    uint32_t flags)
+{
+    struct kuf *kuf = open_sources(flags);
+    int got = add_with(kuf, ram, fd, source);
+    if (got == -ENOTSUP && source->flags & KUF_SOURCE_DIRECT_IO) {
+        skip_part("%s: %s", what, kuf_error());
+        close_with(kuf, 0);
+        return NULL;
+    }
+    is(got, 0, "%s: added: %s", what, got ? kuf_error() : "-");
+    return kuf;
 }
 
 static bool populate(struct kuf *kuf, int *error)
 {
     int before = atomic_load(&callback.events[KUF_EVENT_POPULATED]);
-    struct kuf_populate request = {.size = sizeof(request), .gpa = KUF_ALL};
+    struct kuf_populate_request request = {.size = sizeof(request), .gpa = KUF_ALL};
     if (kuf_populate(kuf, &request) != 0)
         return false;
     wait_until(atomic_load(&callback.events[KUF_EVENT_POPULATED]) > before);
@@ -72,18 +84,13 @@ static bool populate(struct kuf *kuf, int *error)
 }
 
 /* Every way to ask for pages, over a slot whose pages are content, but for `zero` pages from 64 on. */
-static void serves(const char *what, struct kuf_source source, uint64_t flags, bool shared, int zero)
+static void serves(const char *what, struct kuf_source source, uint32_t flags, bool shared, int zero)
 {
     int fd = -1, error = 1;
-    unsigned char *ram = shared ? map_shared(length, &fd) : map_anonymous(length);
-    struct kuf *kuf = open_sources(flags);
-    int got = add_with(kuf, ram, fd, &source);
-    if (got == -ENOTSUP && source.flags & KUF_SOURCE_DIRECT_IO) {
-        skip_part("%s: %s", what, kuf_error());
-        close_with(kuf, 0);
+    unsigned char *ram = map_kind(shared, length, &fd);
+    struct kuf *kuf = open_with_source(what, ram, fd, &source, flags);
+    if (kuf == NULL)
         return;
-    }
-    is(got, 0, "%s: added: %s", what, got ? kuf_error() : "-");
     memset(&source, 0xff, sizeof(source));
     is(kuf_read(kuf, NULL, 0), -EINVAL, "%s: kuf_read is refused", what);
     is(kuf_fd(kuf), -ENOTSUP, "%s: and kuf_fd", what);
@@ -101,36 +108,38 @@ static void serves(const char *what, struct kuf_source source, uint64_t flags, b
            holds_content(ram + (64 + zero) * page, BASE + (64 + zero) * page, (PAGES - 64 - zero) * page, 1),
        "%s: each page is the source's", what);
     is(stats_of(kuf).bytes_populated > 0, 1, "%s: counted as populated", what);
-    is(kuf_discard(kuf, BASE, 4 * page, 0), 0, "%s: pages are dropped", what);
+    is(kuf_discard(kuf, BASE, 4 * page, KUF_DISCARD_REFILL), 0, "%s: pages are dropped", what);
     ok(holds_content(ram, BASE, 4 * page, 1), "%s: and come again", what);
     close_with(kuf, 0);
     munmap(ram, length);
     close(fd);
 }
 
-/* Pages from `bad` on are lost: `lose` sees to that when the slot is there. */
-static void loses(const char *what, struct kuf_source source, uint64_t flags, bool shared, int bad, int truncated,
-                  void *lost)
+/* Pages from `bad` on are lost when the slot is there: the file is truncated, `part` bytes behind the last whole page, or the
+ * memory is taken away. */
+static void loses(const char *what, struct kuf_source source, uint32_t flags, bool shared, int bad, int truncated,
+                  uint64_t part, void *lost)
 {
     int fd = -1, error = 0, poisoned = atomic_load(&callback.events[poison_event()]);
-    unsigned char *ram = shared ? map_shared(length, &fd) : map_anonymous(length);
-    struct kuf *kuf = open_sources(flags);
-    must(add_with(kuf, ram, fd, &source) == 0, "%s: %s", what, kuf_error());
+    unsigned char *ram = map_kind(shared, length, &fd);
+    struct kuf *kuf = open_with_source(what, ram, fd, &source, flags);
+    if (kuf == NULL)
+        return;
     if (truncated >= 0)
-        must(ftruncate(truncated, (off_t)(source.offset + bad * page)) == 0, "truncates the file");
+        must(ftruncate(truncated, (off_t)(source.offset + bad * page + part)) == 0, "truncates the file");
     if (lost != NULL)
         must(mprotect((unsigned char *)lost + bad * page, (PAGES - bad) * page, PROT_NONE) == 0, "takes the memory away");
     ok(populate(kuf, &error) && (error == -EFAULT || error == -EIO), "%s: populate ends with an error (%d)", what, error);
     is(progress_of(kuf, BASE).poisoned, 0, "%s: and poisons nothing", what);
-    ok(progress_of(kuf, BASE).absent >= (PAGES - bad) * page, "%s: what is lost is absent", what);
+    ok(progress_of(kuf, BASE).absent >= (PAGES - bad) * page, "%s: lost pages are absent", what);
     is(touch(ram + bad * page), poison_signal(), "%s: touching the first that is lost is a memory error", what);
     is(touch(ram + (PAGES - 1) * page), poison_signal(), "%s: and the last", what);
     is(kuf_ensure(kuf, BASE + (bad + 20) * page, page, -1), -EHWPOISON, "%s: kuf_ensure says so", what);
     comes_to(atomic_load(&callback.events[poison_event()]) - poisoned, 3, "%s: one event for each", what);
     error = last_event(&callback, poison_event()).error;
     ok(error == -EFAULT || error == -EIO, "%s: that says why (%d)", what, error);
-    ok(holds_content(ram, BASE, bad * page, 1), "%s: what is not lost is served", what);
-    close_with(kuf, KUF_CLOSE_POISON);
+    ok(holds_content(ram, BASE, bad * page, 1), "%s: the others are served", what);
+    close_with(kuf, KUF_END_POISON);
     munmap(ram, length);
     close(fd);
 }
@@ -147,19 +156,19 @@ static int hand_over(void *opaque, struct kuf_fill *fill)
     atomic_fetch_add(&handed.calls, 1);
     ok(fill->src == NULL, "src is NULL at the start");
     fill->src = handed.from + fill->memory_offset;
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
-static struct kuf *open_handing(uint64_t flags)
+static struct kuf *open_handing(uint32_t flags)
 {
     return open_with((struct kuf_options){.flags = flags, .fill = hand_over, .event = source_event, .opaque = &callback});
 }
 
-static void hands_over(uint64_t flags, bool shared)
+static void hands_over(uint32_t flags, bool shared)
 {
     const char *kind = shared ? "in place" : "by copy";
     int fd = -1, poisoned = atomic_load(&callback.events[poison_event()]);
-    unsigned char *ram = shared ? map_shared(length, &fd) : map_anonymous(length);
+    unsigned char *ram = map_kind(shared, length, &fd);
     unsigned char *image = map_anonymous(length + page) + 8;
     write_content(image, BASE, length, 1);
     must(mprotect(image - 8 + 128 * page, 64 * page, PROT_NONE) == 0, "takes part of it away");
@@ -169,7 +178,7 @@ static void hands_over(uint64_t flags, bool shared)
     struct toucher toucher = {.memory = ram, .gpa = BASE, .length = 100 * page, .generation = 1};
     start_toucher(&toucher);
     ok(join_toucher(&toucher), "%s: pages from memory that the callback handed over, at any alignment", kind);
-    is(touch(ram + 140 * page), poison_signal(), "%s: what is not readable there is a failed fill", kind);
+    is(touch(ram + 140 * page), poison_signal(), "%s: an unreadable page there is a failed fill", kind);
     comes_to(atomic_load(&callback.events[poison_event()]) - poisoned, 1, "%s: with an event", kind);
     is(last_event(&callback, poison_event()).error, -EFAULT, "%s: that says why", kind);
     ok(holds_content(ram + 200 * page, BASE + 200 * page, 56 * page, 1), "%s: the rest is served", kind);
@@ -180,7 +189,7 @@ static void hands_over(uint64_t flags, bool shared)
     handed.from = closed;
     is(kuf_ensure(kuf, BASE + 150 * page, page, 1000), -EHWPOISON, "%s: unresolved guest memory is refused", kind);
     is(last_event(&callback, poison_event()).error, -EDEADLK, "%s: as a deadlock", kind);
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     munmap(ram, length);
     close(fd);
 }
@@ -204,7 +213,7 @@ static int hand_over_far(void *opaque, struct kuf_fill *fill)
     if (fill->memory_offset != 0)
         return source_fill(opaque, fill);
     fill->src = handed.from;
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
 /* Reading what was handed over may take as long as a disk does: the slot's other pages do not wait for it. */
@@ -226,7 +235,7 @@ static void reads_slowly(void)
     comes_to(progress_of(kuf, BASE).present, page, "and there is an answer to how far it is");
     atomic_store(&hold, false);
     ok(join_toucher(&first), "the slow one comes, too");
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     close_with(slow, 0);
     munmap(ram, length);
     munmap(far, page);
@@ -294,7 +303,7 @@ int main(void)
     begin();
     page = page_size();
     length = PAGES * page;
-    bool minor = kuf_has_feature(KUF_FEATURE_MINOR) == 1;
+    bool minor = has_feature(KUF_FEATURE_MINOR);
     if (!minor)
         skip_part("no minor faults: nothing is filled in place");
 
@@ -303,7 +312,7 @@ int main(void)
     write_content(memory, BASE, length, 1);
     for (int shared = 0; shared <= minor; shared++) {
         for (int detect = 0; detect <= 1; detect++) {
-            uint64_t flags = detect ? KUF_OPEN_DETECT_ZERO : 0;
+            uint32_t flags = detect ? KUF_OPEN_DETECT_ZERO : 0;
             char what[64];
 #define NAMED(name) (snprintf(what, sizeof(what), "%s, %s%s", name, shared ? "in place" : "by copy", detect ? ", looking for zeroes" : ""), what)
             serves(NAMED("a file"), of_file(whole, 0), flags, shared, 0);
@@ -313,15 +322,22 @@ int main(void)
             direct.flags = KUF_SOURCE_DIRECT_IO;
             serves(NAMED("direct I/O"), direct, flags, shared, 0);
             serves(NAMED("memory"), of_memory(memory, length), flags, shared, 0);
-            int cut = make_file(0, false);
-            loses(NAMED("a truncated file"), of_file(cut, 0), flags, shared, 100, cut, NULL);
-            close(cut);
-            cut = make_file(page, true);
-            loses(NAMED("a truncated file with an offset"), of_file(cut, page), flags, shared, 64, cut, NULL);
-            close(cut);
+            for (uint64_t part = 0; part < page; part += page / 2 - 1) {
+                int cut = make_file(0, false);
+                loses(NAMED("a truncated file"), of_file(cut, 0), flags, shared, 100, cut, part, NULL);
+                close(cut);
+                cut = make_file(page, true);
+                loses(NAMED("a truncated file with an offset"), of_file(cut, page), flags, shared, 64, cut, part, NULL);
+                close(cut);
+                cut = make_file(0, false);
+                struct kuf_source direct = of_file(cut, 0);
+                direct.flags = KUF_SOURCE_DIRECT_IO;
+                loses(NAMED("a truncated file, direct I/O"), direct, flags, shared, 100, cut, part, NULL);
+                close(cut);
+            }
             unsigned char *lost = map_anonymous(length);
             write_content(lost, BASE, length, 1);
-            loses(NAMED("memory that is lost"), of_memory(lost, length), flags, shared, 100, -1, lost);
+            loses(NAMED("memory that is lost"), of_memory(lost, length), flags, shared, 100, -1, 0, lost);
             munmap(lost, length);
             hands_over(flags, shared);
         }
@@ -330,17 +346,21 @@ int main(void)
     both();
     device();
 
-    /* What a slot holds of its source goes with the slot. */
+    /* The library's hold on a source ends with its slot. */
     struct kuf *kuf = open_sources(0);
-    int before = open_descriptors();
-    struct kuf_source source = of_file(whole, 0);
+    struct kuf_source source = of_memory(memory, length);
     unsigned char *ram = map_anonymous(length);
+    /* The first slot opens what is kept for all of them. */
+    must(add_with(kuf, ram, -1, &source) == 0 && remove_patiently(kuf, BASE) == 0, "%s", kuf_error());
+    must(madvise(ram, length, MADV_DONTNEED) == 0, "madvise");
+    int before = open_descriptors();
+    source = of_file(whole, 0);
     must(add_with(kuf, ram, -1, &source) == 0, "%s", kuf_error());
     is(open_descriptors() > before, 1, "a source keeps a descriptor of its own");
-    is(kuf_remove_memory(kuf, BASE, KUF_CLOSE_POPULATE), 0, "the slot is filled and taken off");
+    is(kuf_remove_memory(kuf, BASE, KUF_END_POPULATE), 0, "the slot is filled and taken off");
     comes_to(open_descriptors(), before, "the descriptor goes with it");
     ok(holds_content(ram, BASE, length, 1), "the memory is the host's");
     must(add_with(kuf, map_anonymous(length), -1, &source) == 0, "%s", kuf_error());
-    close_with(kuf, KUF_CLOSE_POPULATE);
+    close_with(kuf, KUF_END_POPULATE);
     return done();
 }

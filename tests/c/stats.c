@@ -25,7 +25,7 @@ static void check_histogram(const struct kuf_histogram *histogram, const char *n
        name);
 }
 
-static void check_histograms(const struct kuf_stats *stats)
+static void check_histograms(const struct kuf_stats_info *stats)
 {
     check_histogram(&stats->queueing, "queueing");
     check_histogram(&stats->filling, "filling");
@@ -46,7 +46,7 @@ int main(void)
     unsigned char *ram = map_anonymous(PAGES * page), *bytes = map_anonymous(PAGES * page);
     struct kuf *kuf = open_with((struct kuf_options){
         .fill = source_fill, .event = source_event, .opaque = &source, .demand_run = page});
-    struct kuf_stats stats = stats_of(kuf), zero = {.size = sizeof(zero)};
+    struct kuf_stats_info stats = stats_of(kuf), zero = {.size = sizeof(zero)};
     is(stats.size, sizeof(stats), "size is as it was set");
     ok(memcmp(&stats, &zero, sizeof(stats)) == 0, "everything is 0 at first");
     add(kuf, BASE, ram, PAGES * page);
@@ -68,7 +68,7 @@ int main(void)
     is(stats.filling.count, 10, "ten times in the callback");
     check_histograms(&stats);
 
-    atomic_store(&source.answer, KUF_ZERO);
+    atomic_store(&source.answer, KUF_FILL_ZERO);
     ok(holds_zeroes(ram + 10 * page, 2 * page), "two pages of zeroes");
     comes_to(stats_of(kuf).bytes_zeroed, 2 * page, "are counted");
     atomic_store(&source.answer, -EIO);
@@ -82,9 +82,9 @@ int main(void)
     is(stats_of(kuf).bytes_copied, 14 * page, "are counted");
     is(kuf_resolve(kuf, BASE + 16 * page, bytes, 4 * page, 0), 0, "a second time");
     is(stats_of(kuf).bytes_copied, 14 * page, "are not");
-    is(kuf_discard(kuf, BASE + 16 * page, 2 * page, 0), 0, "two pages are dropped");
+    is(kuf_discard(kuf, BASE + 16 * page, 2 * page, KUF_DISCARD_REFILL), 0, "two pages are dropped");
     is(stats_of(kuf).bytes_discarded, 2 * page, "and counted");
-    is(kuf_discard(kuf, BASE + 18 * page, page, KUF_DISCARD_REMOVED), 0, "one is given back");
+    is(kuf_discard(kuf, BASE + 18 * page, page, KUF_DISCARD_ZERO), 0, "one is given back");
     is(stats_of(kuf).bytes_removed, page, "and counted");
 
     /* Two threads at one page. */
@@ -97,9 +97,9 @@ int main(void)
     pthread_join(one, NULL);
     pthread_join(two, NULL);
     comes_to(stats_of(kuf).faults_joined, 1, "the second thread joined the first");
-    is(stats_of(kuf).faults_late, 0, "and nobody came late");
+    is(stats_of(kuf).faults_late, 0, "and no fault came late");
 
-    struct kuf_populate rest = {.size = sizeof(rest), .gpa = BASE + 40 * page, .len = 20 * page};
+    struct kuf_populate_request rest = {.size = sizeof(rest), .gpa = BASE + 40 * page, .len = 20 * page};
     is(kuf_populate(kuf, &rest), 0, "twenty pages behind demand");
     wait_until(atomic_load(&source.events[KUF_EVENT_POPULATED]) == 1);
     is(stats_of(kuf).bytes_populated, 20 * page, "are counted as populated");
@@ -108,7 +108,7 @@ int main(void)
     /* 10 filled, 4 by hand, 1 with two threads, 20 behind demand, 2 ensured */
     is(stats_of(kuf).bytes_copied, 37 * page, "everything copied is counted once");
 
-    if (kuf_has_feature(KUF_FEATURE_THREAD_ID) == 1) {
+    if (has_feature(KUF_FEATURE_THREAD_ID)) {
         struct kuf_block_time times[16];
         ssize_t n = kuf_block_times(kuf, times, 16);
         ok(n >= 1 && n <= 16, "threads that were kept waiting are known");
@@ -128,9 +128,9 @@ int main(void)
     }
     stats = stats_of(kuf);
     check_histograms(&stats);
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
 
-    if (kuf_has_feature(KUF_FEATURE_MINOR) != 1) {
+    if (!has_feature(KUF_FEATURE_MINOR)) {
         skip_part("no minor faults on shared memory");
         return done();
     }
@@ -146,7 +146,7 @@ int main(void)
     is(stats.bytes_in_place, 8 * page, "shared memory: in place");
     is(stats.bytes_copied, 0, "shared memory: nothing copied");
     check_histograms(&stats);
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     close(fd);
     return done();
 }

@@ -30,7 +30,7 @@ static void every_thread_has_its_time(void)
         pthread_join(threads[n], NULL);
     comes_to(stats_of(kuf).blocked.count, WAITERS, "every wait is over");
     is(stats_of(kuf).faults, WAITERS, "and was for a fault");
-    if (kuf_has_feature(KUF_FEATURE_THREAD_ID) == 1) {
+    if (has_feature(KUF_FEATURE_THREAD_ID)) {
         static struct kuf_block_time times[2 * WAITERS];
         comes_to(kuf_block_times(kuf, times, 2 * WAITERS), WAITERS, "each thread is named");
         uint64_t faults = 0, total = 0, longest = 0;
@@ -42,7 +42,7 @@ static void every_thread_has_its_time(void)
             for (int other = 0; other < n; other++)
                 apart = apart && times[n].thread != times[other].thread;
         }
-        struct kuf_stats stats = stats_of(kuf);
+        struct kuf_stats_info stats = stats_of(kuf);
         ok(apart, "and once only");
         is(faults, WAITERS, "the faults of all threads are all faults");
         is(total, stats.blocked.sum_ns, "and their waits");
@@ -50,7 +50,7 @@ static void every_thread_has_its_time(void)
     } else {
         skip_part("this kernel does not name the faulting thread");
     }
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
 }
 
 /* A handle whose callback also brings a page of the other one: its threads are strangers there, and count all the same. */
@@ -68,7 +68,7 @@ static int fill_and_bring(void *opaque, struct kuf_fill *fill)
     write_content(bytes, gpa, fill->len, 1);
     must(kuf_resolve(side->other, gpa, bytes, fill->len, 0) == (ssize_t)fill->len, "kuf_resolve: %s", kuf_error());
     write_content(fill->buf, fill->gpa, fill->len, 1);
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
 static void *touch_a_part(void *memory)
@@ -100,7 +100,7 @@ static void handles_that_call_each_other(void)
         struct kuf *kuf = sides[n].kuf;
         comes_to(stats_of(kuf).blocked.count, PAGES, "handle %d: every wait is over", n);
         comes_to(stats_of(kuf).installing.count, 2 * PAGES, "handle %d: every page is opened", n);
-        struct kuf_stats stats = stats_of(kuf);
+        struct kuf_stats_info stats = stats_of(kuf);
         is(stats.faults, PAGES, "handle %d: faults", n);
         is(stats.fills, PAGES, "handle %d: fills", n);
         is(stats.filling.count, PAGES, "handle %d: how long they took", n);
@@ -108,7 +108,7 @@ static void handles_that_call_each_other(void)
         ok(holds_content(sides[n].ram, BASE, 2 * PAGES * page, 1), "handle %d: every byte", n);
     }
     for (int n = 0; n < 2; n++)
-        close_with(sides[n].kuf, KUF_CLOSE_POISON);
+        close_with(sides[n].kuf, KUF_END_POISON);
 }
 
 int main(void)

@@ -18,9 +18,6 @@ enum { BLOCK = 8, PAGES = 128, COMING_PAGES = 32, BAD_PAGES = 8, ALL_PAGES = 2 *
 enum { TOUCHERS = 4, RESOLVERS = 2, WORKERS_MAX = 16, PREFIX_WORDS = 64, WORDS_MAX = 8192, RUN_MAX = 64 };
 enum { PATIENCE_S = 40, HISTORY = 8 };
 
-/* What a page holds: zero, or word_of with this generation. */
-#define CODE_ZERO 0
-#define CODE_WRITTEN (UINT64_C(1) << 48)
 
 struct slot {
     uint64_t gpa;
@@ -36,16 +33,16 @@ struct page {
     atomic_int bringing[2];
     /* Odd while the owner changes what the page holds. */
     _Atomic uint64_t sequence;
-    /* What it holds, and what its first words hold instead when that is not 0. */
+    /* The code of its content, and another one for its first words when that is not 0. */
     _Atomic uint64_t holds, prefix;
     /* The source fails for it. */
     atomic_bool bad;
-    /* What the owner did last to it. */
+    /* The owner's last operations on it. */
     const char *_Atomic did[HISTORY];
     atomic_uint did_count;
 };
 
-/* A deferred run that somebody has to bring. */
+/* A deferred run that a resolver has to bring. */
 struct ticket {
     unsigned first, pages;
     unsigned char *place;
@@ -66,7 +63,7 @@ static struct worker workers[WORKERS_MAX];
 static unsigned worker_count;
 static struct kuf *handle;
 static size_t page_bytes, page_words;
-static atomic_bool stop, stop_bringing, ending, closing, over;
+static atomic_bool stop, stop_bringing, ending, closing;
 static atomic_int released;
 /* Held to write to where pages of a file are filled in place, which a poisoning end takes away. */
 static pthread_rwlock_t places = PTHREAD_RWLOCK_INITIALIZER;
@@ -110,24 +107,15 @@ static bool may_be_bad(unsigned page)
     return page < 2 * PAGES && page % PAGES >= PAGES - BAD_PAGES;
 }
 
-/* Deferred runs here are written in place, so nobody else may bring these pages. */
+/* Deferred runs here are written in place, so no other thread may bring these pages. */
 static bool brought_in_place(unsigned page)
 {
     return page >= PAGES && page < 2 * PAGES && page / BLOCK % 4 == 3;
 }
 
-/* What the source has for a page in a generation: some pages of it are zero. */
-static uint64_t source_code(unsigned page, uint64_t generation)
-{
-    return mix(page * UINT64_C(0x10001) + generation) % 8 == 0 ? CODE_ZERO : generation;
-}
-
 static void put(unsigned char *buffer, unsigned page, uint64_t code)
 {
-    if (code == CODE_ZERO)
-        memset(buffer, 0, page_bytes);
-    else
-        write_content(buffer, gpa_of(page), page_bytes, code);
+    write_code(buffer, gpa_of(page), page_bytes, code);
 }
 
 /* Says what a word is, if it is one of those that were ever meant for any page. */
@@ -162,7 +150,7 @@ static void describe(const char *what, uint64_t code)
     if (code == CODE_ZERO)
         printf("%s zero", what);
     else if (code & CODE_WRITTEN)
-        printf("%s what was written as %" PRIu64, what, code & ~CODE_WRITTEN);
+        printf("%s the guest's write %" PRIu64, what, code & ~CODE_WRITTEN);
     else
         printf("%s generation %" PRIu64, what, code);
 }
@@ -174,7 +162,7 @@ static void dump_workers(void)
         printf("    worker %u: %s gpa %#" PRIx64 ", %" PRIu64 " operations\n", i, doing ? doing : "-",
                atomic_load(&workers[i].gpa), atomic_load(&workers[i].operations));
     }
-    printf("    deferred runs that nobody has brought yet: %u\n", ticket_count);
+    printf("    deferred runs that are still to be brought: %u\n", ticket_count);
     for (unsigned i = 0; i < ticket_count && i < 16; i++)
         printf("        gpa %#" PRIx64 ", %u pages%s\n", gpa_of(tickets[i].first), tickets[i].pages,
                tickets[i].place ? ", in place" : "");
@@ -246,7 +234,7 @@ static void check(struct worker *worker, unsigned page)
     atomic_fetch_add(&checked, 1);
 }
 
-/* Somebody else's look. */
+/* A thread that is not the owner looks. */
 static void check_from_afar(struct worker *worker, unsigned page)
 {
     doing(worker, "reads another's page", page);
@@ -274,7 +262,7 @@ static void end_change(unsigned first, unsigned count)
         atomic_fetch_add(&pages[i].sequence, 1);
 }
 
-/* The next life of pages: from here on the source has other bytes, and nobody is bringing the old ones. */
+/* The next life of pages: from here on the source has other bytes, and no thread is bringing the old ones. */
 static void next_generation(unsigned first, unsigned count)
 {
     for (unsigned i = first; i < first + count; i++) {
@@ -405,7 +393,7 @@ static int fill(void *opaque, struct kuf_fill *run)
     unsigned good = 0;
     for (unsigned i = 0; i < count; i++) {
         near_bad = near_bad || may_be_bad(first + i);
-        in_place = in_place && brought_in_place(first + i) && run->flags & KUF_FILL_IN_PLACE;
+        in_place = in_place && brought_in_place(first + i) && run->flags & KUF_RUN_IN_PLACE;
         others_place = others_place || brought_in_place(first + i);
         if (!atomic_load(&pages[first + i].bad) && good == i)
             good = i + 1;
@@ -421,10 +409,10 @@ static int fill(void *opaque, struct kuf_fill *run)
         atomic_fetch_add(&deferred, 1);
         push_ticket((struct ticket){first, count, in_place ? run->buf : NULL});
         dawdle();
-        return KUF_DEFERRED;
+        return KUF_FILL_DEFERRED;
     } else if (!near_bad && !others_place && below(12) == 0) {
         bring(first, count, NULL, 1);
-        return KUF_DEFERRED;
+        return KUF_FILL_DEFERRED;
     }
     if (count > 1 && below(4) == 0)
         count = 1 + (unsigned)below(count);
@@ -433,7 +421,7 @@ static int fill(void *opaque, struct kuf_fill *run)
         zeroes++;
     if (zeroes > 0) {
         run->filled = zeroes * page_bytes;
-        return KUF_ZERO;
+        return KUF_FILL_ZERO;
     }
     for (unsigned i = 0; i < count; i++) {
         put((unsigned char *)run->buf + i * page_bytes, first + i, code[i]);
@@ -442,13 +430,13 @@ static int fill(void *opaque, struct kuf_fill *run)
     }
     run->filled = count * page_bytes;
     dawdle();
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
 static void event(void *opaque, const struct kuf_event *told)
 {
     (void)opaque;
-    must(told->kind != KUF_EVENT_FATAL && told->kind != KUF_EVENT_GONE && told->kind != KUF_EVENT_CLOSED_OFF,
+    must(told->kind != KUF_EVENT_FATAL && told->kind != KUF_EVENT_GONE && told->kind != KUF_EVENT_INACCESSIBLE,
          "event %u at %#" PRIx64 "+%#" PRIx64 ": %s", told->kind, told->gpa, told->len, told->text);
     if (told->kind != KUF_EVENT_POISONED)
         return;
@@ -476,7 +464,7 @@ static void discard(struct worker *worker, unsigned first, unsigned count, bool 
     doing(worker, removed ? "discards as removed" : "discards", first);
     begin_change(first, count, removed ? "discarded as removed" : "discarded");
     next_generation(first, count);
-    int got = kuf_discard(handle, gpa_of(first), count * page_bytes, removed ? KUF_DISCARD_REMOVED : 0);
+    int got = kuf_discard(handle, gpa_of(first), count * page_bytes, removed ? KUF_DISCARD_ZERO : KUF_DISCARD_REFILL);
     must(got == 0, "kuf_discard %#" PRIx64 ": %s", gpa_of(first), kuf_error());
     if (removed)
         holds_zero(first, count);
@@ -540,7 +528,7 @@ static void owner_step(struct worker *worker, unsigned first, unsigned count)
         break;
     case 6:
         if (slot_of(first)->fd >= 0) {
-            /* Only unmaps: what is in the file stays. */
+            /* Only unmaps: the file keeps its bytes. */
             for (unsigned i = first; i < first + count; i++)
                 check(worker, i);
             doing(worker, "unmaps the pages of a file", first);
@@ -579,7 +567,7 @@ static void *populate_main(void *argument)
     struct worker *worker = argument;
     thread_random = worker->random;
     while (!atomic_load(&stop)) {
-        struct kuf_populate request = {.size = sizeof(request)};
+        struct kuf_populate_request request = {.size = sizeof(request)};
         unsigned page = (unsigned)below(ALL_PAGES);
         if (below(8) == 0) {
             request.flags = KUF_POPULATE_STOP;
@@ -623,7 +611,7 @@ static void *ensure_main(void *argument)
     return NULL;
 }
 
-/* Brings what nobody has asked for, twice. */
+/* Brings pages before they are touched, twice. */
 static void *unasked_main(void *argument)
 {
     struct worker *worker = argument;
@@ -637,13 +625,13 @@ static void *unasked_main(void *argument)
         for (unsigned i = page; i < page + count; i++)
             theirs = theirs || may_be_bad(i) || brought_in_place(i);
         if (!theirs) {
-            doing(worker, "brings what nobody asked for", page);
+            doing(worker, "brings pages unasked", page);
             bring(page, count, NULL, 2);
         }
         struct kuf_fault owed[8];
         ssize_t n = kuf_pending(handle, owed, 8);
         must(n >= 0, "kuf_pending: %s", kuf_error());
-        struct kuf_progress p = {.size = sizeof(p)};
+        struct kuf_progress_info p = {.size = sizeof(p)};
         must(kuf_progress(handle, KUF_ALL, &p) == 0, "kuf_progress: %s", kuf_error());
         dawdle();
     }
@@ -695,12 +683,11 @@ static void unmap_coming(struct slot *slot)
 
 static void put_under(struct slot *slot)
 {
-    struct kuf_memory memory = {.size = sizeof(memory), .flags = slot->fd >= 0 ? KUF_MEMORY_FD : 0, .gpa = slot->gpa,
+    struct kuf_memory memory = {.size = sizeof(memory), .gpa = slot->gpa,
                                 .len = slot->pages * page_bytes, .hva = (uintptr_t)slot->memory,
-                                .fd = slot->fd >= 0 ? slot->fd : 0, .opaque = slot};
+                                .fd = slot->fd, .opaque = slot};
     int got = kuf_add_memory(handle, &memory);
     must(got == 0, "kuf_add_memory %#" PRIx64 ": %s", slot->gpa, got ? kuf_error() : "adds");
-    /* What the mapping holds already stays; it holds nothing. */
 }
 
 /* A slot that comes, is used, and goes. */
@@ -721,10 +708,10 @@ static void *coming_main(void *argument)
             unsigned from = (unsigned)below(slot->pages), count = 1 + (unsigned)below(BLOCK);
             owner_step(worker, slot->first + from, from + count > slot->pages ? slot->pages - from : count);
         }
-        uint32_t flags = below(3) ? KUF_CLOSE_POPULATE : KUF_CLOSE_POISON;
+        uint32_t flags = below(3) ? KUF_END_POPULATE : KUF_END_POISON;
         int got = -EBUSY;
         for (int tries = 0; got == -EBUSY; tries++) {
-            doing(worker, flags == KUF_CLOSE_POISON ? "removes and poisons a slot" : "fills and removes a slot", slot->first);
+            doing(worker, flags == KUF_END_POISON ? "removes and poisons a slot" : "fills and removes a slot", slot->first);
             got = kuf_remove_memory(handle, slot->gpa, tries == 0 && below(4) == 0 ? 0 : flags);
             if (got == 0 && tries == 0)
                 break;
@@ -732,7 +719,7 @@ static void *coming_main(void *argument)
                 sched_yield();
         }
         must(got == 0, "kuf_remove_memory: %d %s", got, kuf_error());
-        if (flags == KUF_CLOSE_POPULATE)
+        if (flags == KUF_END_POPULATE)
             for (unsigned i = slot->first; i < slot->first + slot->pages; i++)
                 check(worker, i);
         unmap_coming(slot);
@@ -773,47 +760,32 @@ static void bus(int signal_number, siginfo_t *info, void *context)
     _exit(1);
 }
 
-/* No operation of anybody for a long while: says where everybody stands and ends the program. */
-static void *watch_main(void *unused)
+static uint64_t work_done(void)
 {
-    (void)unused;
-    uint64_t last = 0, since = now_ns();
-    while (!atomic_load(&over)) {
-        uint64_t sum = 0;
-        for (unsigned i = 0; i < WORKERS_MAX; i++)
-            sum += atomic_load(&workers[i].operations);
-        if (sum != last) {
-            last = sum;
-            since = now_ns();
-        } else if (now_ns() - since > (uint64_t)PATIENCE_S * 1000000000) {
-            /* If the library is so stuck that it does not even say how far it is, the alarm ends the program. */
-            watchdog(10);
-            printf("    HANG: nothing was done for %d s\n", PATIENCE_S);
-            dump_workers();
-            dump_handle(handle);
-            raise(SIGALRM);
-        }
-        sleep_ms(100);
-    }
-    return NULL;
+    uint64_t sum = 0;
+    for (unsigned i = 0; i < WORKERS_MAX; i++)
+        sum += atomic_load(&workers[i].operations);
+    return sum;
+}
+
+static void say_where(void)
+{
+    dump_workers();
+    dump_handle(handle);
 }
 
 static void run_round(unsigned number, uint64_t until)
 {
-    static const uint32_t queues[] = {1, 2, 4, 16, 0, 0};
     struct kuf_options options = {
         .fill = fill, .event = event, .release = release,
         .fill_threads = 1 + (uint32_t)below(8),
-        .queue_max = queues[below(6)],
         .demand_run = page_bytes << below(10),
         .populate_run = page_bytes << below(7),
-        .populate_inflight = below(2) ? page_bytes * 4 : 0,
         .userfaultfds = 1 + (uint32_t)below(4),
     };
     snprintf(round_text, sizeof(round_text),
-             "round %u: %u fill threads, %u userfaultfds, queue of %u, runs of %" PRIu64 " and %" PRIu64 " pages, %s ahead", number,
-             options.fill_threads, options.userfaultfds, options.queue_max, options.demand_run / page_bytes, options.populate_run / page_bytes,
-             options.populate_inflight ? "little" : "much");
+             "round %u: %u fill threads, %u userfaultfds, runs of %" PRIu64 " and %" PRIu64 " pages", number,
+             options.fill_threads, options.userfaultfds, options.demand_run / page_bytes, options.populate_run / page_bytes);
     atomic_store(&ending, false);
     atomic_store(&closing, false);
     atomic_store(&stop, false);
@@ -852,9 +824,9 @@ static void run_round(unsigned number, uint64_t until)
     /* Poison that a kuf_ensure has left on a page that was bad at the time was healed by its owner. */
     struct worker *me = &workers[0];
     bool poison = below(4) == 0;
-    uint32_t flags = poison ? KUF_CLOSE_POISON : KUF_CLOSE_POPULATE;
+    uint32_t flags = poison ? KUF_END_POISON : KUF_END_POPULATE;
     if (poison && below(2))
-        flags |= KUF_CLOSE_NOWAIT;
+        flags |= KUF_END_NOWAIT;
     struct kuf *closed = handle;
     doing(me, poison ? "closes and poisons" : "fills and closes", 0);
     atomic_store(&ending, true);
@@ -893,7 +865,8 @@ int main(void)
     slots[ANONYMOUS] = (struct slot){.gpa = UINT64_C(1) << 30, .first = 0, .pages = PAGES, .fd = -1};
     slots[SHARED] = (struct slot){.gpa = UINT64_C(2) << 30, .first = PAGES, .pages = PAGES, .fd = -1};
     slots[COMING] = (struct slot){.gpa = UINT64_C(3) << 30, .first = 2 * PAGES, .pages = COMING_PAGES, .fd = -1};
-    pthread_t watcher = start(watch_main, NULL);
+    static struct progress_watch progress = {.work = work_done, .describe = say_where, .patience_s = PATIENCE_S};
+    start_progress_watch(&progress);
 
     thread_random = mix(seed) | 1;
     uint64_t end = now_ns() + seconds * 1000000000;
@@ -901,8 +874,7 @@ int main(void)
         uint64_t until = now_ns() + 300000000 + below(900) * 1000000;
         run_round(round, until);
     }
-    atomic_store(&over, true);
-    pthread_join(watcher, NULL);
+    end_progress_watch(&progress);
     printf("# seed %" PRIu64 ": %" PRIu64 " pages checked by their owners, %" PRIu64 " by others, %" PRIu64
            " runs deferred, %" PRIu64 " failed, %" PRIu64 " pages poisoned, a slot came %" PRIu64 " times\n",
            seed, atomic_load(&checked), atomic_load(&cross_checked), atomic_load(&deferred), atomic_load(&failed),

@@ -3,7 +3,8 @@
  * Several userfaultfds share a slot: every page has its own bytes whichever of them it is under, and what is done across
  * the border of two is done on both sides.
  */
-#include "trap.h"
+#include "seeded.h"
+#include "touches.h"
 
 #define BASE UINT64_C(0x40000000)
 #define WIDE (5 * STRIPE)
@@ -107,8 +108,8 @@ static void touched(uint32_t userfaultfds)
     for (uint64_t at = 0; at < WIDE; at += STRIPE / 2)
         good = !is_registered(ram + at) && good;
     ok(good, "no part of it is under a userfaultfd any more");
-    add(kuf, BASE, ram, WIDE);
-    close_watched(kuf, KUF_CLOSE_POISON);
+    add_populated(kuf, BASE, ram, WIDE);
+    close_watched(kuf, KUF_END_POISON);
     is(open_descriptors(), fds_before, "every userfaultfd is closed (%d descriptors were open)", opened);
     munmap(ram, WIDE);
 }
@@ -126,14 +127,11 @@ static bool range_holds(const unsigned char *ram, unsigned from, unsigned pages,
 static void called(uint32_t userfaultfds, bool shared)
 {
     size_t page = page_size(), length = PAGES * page;
-    int fd = -1;
-    unsigned char *ram = shared ? map_shared(length, &fd) : map_anonymous(length), *bytes = malloc(length);
+    int fd;
+    unsigned char *ram = map_kind(shared, length, &fd), *bytes = malloc(length);
     must(((uintptr_t)ram + HALF * page) % STRIPE == 0, "a border is in the middle");
     struct kuf *kuf = open_filled(userfaultfds);
-    if (shared)
-        add_shared(kuf, BASE, ram, length, fd, 0);
-    else
-        add(kuf, BASE, ram, length);
+    add_kind(kuf, BASE, ram, length, fd);
     is(kuf_ensure(kuf, BASE + (HALF - 4) * page, 8 * page, -1), 0, "%u, %s: kuf_ensure across", userfaultfds,
        shared ? "shared" : "private");
     ok(range_holds(ram, HALF - 4, 8, 1), "has brought both sides");
@@ -145,16 +143,16 @@ static void called(uint32_t userfaultfds, bool shared)
     is(kuf_resolve(kuf, BASE + (HALF - 14) * page, NULL, 28 * page, KUF_RESOLVE_ZERO), 4 * page, "zeroes likewise");
     ok(range_holds(ram, HALF - 14, 2, 0) && range_holds(ram, HALF + 12, 2, 0), "on both sides");
     atomic_store(&source.generation, 3);
-    is(kuf_discard(kuf, BASE + (HALF - 2) * page, 4 * page, 0), 0, "kuf_discard across");
+    is(kuf_discard(kuf, BASE + (HALF - 2) * page, 4 * page, KUF_DISCARD_REFILL), 0, "kuf_discard across");
     ok(range_holds(ram, HALF - 2, 4, 3), "is refilled on both sides");
-    is(kuf_discard(kuf, BASE + (HALF - 2) * page, 4 * page, KUF_DISCARD_REMOVED), 0, "as given back");
+    is(kuf_discard(kuf, BASE + (HALF - 2) * page, 4 * page, KUF_DISCARD_ZERO), 0, "as given back");
     ok(range_holds(ram, HALF - 2, 4, 0), "it is zero on both sides");
     is(kuf_resolve(kuf, BASE + (HALF - 16) * page, NULL, 32 * page, KUF_RESOLVE_POISON), 4 * page, "poison across");
     is(try_touch(ram + (HALF - 15) * page), poison_signal(), "is there before the border");
     is(try_touch(ram + (HALF + 15) * page), poison_signal(), "and behind it");
-    is(kuf_discard(kuf, BASE + (HALF - 16) * page, 32 * page, 0), 0, "a discard takes it away");
+    is(kuf_discard(kuf, BASE + (HALF - 16) * page, 32 * page, KUF_DISCARD_REFILL), 0, "a discard takes it away");
     ok(range_holds(ram, HALF - 16, 32, 3), "on both sides");
-    struct kuf_populate all = {.size = sizeof(all), .gpa = BASE, .len = length};
+    struct kuf_populate_request all = {.size = sizeof(all), .gpa = BASE, .len = length};
     is(kuf_populate(kuf, &all), 0, "kuf_populate of it all");
     wait_until(atomic_load(&source.events[KUF_EVENT_COMPLETE]) > 0);
     ok(range_holds(ram, 0, PAGES, 3), "brings it all");
@@ -176,7 +174,7 @@ static void given_back(uint32_t userfaultfds)
     add(kuf, BASE, ram, length);
     ok(range_holds(ram, HALF - 8, 16, 1), "%u: touched across", userfaultfds);
     is(madvise(ram + (HALF - 10) * page, 20 * page, MADV_DONTNEED), 0, "madvise across");
-    ok(range_holds(ram, HALF - 10, 20, 0), "what was present and what was absent is zero on both sides");
+    ok(range_holds(ram, HALF - 10, 20, 0), "pages that were present or absent are zero on both sides");
     comes_to(stats_of(kuf).events_remove, userfaultfds == 1 ? 1 : 2, "each userfaultfd has reported its own part");
     ok(range_holds(ram, 0, HALF - 10, 1) && range_holds(ram, HALF + 10, HALF - 10, 1), "the rest is what it was");
     close_watched(kuf, 0);
@@ -189,7 +187,7 @@ static void given_back(uint32_t userfaultfds)
     ok(range_holds(ram, HALF - 8, 16, 1), "shared: touched across");
     is(madvise(ram + (HALF - 10) * page, 20 * page, MADV_REMOVE), 0, "MADV_REMOVE across");
     ok(range_holds(ram, HALF - 10, 20, 0), "is zero on both sides");
-    close_watched(kuf, KUF_CLOSE_POISON);
+    close_watched(kuf, KUF_END_POISON);
     munmap(ram, length);
     close(fd);
 }
@@ -204,16 +202,16 @@ static void unmapped(uint32_t userfaultfds)
     comes_to(stats_of(kuf).events_unmap, userfaultfds == 1 ? 1 : 2, "each userfaultfd has reported it");
     comes_to(progress_of(kuf, BASE).removed, 8 * page, "the pages are gone");
     ok(range_holds(ram, 0, HALF - 4, 1) && range_holds(ram, HALF + 4, HALF - 4, 1), "the others are served");
-    /* Somebody else's memory at the same place is left alone. */
+    /* Other memory at the same place is left alone. */
     unsigned char *other = mmap(ram + (HALF - 4) * page, 8 * page, PROT_READ | PROT_WRITE,
                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
     must(other != MAP_FAILED, "another mapping there");
     ok(holds_zeroes(other, 8 * page), "is not served");
-    is(kuf_discard(kuf, BASE, length, 0), 0, "a discard leaves it out");
+    is(kuf_discard(kuf, BASE, length, KUF_DISCARD_REFILL), 0, "a discard leaves it out");
     ok(!is_registered(other) && is_registered(ram) && is_registered(ram + length - page), "and the rest under both");
     is(munmap(ram, length), 0, "munmap of it all");
     comes_to(progress_of(kuf, BASE).removed, length - 8 * page, "all is gone but what was discarded where nothing is");
-    close_watched(kuf, KUF_CLOSE_POISON);
+    close_watched(kuf, KUF_END_POISON);
 }
 
 static void moved(uint32_t userfaultfds)
@@ -232,11 +230,11 @@ static void moved(uint32_t userfaultfds)
     unsigned char *at = mremap(ram + HALF * page, HALF * page, HALF * page, MREMAP_MAYMOVE | MREMAP_FIXED, room);
     must(at == room, "mremap of what is behind the border: %s", strerror(errno));
     ok(holds_content(room, BASE + HALF * page, HALF * page, 1), "it is served where it is now");
-    is(kuf_resolve(kuf, BASE, NULL, 4 * page, KUF_RESOLVE_ZERO), 4 * page, "what did not move is resolved");
-    is(kuf_discard(kuf, BASE + (HALF - 4) * page, 8 * page, 0), 0, "a discard across");
+    is(kuf_resolve(kuf, BASE, NULL, 4 * page, KUF_RESOLVE_ZERO), 4 * page, "pages that did not move are resolved");
+    is(kuf_discard(kuf, BASE + (HALF - 4) * page, 8 * page, KUF_DISCARD_REFILL), 0, "a discard across");
     atomic_store(&source.generation, 2);
     ok(holds_content(room, BASE + HALF * page, 4 * page, 2) && range_holds(ram, HALF - 4, 4, 2), "arms both places");
-    is(kuf_discard(kuf, BASE + HALF * page, page, 0), 0, "one more");
+    is(kuf_discard(kuf, BASE + HALF * page, page, KUF_DISCARD_REFILL), 0, "one more");
     is(kuf_resolve(kuf, BASE + HALF * page, NULL, page, KUF_RESOLVE_POISON), page, "poison where it has moved");
     is(try_touch(room), poison_signal(), "is met there");
     is(remove_patiently(kuf, BASE), 0, "the slot ends");
@@ -274,8 +272,8 @@ static void closed(uint32_t userfaultfds)
         stuck[i].thread = start(be_stuck, &stuck[i]);
     }
     wait_until(kuf_pending(kuf, NULL, 0) == WAITING);
-    ok(true, "%u: somebody waits in each stripe", userfaultfds);
-    close_watched(kuf, KUF_CLOSE_POISON);
+    ok(true, "%u: a thread waits in each stripe", userfaultfds);
+    close_watched(kuf, KUF_END_POISON);
     bool all = true;
     for (unsigned i = 0; i < WAITING; i++) {
         pthread_join(stuck[i].thread, NULL);
@@ -286,7 +284,7 @@ static void closed(uint32_t userfaultfds)
 }
 
 /* The host reads: through the service's threads, or the kernel itself. */
-static void driven(uint32_t userfaultfds, uint64_t flags)
+static void driven(uint32_t userfaultfds, uint32_t flags)
 {
     size_t page = page_size(), length = PAGES * page;
     unsigned char *ram = map_anonymous(length), *bytes = malloc(length);
@@ -321,16 +319,11 @@ static void without_mappings(void)
 {
     enum { MOST = 100000, SPARE = 40 };
     size_t page = page_size(), length = (size_t)1 << 30, count = 0;
-    long limit = 0;
-    FILE *file = fopen("/proc/sys/vm/max_map_count", "r");
-    if (file == NULL || fscanf(file, "%ld", &limit) != 1 || limit > MOST) {
+    long limit = number_in("/proc/sys/vm/max_map_count", "");
+    if (limit <= 0 || limit > MOST) {
         skip_part("vm.max_map_count is too large to be reached");
-        limit = 0;
-    }
-    if (file != NULL)
-        fclose(file);
-    if (limit == 0)
         return;
+    }
     unsigned char *ram = map_across(length, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1);
     must(ram != MAP_FAILED, "a wide mapping");
     madvise(ram, length, MADV_NOHUGEPAGE);
@@ -350,7 +343,7 @@ static void without_mappings(void)
     munmap(many, (size_t)limit * page);
     ok(good, "without mappings to divide it a slot is served undivided");
     is(mappings_in(ram, length), 1, "and is one mapping");
-    close_watched(kuf, KUF_CLOSE_POISON);
+    close_watched(kuf, KUF_END_POISON);
     munmap(ram, length);
 }
 
@@ -363,7 +356,7 @@ int main(void)
         uint32_t n = numbers[i];
         touched(n);
         called(n, false);
-        if (kuf_has_feature(KUF_FEATURE_MINOR) == 1)
+        if (has_feature(KUF_FEATURE_MINOR))
             called(n, true);
         given_back(n);
         unmapped(n);

@@ -52,12 +52,12 @@ static void cycle(unsigned char *ram, unsigned char *shared, int fd)
         .fill = source_fill, .event = source_event, .release = source_release, .opaque = &source, .fill_threads = 3});
     add(kuf, BASE, ram, PAGES * page);
     add_shared(kuf, BASE * 2, shared, PAGES * page, fd, KUF_MEMORY_FILL_ALL);
-    struct kuf_populate all = {.size = sizeof(all), .gpa = KUF_ALL, .rate = 1 << 20};
+    struct kuf_populate_request all = {.size = sizeof(all), .gpa = KUF_ALL, .rate = 1 << 20};
     must(kuf_populate(kuf, &all) == 0, "kuf_populate");
     struct toucher toucher = {.memory = ram, .gpa = BASE, .length = PAGES * page, .generation = 1};
     start_toucher(&toucher);
     must(join_toucher(&toucher), "the memory is served");
-    must(kuf_close(&kuf, KUF_CLOSE_POPULATE) == 0, "kuf_close: %s", kuf_error());
+    must(kuf_close(&kuf, KUF_END_POPULATE) == 0, "kuf_close: %s", kuf_error());
     must(madvise(ram, PAGES * page, MADV_DONTNEED) == 0, "drops the pages");
 }
 
@@ -74,7 +74,7 @@ int main(void)
     pthread_sigmask(SIG_SETMASK, &none, NULL);
     struct kuf *kuf = open_with((struct kuf_options){.fill = source_fill, .opaque = &source, .fill_threads = 3});
     add(kuf, BASE, ram, PAGES * page);
-    struct kuf_populate all = {.size = sizeof(all), .gpa = KUF_ALL, .rate = page};
+    struct kuf_populate_request all = {.size = sizeof(all), .gpa = KUF_ALL, .rate = page};
     is(kuf_populate(kuf, &all), 0, "a request that takes long");
     ok(holds_content(ram, BASE, page, 1), "a page is served");
     wait_until(threads_named("kuf-serve-") >= 3 && threads_named("kuf-populate") == 1);
@@ -87,13 +87,13 @@ int main(void)
     struct kuf *driven = open_driven(NULL);
     ok(check_signals_blocked() >= 4, "a caller-driven handle's too");
     close_with(driven, 0);
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     wait_until(threads_named("kuf-") == 0);
     ok(true, "all gone after kuf_close");
 
     munmap(ram, PAGES * page);
     ram = map_anonymous(PAGES * page);
-    cycle(ram, shared, fd); /* what is made once and kept is made here */
+    cycle(ram, shared, fd); /* the library makes here what it makes once and keeps */
     wait_until(threads_named("kuf-") == 0);
     int descriptors = open_descriptors(), maps = mappings();
     for (int i = 0; i < CYCLES; i++)

@@ -37,12 +37,12 @@ int main(void)
         pthread_join(vcpus[i], &wrong);
         ok(wrong == NULL, "vCPU %d gets every page", i);
     }
-    struct kuf_stats stats = stats_of(kuf);
+    struct kuf_stats_info stats = stats_of(kuf);
     is(stats.vcpu_faults, VCPUS * PAGES, "each exit is counted");
     is(stats.fills, PAGES, "each page is filled once");
     is(stats.bytes_copied, PAGES * page, "and copied once");
 
-    is(kuf_discard(kuf, BASE, PAGES * page, 0), 0, "pages are dropped");
+    is(kuf_discard(kuf, BASE, PAGES * page, KUF_DISCARD_REFILL), 0, "pages are dropped");
     is(kuf_vcpu_fault(kuf, BASE + page - 1, 2, 0), 0, "an access across two pages");
     is(progress_of(kuf, BASE).present, 2 * page, "serves both");
     is(kuf_vcpu_fault(kuf, BASE - page, page, 0), -ENOENT, "an address of no slot is not the library's");
@@ -52,6 +52,6 @@ int main(void)
     is(kuf_vcpu_fault(kuf, BASE + 10 * page, page, 0), -EHWPOISON, "a page that cannot be filled");
     wait_until(atomic_load(&source.events[poison_event()]) == 1);
     is(kuf_vcpu_fault(kuf, BASE + 11 * page, page, 0), 0, "its neighbour is served");
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     return done();
 }

@@ -18,7 +18,7 @@ static int defer(void *opaque, struct kuf_fill *fill)
         atomic_store(&asked_for[page + i], fill->thread);
     ok(fill->reserved == 0, "the reserved field is 0");
     atomic_fetch_add(&asked, 1);
-    return KUF_DEFERRED;
+    return KUF_FILL_DEFERRED;
 }
 
 /* Threads that touch the page that they are told to, one after the other: the vCPUs. */
@@ -71,6 +71,56 @@ static uint64_t overlap(void)
     return stats_of(kuf).blocked_all_ns;
 }
 
+/* A thread whose page is poisoned while it waits. */
+struct victim {
+    const unsigned char *at;
+    _Atomic uint32_t tid;
+    atomic_bool watched;
+    int raised;
+};
+
+static void *victim_body(void *argument)
+{
+    struct victim *victim = argument;
+    atomic_store(&victim->tid, (uint32_t)syscall(SYS_gettid));
+    while (!atomic_load(&victim->watched))
+        sleep_ms(1);
+    victim->raised = touch(victim->at);
+    return NULL;
+}
+
+/* Waits that end with the service of their page, and not because the page comes. */
+static void ends_without_the_page(bool closes_slot, const char *what)
+{
+    const uint64_t gpa = BASE << 1;
+    size_t page = page_size();
+    unsigned char *memory = map_anonymous(4 * page);
+    add(kuf, gpa, memory, 4 * page);
+    struct victim victim = {.at = memory};
+    pthread_t thread = start(victim_body, &victim);
+    wait_until(atomic_load(&victim.tid) != 0);
+    uint32_t tid = atomic_load(&victim.tid);
+    uint64_t faults = stats_of(kuf).faults, before = overlap();
+    is(kuf_watch_threads(kuf, &tid, 1), 0, "one thread is watched");
+    atomic_store(&victim.watched, true);
+    wait_until(stats_of(kuf).faults == faults + 1);
+    sleep_ms(2);
+    ok(overlap() > before, "it waits");
+    if (closes_slot)
+        is(remove_patiently(kuf, gpa), 0, "the slot is removed");
+    else
+        is(kuf_resolve(kuf, gpa, NULL, page, KUF_RESOLVE_POISON), (ssize_t)page, "the page is poisoned");
+    pthread_join(thread, NULL);
+    is(victim.raised, poison_signal(), "the thread goes on, with an error");
+    uint64_t counted = overlap();
+    sleep_ms(5);
+    is(overlap(), counted, "%s: the wait is over", what);
+    kuf_watch_threads(kuf, NULL, 0);
+    if (!closes_slot)
+        is(remove_patiently(kuf, gpa), 0, "the slot is removed");
+    munmap(memory, 4 * page);
+}
+
 int main(void)
 {
     begin();
@@ -88,7 +138,7 @@ int main(void)
     wait_until(atomic_load(&asked) == 1);
     is(atomic_load(&asked_for[1]), atomic_load(&a.tid), "the callback is told whose fault it is");
     blocks_at(&b, 2);
-    is(overlap(), 0, "nobody is watched, nothing is counted");
+    is(overlap(), 0, "no thread is watched, nothing is counted");
     goes_on(&a, 1);
     goes_on(&b, 2);
 
@@ -119,7 +169,7 @@ int main(void)
     ok(more > counted, "the time that they share is added");
     sleep_ms(5);
     is(overlap(), more, "one of them goes on, and it has ended");
-    is(kuf_watch_threads(kuf, NULL, 0), 0, "nobody is watched any more");
+    is(kuf_watch_threads(kuf, NULL, 0), 0, "no thread is watched any more");
     blocks_at(&b, 7);
     sleep_ms(5);
     is(overlap(), more, "and what was counted stays");
@@ -134,8 +184,10 @@ int main(void)
         atomic_store(&all[i]->page, -1);
         pthread_join(all[i]->thread, NULL);
     }
+    ends_without_the_page(false, "KUF_RESOLVE_POISON");
+    ends_without_the_page(true, "kuf_remove_memory");
     is(kuf_ensure(kuf, BASE + 20 * page_size(), page_size(), 0), -ETIMEDOUT, "kuf_ensure");
     is(atomic_load(&asked_for[20]), 0, "its callback is on the thread that waits, and is told no id");
-    close_with(kuf, KUF_CLOSE_POISON);
+    close_with(kuf, KUF_END_POISON);
     return done();
 }

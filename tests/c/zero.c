@@ -13,7 +13,7 @@ enum { PAGES = 512 };
 /* Data, zeroes alone and in runs, and pages that are zero but for one byte at either end. */
 enum kind { DATA, NOTHING, FIRST_BYTE, LAST_BYTE };
 
-static enum kind kind_of(int page)
+static enum kind kind_of_page(int page)
 {
     if (page >= 200 && page < 300)
         return NOTHING;
@@ -26,18 +26,18 @@ static int zero_pages(int first, int count)
 {
     int zero = 0;
     for (int page = first; page < first + count; page++)
-        zero += kind_of(page) == NOTHING;
+        zero += kind_of_page(page) == NOTHING;
     return zero;
 }
 
 static void make_page(unsigned char *at, int page)
 {
     memset(at, 0, page_size());
-    if (kind_of(page) == DATA)
+    if (kind_of_page(page) == DATA)
         write_content(at, BASE + (uint64_t)page * page_size(), page_size(), 1);
-    else if (kind_of(page) == FIRST_BYTE)
+    else if (kind_of_page(page) == FIRST_BYTE)
         at[0] = 1;
-    else if (kind_of(page) == LAST_BYTE)
+    else if (kind_of_page(page) == LAST_BYTE)
         at[page_size() - 1] = 0x80;
 }
 
@@ -66,10 +66,10 @@ static int fill(void *opaque, struct kuf_fill *fill)
         fill->src = from;
     else
         memcpy(fill->buf, from, fill->len);
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
-/* What a mapping takes, in pages, by the kernel's own count; the zero page is not in it. */
+/* The pages that a mapping takes, by the kernel's own count; the zero page is not in it. */
 static long resident(const void *memory)
 {
     FILE *maps = fopen("/proc/self/smaps", "r");
@@ -103,12 +103,12 @@ static void bring(struct kuf *kuf, enum how how, int first, int count)
         is(kuf_resolve(kuf, gpa, image + (size_t)first * page, count * page, 0), count * page, "%s: all of it", hows[how]);
         return;
     }
-    struct kuf_populate request = {.size = sizeof(request), .gpa = gpa, .len = count * page};
+    struct kuf_populate_request request = {.size = sizeof(request), .gpa = gpa, .len = count * page};
     is(kuf_populate(kuf, &request), 0, "%s: populate", hows[how]);
     wait_until(progress_of(kuf, BASE).absent + progress_of(kuf, BASE).filling == (uint64_t)(PAGES - first - count) * page);
 }
 
-static struct kuf *open_for(enum how *how, uint64_t flags)
+static struct kuf *open_for(enum how *how, uint32_t flags)
 {
     return open_with((struct kuf_options){.flags = flags, .fill = fill, .opaque = how, .demand_run = 64 << 10});
 }
@@ -116,11 +116,8 @@ static struct kuf *open_for(enum how *how, uint64_t flags)
 static void add_of(struct kuf *kuf, enum how how, unsigned char *ram, int fd)
 {
     struct kuf_source source = {.size = sizeof(source), .kind = KUF_SOURCE_MEMORY, .addr = image, .len = PAGES * page_size()};
-    struct kuf_memory slot = {.size = sizeof(slot), .gpa = BASE, .len = PAGES * page_size(), .hva = (uintptr_t)ram};
-    if (fd >= 0) {
-        slot.flags = KUF_MEMORY_FD;
-        slot.fd = fd;
-    }
+    struct kuf_memory slot = {.size = sizeof(slot), .gpa = BASE, .len = PAGES * page_size(), .hva = (uintptr_t)ram,
+                              .fd = fd};
     if (how == SOURCE)
         slot.source = &source;
     must(kuf_add_memory(kuf, &slot) == 0, "kuf_add_memory: %s", kuf_error());
@@ -198,13 +195,13 @@ int main(void)
         private_memory(how);
     for (enum how how = 0; how < HOWS; how++)
         shared_memory(how, false);
-    if (kuf_has_feature(KUF_FEATURE_MINOR) == 1)
+    if (has_feature(KUF_FEATURE_MINOR))
         for (enum how how = 0; how < HOWS; how++)
             shared_memory(how, true);
     else
         skip_part("no minor faults: nothing is filled in place");
 
-    /* Without the flag nobody looks. */
+    /* Without the flag the library does not look for zeroes. */
     enum how how = BUFFER;
     unsigned char *ram = map_anonymous(PAGES * page);
     struct kuf *kuf = open_for(&how, 0);
@@ -220,7 +217,7 @@ int main(void)
     add_of(kuf, how, ram, -1);
     bring(kuf, how, 0, 300);
     memset(ram + 190 * page, 0xff, 20 * page);
-    is(kuf_discard(kuf, BASE + 190 * page, 20 * page, 0), 0, "pages are dropped");
+    is(kuf_discard(kuf, BASE + 190 * page, 20 * page, KUF_DISCARD_REFILL), 0, "pages are dropped");
     ok(good(ram, 180, 40), "and come again");
     unsigned char *torn = map_anonymous(4 * page);
     munmap(torn + 2 * page, 2 * page);

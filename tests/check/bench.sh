@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# That the bench works: each row once, tiny, with every byte verified; its results, plots and table well-formed; and that
-# a wrong byte does not get past it. No time decides anything here.
+# Tests the bench itself: runs each row once with small sizes and verifies each byte; checks that results, plots and table
+# are well-formed and that a wrong byte is detected. Times are not judged.
 
 . "$(dirname "$0")/common.sh"
 

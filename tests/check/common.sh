@@ -1,13 +1,14 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# Sourced by every suite in this folder. A suite reports with passed, failed, skipped or try, and ends with finish,
-# which prints the sum (or hands it to run.sh).
+# Sourced by each suite in this folder. A suite reports with passed, failed, skipped or try, and ends with finish, which
+# prints the sum or passes it to run.sh.
 
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 suite=$(basename "$0" .sh)
 MAKE=${MAKE:-make}
+export KUF_INSTALL_TOOLS=1 # for need.sh, also where make calls it
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 n_passed=0
@@ -32,16 +33,16 @@ try() {
     fi
 }
 
-# needs COMMAND=PACKAGE...: ends the suite, failed, when they cannot be had.
+# needs COMMAND=PACKAGE...: fails and ends the suite if a command is missing and cannot be installed.
 needs() {
     tests/check/need.sh "$@" && return
     failed "tools"
     finish
 }
 
-# program NAME COMMAND...: runs a test program that says "SKIP: reason" on a line of its own (with its name before it, or
-# without) for what it leaves out, and ends with 77 when that is everything. The time limit is for a program whose own
-# watchdog is stuck as well.
+# program NAME COMMAND...: runs a test program. The program prints a line "SKIP: reason", with or without its name in
+# front, for each part that it skips, and exits with 77 if it skips all. The time limit ends a program whose own watchdog
+# hangs too.
 program() {
     local name=$1 code=0 reason
     shift
@@ -60,18 +61,18 @@ program() {
     esac
 }
 
-# cargo_test ARGUMENT...: counts tests as cargo does. A test that prints a line "SKIP reason" has left something out.
+# cargo_test ARGUMENT...: counts tests as cargo does. A test prints a line "SKIP reason" for each part that it skips.
 cargo_test() {
     local code=0 good bad reason name
     cargo test --no-fail-fast "$@" -- --show-output >"$work/log" 2>&1 || code=$?
 
-    # One line a test program: "test result: ok. 5 passed; 0 failed; 1 ignored; ..."
+    # Each test program prints a line "test result: ok. 5 passed; 0 failed; 1 ignored; ..."
     read -r good bad < <(sed -n 's/^test result: .* \([0-9]*\) passed; \([0-9]*\) failed; .*/\1 \2/p' "$work/log" |
         awk '{ p += $1; f += $2 } END { print p + 0, f + 0 }')
     grep -E '^(test result:|     Running|   Doc-tests)' "$work/log" | sed 's/^ */    /'
     if [ "$good" -gt 0 ]; then passed "$good tests" "$good"; fi
     if [ "$bad" -gt 0 ]; then failed "$bad tests" "$bad"; fi
-    # A test program that could not be built, or died, has no result line.
+    # A test program that died or could not be built prints no result line.
     if [ "$code" -ne 0 ] && [ "$bad" -eq 0 ]; then failed "cargo test ended with $code"; fi
     if [ "$code" -ne 0 ]; then grep -vE '^(test .* \.\.\. ok$| *Compiling|$)' "$work/log" | sed 's/^/    /'; fi
     while read -r reason; do skipped "part of a test" "$reason"; done < <(

@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# include/kuf.h by itself: with no other header before it, twice, as C11 and as C++17, with every warning an error; and
-# that it names the version and the calls of this tree. (That it is what cbindgen makes is tests/header.rs.)
+# Compiles each header alone: without another header before it, twice, as C11 and as C++17, with warnings as errors, those
+# for `~FLAG` and for structs that begin at zero among them. Checks that the headers have the version and the calls of this
+# tree. (tests/header.rs checks that they are cbindgen's output.)
 
 . "$(dirname "$0")/common.sh"
 
 needs gcc=gcc g++=g++
 
-printf '#include "kuf.h"\n' >"$work/once.c"
-printf '#include "kuf.h"\n#include "kuf.h"\n' >"$work/twice.c"
-cp "$work/once.c" "$work/once.cc"
-cp "$work/twice.c" "$work/twice.cc"
+uses='static inline uint64_t use(uint64_t flags) { struct kuf_stats_info stats = {0}; return (flags & ~KUF_OPEN_DIRECT) + stats.size; }'
+for header in kuf kuf-kvm; do
+    printf '#include "%s.h"\n%s\n' $header "$uses" >"$work/$header-once.c"
+    printf '#include "%s.h"\n#include "%s.h"\n%s\n' $header $header "$uses" >"$work/$header-twice.c"
+    for often in once twice; do
+        sed 's/= {0}/{}/' "$work/$header-$often.c" >"$work/$header-$often.cc"
+    done
+done
 
 for pair in gcc:g++ clang:clang++; do
     for how in "${pair%:*} -std=c11 c" "${pair#*:} -std=c++17 cc"; do
@@ -20,9 +25,9 @@ for pair in gcc:g++ clang:clang++; do
             skipped "$compiler $standard" "$compiler is not installed"
             continue
         fi
-        for file in once twice; do
-            try "$compiler $standard, included $file" "$compiler" "$standard" -Wall -Wextra -Wpedantic -Werror -Iinclude \
-                -fsyntax-only "$work/$file.$ending"
+        for file in kuf-once kuf-twice kuf-kvm-once kuf-kvm-twice; do
+            try "$compiler $standard, included: $file" "$compiler" "$standard" -Wall -Wextra -Wpedantic -Wsign-conversion \
+                -Werror -Wno-unused-function -Iinclude -fsyntax-only "$work/$file.$ending"
         done
     done
 done
@@ -31,8 +36,11 @@ version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 in_header=$(sed -n 's/^#define KUF_VERSION_\(MAJOR\|MINOR\|PATCH\) //p' include/kuf.h | paste -sd .)
 try "header's version is Cargo.toml's" test "$version" = "$in_header"
 
-# A call that is declared and not exported, or the other way round, is found here rather than by a host's linker.
-grep -oE '^[a-z].*\bkuf_[a-z_]+\(' include/kuf.h | grep -v '^typedef' | grep -oE 'kuf_[a-z_]+' | sort >"$work/declared"
-grep -oE '^ +kuf_[a-z_]+;' src/capi/libkuf.map | tr -d ' ;' | sort >"$work/exported"
-try "header declares what libkuf.map exports" diff "$work/declared" "$work/exported"
+# Finds a call that is declared but not exported, or exported but not declared, before a caller's linker does.
+declared() {
+    grep -oE '^[a-z].*\bkuf_[a-z_]+\(' "include/$1.h" | grep -v '^typedef' | grep -oE 'kuf_[a-z_]+\(' | tr -d '(' | sort
+}
+exported() { sed -n "/^$1/,/^}/p" src/capi/libkuf.map | grep -oE '^ +kuf_[a-z_]+;' | tr -d ' ;' | sort; }
+try "kuf.h declares what libkuf.map exports" diff <(declared kuf) <(exported KUF_0)
+try "kuf-kvm.h declares what libkuf.map exports as experimental" diff <(declared kuf-kvm) <(exported KUF_EXPERIMENTAL)
 finish

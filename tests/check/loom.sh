@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# The models: every interleaving of the claim, wait and install steps, under loom. They have a target directory of their
-# own, because the flag changes every crate.
+# Runs the loom models: all interleavings of the claim, wait and install steps. They have their own target directory,
+# because the flag changes all crates.
 
 . "$(dirname "$0")/common.sh"
 
 needs cc=gcc
 if ! compgen -G 'tests/loom*.rs' >/dev/null; then
-    failed "no models: there is no tests/loom*.rs"
+    failed "no models: tests/loom*.rs is missing"
     finish
 fi
 export RUSTFLAGS="${RUSTFLAGS:-} --cfg loom"

@@ -1,16 +1,24 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# need.sh COMMAND=PACKAGE...: sees to it that the commands are there. What is missing is installed with apt-get when that
-# is possible, else named.
+# need.sh COMMAND=PACKAGE...: makes sure that the commands exist, or the files where COMMAND is a path; otherwise it fails and
+# names the missing packages. With KUF_INSTALL_TOOLS=1, which `make check`, `make demo` and the rigs set, it installs them
+# with apt-get if possible.
 set -eu
 
 missing=()
 for pair; do
-    command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
+    case $pair in
+    /*) [ -e "${pair%%=*}" ] ;;
+    *) command -v "${pair%%=*}" >/dev/null ;;
+    esac || missing+=("${pair#*=}")
 done
 [ ${#missing[@]} -gt 0 ] || exit 0
 
+if [ "${KUF_INSTALL_TOOLS:-}" != 1 ]; then
+    echo "needed and not installed: ${missing[*]} (Debian's names)" >&2
+    exit 1
+fi
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
     echo "needed and not installed: ${missing[*]} (Debian's names); install them, or run this as root where apt-get is" >&2
     exit 1

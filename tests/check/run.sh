@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# run.sh [SUITE...]: runs the suites of this folder, all by default, and ends with the sum of what they counted.
+# run.sh [SUITE...]: runs the suites of this folder, all by default, and prints the sum of their counts at the end.
 
 . "$(dirname "$0")/common.sh"
 
-[ $# -gt 0 ] || set -- lint rust loom header symbols install c examples bench
+[ $# -gt 0 ] || set -- lint house rust fuzz_targets loom simulate header symbols install dist deb abi c fuzz sanitize examples bench
 
 export KUF_TALLY=$work/tally
 : >"$KUF_TALLY"
@@ -15,7 +15,7 @@ for suite; do
     before=$SECONDS
     tests/check/"$suite".sh
     counted=$(sed -n "s/^$suite //p" "$KUF_TALLY")
-    # A suite that died before it could count is a failure by itself.
+    # A suite that died before it printed its counts is one failure.
     [ -n "$counted" ] || { echo "FAIL  $suite: ended without a count" && broken=$((broken + 1)); }
     echo "== $suite: ${counted:-none} (passed, failed, skipped) in $((SECONDS - before)) s"
 done

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# build/libkuf.so as the dynamic linker sees it: exported names with their versions against symbols.txt, soname, nodelete,
-# relocations, needed libraries, hardening. And that the scan for pages of zeroes is vector code.
+# Checks build/libkuf.so as the dynamic linker sees it: the exported names and versions against symbols.txt, soname,
+# nodelete, relocations, needed libraries, hardening. Also checks that zero detection is vector code.
 
 . "$(dirname "$0")/common.sh"
 
@@ -21,18 +21,18 @@ try "dlclose leaves it loaded (NODELETE)" grep -q 'FLAGS_1.*NODELETE' "$work/dyn
 try "relocated before it runs (BIND_NOW)" grep -q 'BIND_NOW' "$work/dynamic"
 try "no text relocations" test -z "$(grep TEXTREL "$work/dynamic")"
 
-# libm, libpthread and so on are part of glibc, and separate files only in old ones.
+# libm, libpthread and others are part of glibc, but old versions have them as separate files.
 sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p' "$work/dynamic" |
     grep -vxE 'lib(c|m|dl|rt|util|pthread|gcc_s)\.so\.[0-9]+|ld-linux.*\.so\.[0-9]+' >"$work/unexpected"
-try "needs nothing but the C library and libgcc_s" diff /dev/null "$work/unexpected"
+try "needs only the C library and libgcc_s" diff /dev/null "$work/unexpected"
 
 readelf -lW "$so" >"$work/segments"
 try "RELRO" grep -q 'GNU_RELRO' "$work/segments"
 try "stack is not executable" grep -qE 'GNU_STACK .* RW +' "$work/segments"
 try "no segment is writable and executable" test -z "$(grep -E 'LOAD .* RWE ' "$work/segments")"
 
-# The loop that looks whether a page is zero (src/service/zero.rs): every load in it is of a vector, and there are any.
-# A loop is what lies between a jump and its target before it.
+# Checks the loop of zero detection (src/service/fault/zero.rs): it has loads, and each load is of a vector. A loop is the
+# code between a backward jump and its target.
 vector_loop() {
     local memory vector line target first='' last
     case $(uname -m) in
@@ -44,14 +44,14 @@ vector_loop() {
         target=$(sed -nE 's/^(j[a-z]+|b\.[a-z]+|cbn?z.*,|tbn?z.*,)\s+([0-9a-f]+) <.*/\2/p' <<<"$line")
         [ -n "$target" ] && [ $((16#$target)) -lt $((16#$last)) ] && first=$target && break
     done <"$work/instructions"
-    [ -n "$first" ] || { echo "no loop in there"; return 1; }
+    [ -n "$first" ] || { echo "no loop found"; return 1; }
     sed -n "/^$first /,/^$last /p" "$work/instructions" >"$work/loop"
     grep -E "$memory" "$work/loop" | grep -vE 'lea|nop' >"$work/loads"
     echo "reads in the loop: $(wc -l <"$work/loads"); not of vectors:"
     ! grep -vE "$vector" "$work/loads" && [ -s "$work/loads" ]
 }
 
-objdump -d --no-show-raw-insn "$so.debug" | sed -n '/service4zero7is_zero.*>:$/,/^$/p' >"$work/is_zero"
+objdump -d --no-show-raw-insn "$so.debug" | sed -n '/4zero7is_zero.*>:$/,/^$/p' >"$work/is_zero"
 case $(uname -m) in
 x86_64 | aarch64)
     try "the scan for pages of zeroes is there" test -s "$work/is_zero"

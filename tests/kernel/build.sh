@@ -1,9 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# Build the patched kernel of the rig, unless that has been done already, and
-# print the path of the image on standard output.  Everything else that there
-# is to say goes to standard error.
+# Build the patched kernel, unless the cache has it, and print the path of the
+# image on standard output.  All other output goes to standard error.
 #
 #   build.sh [-d]
 #
@@ -37,8 +36,8 @@ say() {
 
 need_packages "$source_package"
 
-# The variant's fragment counts only for the variant: changing it does not
-# make the other one be built again.
+# The variant's fragment is part of only the variant's hash, so that a change
+# does not rebuild the other kernel.
 hash=$({
 	dpkg-query -W -f '${Version}\n' "$source_package"
 	cat "$here/config"
@@ -58,7 +57,7 @@ need_packages build-essential bc bison flex libelf-dev libssl-dev kmod cpio \
 	xz-utils patch perl
 
 mkdir -p "$cache"
-# What a build that was killed has left behind.
+# Remove the remains of killed builds.
 find "$cache" -maxdepth 1 -type d -name 'build.*' -mmin +720 -exec rm -rf {} +
 log=$cache/kernel-$hash.log
 temp=$(mktemp -d "$cache/build.XXXXXX")
@@ -88,11 +87,11 @@ for p in "$here"/patches/*.patch; do
 		fail "${p##*/} does not apply"
 done
 
-# Whatever the environment of our caller has for his own builds is not ours.
+# Ignore the settings that the environment has for other builds.
 unset MAKEFLAGS MFLAGS MAKELEVEL CFLAGS LDFLAGS ARCH CROSS_COMPILE
 
-# In the background, for a shell does not heed a signal while it waits for what
-# is in the foreground, and a build takes minutes.
+# Run it in the background, because a shell handles no signal while it waits
+# for a foreground command, and a build takes minutes.
 run_make() {
 	nice -n 10 make -s -C "$src" "$@" >>"$log" 2>&1 &
 	make_pid=$!
@@ -107,21 +106,20 @@ set -- "$here/config"
 	fail "cannot merge the configuration"
 run_make olddefconfig || fail "cannot configure"
 
-# An option that has silently been dropped would make tests pass or be skipped
-# for the wrong reason.
+# A silently dropped option would make tests pass or skip for the wrong reason.
 cat "$@" | grep '^CONFIG_[A-Z0-9_]*=[^n]' | grep -v '^CONFIG_LOCALVERSION=' \
 	>"$temp/wanted"
 grep -xvFf "$src/.config" "$temp/wanted" >"$temp/missing" || :
 if [ -s "$temp/missing" ]; then
 	sed 's/^/not in .config: /' "$temp/missing" >>"$log"
-	fail "the configuration does not hold"
+	fail "the kernel dropped options of the configuration"
 fi
 
-# The image is to depend on nothing but what the hash covers.
+# The image must depend only on the inputs of the hash.
 run_make -j"$jobs" KBUILD_BUILD_TIMESTAMP=@1 KBUILD_BUILD_USER=libkuf \
 	KBUILD_BUILD_HOST=libkuf bzImage || fail "cannot build"
 
-# Only what is whole ever has the name that is looked for.
+# Give the directory its final name only when it is complete.
 mkdir "$temp/out"
 cp "$src/arch/x86/boot/bzImage" "$src/.config" "$src/System.map" "$temp/out"
 mv -T "$temp/out" "$dir" 2>/dev/null || [ -f "$image" ] || fail "cannot keep the image"

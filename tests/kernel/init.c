@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The first process of the rig: runs the programs that /tests/list names, one
- * after the other, and reports.
+ * The first process of the emulated machine: runs the programs of /tests/list
+ * one after another and reports their results.
  *
- * A line of the list is words, separated by blanks: first any number of
- * NAME=VALUE, which go to the environment (timeout=SECONDS is for us), then
- * the program and its arguments.
+ * A line of the list has words separated by blanks: any number of NAME=VALUE,
+ * which go to the environment (timeout=SECONDS is for init), then the program
+ * and its arguments.
  *
- * What programs print goes to the console, where it mixes with what the kernel
- * prints.  What counts goes to a second serial line, undisturbed: a line for
- * every check, "ok", "not ok" or "skip", and "done" at the very end.
+ * Programs print to the console, together with the kernel.  The results go to
+ * a second serial line, which nothing else uses: a line for each check, "ok",
+ * "not ok" or "skip", and "done" at the end.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -24,6 +24,7 @@
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -55,10 +56,13 @@ static void mount_all(void)
 		{ "debugfs", "/sys/kernel/debug", NULL },
 		{ "devtmpfs", "/dev", NULL },
 		{ "tmpfs", "/dev/shm", NULL },
-		{ "hugetlbfs", "/dev/hugepages", NULL },
+		/* Set the size, because 2 MiB is not always the default on arm64. */
+		{ "hugetlbfs", "/dev/hugepages", "pagesize=2M" },
 		{ "tmpfs", "/tmp", NULL },
+		{ "tmpfs", "/var/tmp", NULL },
 	};
 
+	mkdir("/var", 0755);
 	for (size_t i = 0; i < sizeof(mounts) / sizeof(mounts[0]); i++) {
 		mkdir(mounts[i].dir, 0755);
 		if (mount(mounts[i].type, mounts[i].dir, mounts[i].type, 0,
@@ -66,6 +70,24 @@ static void mount_all(void)
 			fprintf(stderr, "init: %s: %s\n", mounts[i].dir,
 				strerror(errno));
 	}
+}
+
+/* Loads the modules, if the kernel has any, in the order of the list. */
+static void load_modules(void)
+{
+	char name[128], path[160];
+	FILE *list = fopen("/modules/list", "r");
+
+	while (list && fscanf(list, "%127s", name) == 1) {
+		snprintf(path, sizeof(path), "/modules/%s", name);
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+		if (fd < 0 || syscall(SYS_finit_module, fd, "", 0))
+			fprintf(stderr, "init: %s: %s\n", name, strerror(errno));
+		close(fd);
+	}
+	if (list)
+		fclose(list);
 }
 
 static long now(void)
@@ -83,7 +105,7 @@ struct run {
 	size_t len;
 };
 
-/* Some write "ok - NAME", as TAP does without its numbers. */
+/* Some programs print "ok - NAME", as TAP does without numbers. */
 static const char *check_name(const char *s)
 {
 	return strncmp(s, "- ", 2) ? s : s + 2;
@@ -119,13 +141,13 @@ static void take(struct run *run, const char *buf, size_t n)
 	}
 }
 
-/* What a program leaves behind would disturb the ones that follow. */
+/* Processes left by a program would disturb the next ones. */
 static void kill_all(void)
 {
 	kill(-1, SIGKILL);
 }
 
-/* The first line of a file of a thread's, or nothing. */
+/* Prints the first line of a thread's file in /proc, if there is one. */
 static void tell_file(pid_t pid, const char *tid, const char *file)
 {
 	char path[280], buf[256];
@@ -142,7 +164,7 @@ static void tell_file(pid_t pid, const char *tid, const char *file)
 	printf(" %.*s", (int)strcspn(buf, "\n"), buf);
 }
 
-/* Where each thread of a program that does not end is: its name, where it sleeps in the kernel, in which call. */
+/* Prints for each thread of a hanging program its name, where it sleeps in the kernel, and its system call. */
 static void tell_threads(const char *name, pid_t pid)
 {
 	char path[64];
@@ -211,7 +233,7 @@ static void run_program(const char *name, char **argv, char **env, size_t nr_env
 		}
 		if (!gone && waitpid(pid, &status, WNOHANG) == pid) {
 			gone = true;
-			/* Whoever else has the pipe open is not waited for. */
+			/* Do not wait for other processes that have the pipe open. */
 			kill(-pid, SIGKILL);
 			continue;
 		}
@@ -223,7 +245,7 @@ static void run_program(const char *name, char **argv, char **env, size_t nr_env
 			kill(-pid, SIGKILL);
 			deadline = now() + 10;
 		} else if (now() > deadline) {
-			/* Not even SIGKILL helps. */
+			/* SIGKILL did not end it. */
 			break;
 		}
 	}
@@ -233,7 +255,7 @@ static void run_program(const char *name, char **argv, char **env, size_t nr_env
 
 	if (timed_out) {
 		failed++;
-		result("not ok %s: no end after %ld s%s", run.name, timeout,
+		result("not ok %s: did not end within %ld s%s", run.name, timeout,
 		       gone ? "" : ", cannot be killed");
 	} else if (WIFSIGNALED(status)) {
 		failed++;
@@ -294,12 +316,14 @@ int main(void)
 
 	mount_all();
 
-	/* Standard input and output are the console already, if there is one. */
+	/* If there is a console, standard input and output already are the console. */
 	if (open("/dev/console", O_RDWR) >= 0) {
 		dup2(open("/dev/null", O_RDONLY), 0);
 	}
 	setvbuf(stdout, NULL, _IOLBF, 0);
-	results = fopen("/dev/ttyS1", "w");
+	load_modules();
+	/* The kernel's command line names the serial line for results. */
+	results = fopen(getenv("results") ? getenv("results") : "/dev/ttyS1", "w");
 	if (!results)
 		results = stdout;
 

@@ -3,32 +3,34 @@
 #
 # Run programs on the patched kernel, in an emulated machine.
 #
-#   run.sh [-dnv] [-a WORDS] [-s PATTERN] [-k IMAGE] [-L DIR]... [-f FILE]...
-#          [-l LIST] [-t SECONDS] [-T SECONDS] [-m MIB] [-o DIR]
-#          [PROGRAM | DIRECTORY]...
+#   run.sh [-dnv] [-a WORDS] [-A ARCH] [-s PATTERN] [-k IMAGE] [-K DIR]
+#          [-L DIR]... [-f FILE]... [-l LIST] [-t SECONDS] [-T SECONDS] [-m MIB]
+#          [-o DIR] [PROGRAM | DIRECTORY]...
 #
 #   -d          the debug variant of the kernel (lockdep and the like)
-#   -n          not the kernel's selftests, only what is given
+#   -n          run only the given programs, not the kernel's selftests
 #   -s PATTERN  only the selftests whose name matches the shell pattern
 #   -v          show the console
 #   -a WORDS    add this to the kernel's command line, e.g. kvm_amd.npt=0 for
 #               shadow paging
-#   -k IMAGE    this kernel, instead of the one that build.sh makes
-#   -L DIR      look here for shared libraries first (more than one: -L again)
+#   -A ARCH     the machine's architecture: x86_64 (the default) or aarch64
+#   -k IMAGE    boot this kernel instead of the one of build.sh
+#   -K DIR      load the kernel modules of DIR/list, in its order
+#   -L DIR      search this directory for shared libraries first (repeatable)
 #   -f FILE     pack this file too, as /tests/NAME
-#   -l LIST     run what the file lists, see below
-#   -t SECONDS  for a program, unless the list says otherwise (60; -d: 240)
-#   -T SECONDS  for everything together, boot included (900; -d: 2700)
+#   -l LIST     run the programs of this file, see below
+#   -t SECONDS  time limit for a program without one in the list (60; -d: 240)
+#   -T SECONDS  time limit for all, boot included (900; -d: 2700)
 #   -m MIB      memory of the machine (1536)
 #   -o DIR      keep console.log, results.log and the initramfs here
 #
-# Programs are packed with the shared libraries that ldd names; of a directory,
-# all executable files in it.  A program passes by exit status 0, is skipped by
-# 77 and fails otherwise; one that prints lines "ok NAME", "ok NAME # SKIP why"
-# and "not ok NAME: why" has those counted instead.
+# It packs programs with the shared libraries that ldd names; for a directory,
+# all executable files in it.  A program passes with exit status 0, is skipped
+# with 77 and fails otherwise; if it prints lines "ok NAME", "ok NAME # SKIP
+# why" and "not ok NAME: why", these are counted instead.
 #
 # A line of LIST: [timeout=SECONDS] [NAME=VALUE]... PROGRAM [ARGUMENT]...
-# PROGRAM is relative to where the list is.  "#" starts a comment line.
+# PROGRAM is relative to the list.  "#" starts a comment line.
 
 set -eu
 
@@ -38,6 +40,8 @@ debug=
 selftests='*'
 verbose=
 image=
+arch=x86_64
+modules=
 libdirs=
 files=
 list=
@@ -48,19 +52,26 @@ out=
 nl='
 '
 
+die() {
+	echo "run.sh: $*" >&2
+	exit 1
+}
+
 usage() {
 	sed -n '3,/^$/s/^# \{0,1\}//p' "$0" >&2
 	exit 2
 }
 
-while getopts a:dns:vk:L:f:l:t:T:m:o:h opt; do
+while getopts a:A:dns:vk:K:L:f:l:t:T:m:o:h opt; do
 	case $opt in
 	a) append=$OPTARG ;;
 	d) debug=-d ;;
 	n) selftests= ;;
 	s) selftests=$OPTARG ;;
 	v) verbose=1 ;;
+	A) arch=$OPTARG ;;
 	k) image=$OPTARG ;;
+	K) modules=$OPTARG ;;
 	L) libdirs=${libdirs:+$libdirs:}$(CDPATH='' cd -- "$OPTARG" && pwd) ;;
 	f) files=$files$OPTARG$nl ;;
 	l) list=$OPTARG ;;
@@ -76,12 +87,31 @@ shift $((OPTIND - 1))
 timeout=${timeout:-$([ -n "$debug" ] && echo 240 || echo 60)}
 total=${total:-$([ -n "$debug" ] && echo 2700 || echo 900)}
 
-die() {
-	echo "run.sh: $*" >&2
-	exit 1
-}
+# The machine, its two serial lines, and the tools to build and inspect
+# programs for it. -cpu or -M make KVM work inside.
+case $arch in
+x86_64)
+	machine="qemu-system-x86_64 -accel tcg,thread=single -cpu max"
+	console_at=ttyS0
+	results_at=/dev/ttyS1
+	prefix=
+	sysroot=
+	tools="qemu-system-x86_64:qemu-system-x86 cc:build-essential"
+	;;
+aarch64)
+	machine="qemu-system-aarch64 -accel tcg -M virt,virtualization=on,gic-version=3
+		-cpu max,lpa2=off,pauth-impdef=on"
+	console_at=ttyAMA0
+	results_at=/dev/ttyS0
+	prefix=aarch64-linux-gnu-
+	sysroot=/usr/aarch64-linux-gnu
+	tools="qemu-system-aarch64:qemu-system-arm
+		aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu"
+	;;
+*) die "no machine for $arch" ;;
+esac
 
-for tool in qemu-system-x86_64:qemu-system-x86 cpio:cpio cc:build-essential; do
+for tool in $tools cpio:cpio readelf:binutils; do
 	command -v "${tool%%:*}" >/dev/null && continue
 	sudo=
 	[ "$(id -u)" = 0 ] || sudo=sudo
@@ -112,32 +142,45 @@ warnings='-std=c11 -D_GNU_SOURCE -O2 -g -Wall -Wextra -Werror -Wshadow
 	-Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith -Wvla'
 # shellcheck disable=SC2086 # words on purpose
 compile() {
-	cc $warnings -static -pthread -o "$1" "$2" || die "cannot compile ${2##*/}"
+	${prefix:+${prefix}g}cc $warnings -static -pthread -o "$1" "$2" || die "cannot compile ${2##*/}"
+}
+
+# Finds a library for the machine's programs: in the directories of -L, then in
+# the compiler's.
+find_library() {
+	(
+		IFS=:
+		for dir in $libdirs; do
+			[ ! -e "$dir/$1" ] || { echo "$dir/$1"; exit; }
+		done
+		found=$(${prefix:+${prefix}g}cc -print-file-name="$1")
+		[ "$found" = "$1" ] || echo "$found"
+	)
 }
 
 pack_libraries() {
-	LD_LIBRARY_PATH=$libdirs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
-		ldd "$1" 2>/dev/null >"$work/ldd" || return 0 # static
-	if grep 'not found' "$work/ldd" >&2; then
-		die "${1##*/} lacks libraries; -L says where to look"
+	interpreter=$(readelf -l "$1" 2>/dev/null |
+		sed -n 's/.*program interpreter: \(.*\)\]/\1/p')
+	if [ -n "$interpreter" ] && [ ! -e "$root$interpreter" ]; then
+		mkdir -p "$root${interpreter%/*}"
+		cp -L "$sysroot$interpreter" "$root$interpreter"
 	fi
-	while read -r name arrow path _; do
-		case $name in
-		/*) [ -e "$root$name" ] || cp -L "$name" "$root/lib64/${name##*/}" ;;
-		*)
-			[ "$arrow" = '=>' ] || continue
-			[ -e "$root/lib/$name" ] || cp -L "$path" "$root/lib/$name"
-			;;
-		esac
-	done <"$work/ldd"
+	for needed in $(readelf -d "$1" 2>/dev/null |
+		sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p'); do
+		[ ! -e "$root/lib/$needed" ] || continue
+		library=$(find_library "$needed")
+		[ -n "$library" ] || die "${1##*/} needs $needed; name its directory with -L"
+		cp -L "$library" "$root/lib/$needed"
+		pack_libraries "$library"
+	done
 }
 
-# Leaves the name that the program has in the machine in $packed.
+# Sets $packed to the program's path in the machine.
 pack() {
-	[ -x "$1" ] || die "$1 is no program"
+	[ -x "$1" ] || die "$1 is not a program"
 	packed=/tests/${1##*/}
 	[ -e "$root$packed" ] && cmp -s "$1" "$root$packed" && return
-	[ ! -e "$root$packed" ] || die "two programs by the name of ${1##*/}"
+	[ ! -e "$root$packed" ] || die "two programs have the name ${1##*/}"
 	cp -L "$1" "$root$packed"
 	pack_libraries "$1"
 }
@@ -205,16 +248,21 @@ done
 
 [ -s "$root/tests/list" ] || die "nothing to run"
 
+if [ -n "$modules" ]; then
+	mkdir "$root/modules"
+	cp "$modules"/* "$root/modules/"
+fi
+
 (cd "$root" && find . | cpio -o -H newc --quiet -R 0:0 | gzip -1) >"$work/initramfs"
 
-# A machine that cannot get on is to say so and to stop: what is wrong with it
-# is on the console, and nobody is going to look at it while it stands.
-cmdline="console=ttyS0 loglevel=6 panic=-1 oops=panic panic_on_warn=1
+# A machine that is stuck must report this and stop, because nothing watches
+# it; the reason is on the console.
+cmdline="console=$console_at results=$results_at loglevel=6 panic=-1 oops=panic panic_on_warn=1
 	softlockup_panic=1 hung_task_panic=1 sysctl.kernel.panic_on_rcu_stall=1
 	sysctl.kernel.hung_task_timeout_secs=20 mitigations=off
-	hugepages=48 transparent_hugepage=madvise"
+	hugepagesz=2M hugepages=48 transparent_hugepage=madvise"
 if [ -n "$debug" ]; then
-	# Emulated and with every lock checked, a processor is slow, not stuck.
+	# An emulated processor that checks all locks is slow, not stuck.
 	cmdline="$cmdline sysctl.kernel.hung_task_timeout_secs=60
 		watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60"
 fi
@@ -224,12 +272,17 @@ console=$work/console.log
 results=$work/results.log
 : >"$console"
 : >"$results"
+case $arch in
+x86_64) results_line="-serial file:$results" ;;
+# This machine has only one serial line of its own.
+*) results_line="-chardev file,id=results,path=$results -device pci-serial,chardev=results" ;;
+esac
 
 # shellcheck disable=SC2086,SC2116 # joins the lines
-timeout -k 5 "$total" qemu-system-x86_64 -accel tcg,thread=single -cpu max \
+timeout -k 5 "$total" $machine \
 	-smp 2 -m "$memory" -nodefaults -no-user-config -display none -no-reboot \
 	-kernel "$image" -initrd "$work/initramfs" -append "$(echo $cmdline)" \
-	-serial "file:$console" -serial "file:$results" \
+	-serial "file:$console" $results_line \
 	</dev/null >"$work/qemu.log" 2>&1 &
 qemu=$!
 if [ -n "$verbose" ]; then
@@ -261,21 +314,21 @@ while read -r word rest; do
 	esac
 done <"$work/results"
 
-# Only what the kernel has printed: it starts with the time, wherever in the
-# line that is, for programs print on the same console.
+# Matches only the kernel's messages, which start with the time.  They may
+# start anywhere in a line, because programs print on the same console.
 trouble='\[ *[0-9]+\.[0-9]{6}\].*(BUG|WARNING|INFO: task|INFO: rcu|Oops|Kernel panic|general protection|kernel stack|lockup|stall|possible .* (deadlock|recursion)|bad unlock|held lock|refcount_t|list_(add|del) corruption|UBSAN|KASAN|KCSAN|ODEBUG|Call Trace|unable to handle|Bad page|invalid opcode|double fault|cut here)'
 if grep -Eq "$trouble" "$work/console"; then
 	failed=$((failed + 1))
-	echo "not ok kernel: it complained:"
+	echo "not ok kernel: it reported a problem:"
 	grep -E -m 1 -A 60 "$trouble" "$work/console" | sed 's/^/# /'
 fi
 
 if [ -z "$finished" ]; then
 	failed=$((failed + 1))
 	if [ "$status" = 124 ] || [ "$status" = 137 ]; then
-		echo "not ok rig: no end after $total s"
+		echo "not ok rig: did not end within $total s"
 	else
-		echo "not ok rig: the machine stopped before the tests were through (qemu: $status)"
+		echo "not ok rig: the machine stopped before the tests ended (qemu: $status)"
 	fi
 	sed 's/^/# /' "$work/qemu.log"
 	tail -n 30 "$work/console" | sed 's/^/# /'

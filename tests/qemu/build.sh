@@ -1,11 +1,10 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# Build the QEMU fork, unless that has been done already, and print the
-# directory that holds it on standard output.  Everything else that there is to
-# say goes to standard error.
+# Build the QEMU fork, unless the cache has it, and print its directory on
+# standard output.  All other output goes to standard error.
 #
-#   build.sh PREFIX     where libkuf is installed: its header is needed
+#   build.sh PREFIX     where libkuf is installed, for its header
 #
 # LIBKUF_QEMU_CACHE   directory to build and keep it in
 # LIBKUF_QEMU_JOBS    jobs for ninja, instead of one for each processor
@@ -18,7 +17,7 @@ jobs=${LIBKUF_QEMU_JOBS:-$(nproc)}
 [ $# = 1 ] || { sed -n '3,/^$/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 prefix=$(CDPATH='' cd -- "$1" && pwd)
 
-# What the series is for.  Of this, whatever Debian has now.
+# The version that the series applies to, in Debian's newest revision.
 wanted='1:7.2+'
 
 configure='--target-list=x86_64-softmmu --without-default-features
@@ -33,14 +32,14 @@ say() {
 # shellcheck source=tests/packages.sh
 . "$here/../packages.sh"
 
-# What the binaries need to run, also if they come from the cache.
+# The binaries need these to run, also if they come from the cache.
 need_packages ipxe-qemu qemu-system-data seabios libglib2.0-0 libpixman-1-0 \
 	libfdt1 zlib1g
 
 mkdir -p "$cache"
 
-# Lists of source packages of our own: the system's configuration, which may
-# have no deb-src at all, stays as it is.
+# Use separate lists of source packages, so that the system's configuration,
+# which may have no deb-src, is not changed.
 apt=$cache/qemu-apt
 update_lists() {
 	rm -rf "$apt"
@@ -76,7 +75,7 @@ newest() {
 [ -e "$apt/conf" ] || update_lists
 version=$(newest)
 if [ -z "$version" ]; then
-	say "the sources of this system have no qemu $wanted*, which the series is for: it is that of Debian 12"
+	say "the package sources of this system lack qemu $wanted* of Debian 12, which the series applies to"
 	exit 1
 fi
 
@@ -94,7 +93,7 @@ fi
 need_packages build-essential bison dpkg-dev flex libfdt-dev libglib2.0-dev \
 	libpixman-1-dev meson ninja-build patch pkg-config python3 xz-utils zlib1g-dev
 
-# What a build that was killed has left behind.
+# Remove the remains of killed builds.
 find "$cache" -maxdepth 1 -type d -name 'qemu-build.*' -mmin +720 -exec rm -rf {} +
 log=$cache/qemu-$hash.log
 temp=$(mktemp -d "$cache/qemu-build.XXXXXX")
@@ -112,8 +111,8 @@ fail() {
 	exit 1
 }
 
-# In the background, for a shell does not heed a signal while it waits for what
-# is in the foreground, and a build takes minutes.
+# Run it in the background, because a shell handles no signal while it waits
+# for a foreground command, and a build takes minutes.
 run() {
 	nice -n 10 "$@" >>"$log" 2>&1 &
 	child=$!
@@ -130,9 +129,9 @@ fetch() {
 	APT_CONFIG=$apt/conf run apt-get source --download-only "qemu=$version"
 }
 if ! fetch; then
-	# The lists may be of a time when there was another version.
+	# The lists may be outdated.
 	update_lists
-	[ "$(newest)" = "$version" ] || { say "there is a new version of the source: run this again"; exit 1; }
+	[ "$(newest)" = "$version" ] || { say "the source has a new version: run this again"; exit 1; }
 	fetch || fail "cannot fetch the source"
 fi
 run dpkg-source --no-check -x ./*.dsc src || fail "cannot unpack the source"
@@ -141,7 +140,7 @@ for p in "$here"/patches/*.patch; do
 		fail "${p##*/} does not apply"
 done
 
-# Whatever the environment of our caller has for his own builds is not ours.
+# Ignore the settings that the environment has for other builds.
 unset MAKEFLAGS MFLAGS MAKELEVEL CFLAGS CXXFLAGS LDFLAGS
 PKG_CONFIG_PATH=$prefix/lib/pkgconfig
 export PKG_CONFIG_PATH
@@ -152,7 +151,7 @@ cd build
 run ../src/configure $configure || fail "cannot configure"
 run ninja -j"$jobs" qemu-system-x86_64 tests/qtest/migration-test || fail "cannot build"
 
-# Only what is whole ever has the name that is looked for.
+# Give the directory its final name only when it is complete.
 mkdir "$temp/out"
 cp qemu-system-x86_64 tests/qtest/migration-test "$temp/out"
 echo "$version" >"$temp/out/version"

@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The only process of the guest that is migrated: keeps memory under load, and knows what every byte has to be.
+ * The only process of the migrated guest: it keeps memory under load and verifies each byte.
  *
- * Each page of a large array is a function of its number and its generation. One half stays as it was filled, so its
- * hash is the same before and after. The pages of the other half are rewritten in random order, each time after a look
- * whether they are whole, by one thread for each processor. What generation a page has is in a table of its own: a page
- * that is older than its entry, newer, mixed or empty is found.
+ * Each page of a large array is a function of its number and its generation. One half never changes, so that its hash is
+ * the same before and after the migration. One thread for each processor checks and rewrites the pages of the other half
+ * in random order. A separate table holds the generation of each page, so that the check detects a page that is older or
+ * newer than its entry, mixed or empty.
  *
- * Kernel command line: kuf.mib=MIB of the array, kuf.step=N writes and checks only each Nth word of a page.
- * Commands, a line each on the console: "check" stops the load, looks at everything, prints one line that starts with
- * CHECK, and goes on.
+ * Kernel command line: kuf.mib=MIB is the size of the array, kuf.step=N writes and checks only each Nth word of a page.
+ * Commands, one on each line of the console: "check" stops the load, checks all memory, prints one line that starts with
+ * CHECK, and continues the load.
  */
 #include <fcntl.h>
 #include <inttypes.h>
@@ -37,7 +37,7 @@ static uint32_t *generation;
 static struct worker {
     pthread_t thread;
     unsigned int id;
-    /* Held while a page and its generation do not agree. */
+    /* Held while a page and its entry in the table differ. */
     pthread_mutex_t lock;
     _Atomic uint64_t writes, bad, slowest_us;
 } workers[THREADS_MAX];
@@ -56,7 +56,7 @@ static void fill(uint64_t page, uint64_t gen)
         at[i] = s * (2 * i + 1);
 }
 
-/* The sum of the words that were seen, or 0 when one of them is wrong. */
+/* Checks a page. Returns the sum of its words, or 0 if one of them is wrong. */
 static uint64_t look(uint64_t page, uint64_t gen)
 {
     const uint64_t *at = array + page * WORDS;
@@ -86,7 +86,7 @@ static void *work(void *arg)
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
-        /* Of the second half each worker has the pages whose number leaves its own remainder. */
+        /* Each worker owns the pages of the second half whose number modulo `threads` is its id. */
         uint64_t still = random % half;
         uint64_t page = half + (random >> 32) % (half / threads) * threads + me->id;
         uint64_t before = now_us();

@@ -1,14 +1,14 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# Test the QEMU fork: build it and the guest if need be, migrate.
+# Test the QEMU fork: build it and the guest if necessary, then migrate.
 #
 #   run.sh PREFIX [PATTERN]
 #
 #   PREFIX    where libkuf is installed
 #   PATTERN   only the tests whose name matches the regular expression
 #
-# The table of what libkuf and QEMU's own post-copy take goes to standard
+# The table that compares libkuf with QEMU's own post-copy goes to standard
 # output and to build/qemu/table.md.
 
 set -eu
@@ -18,7 +18,7 @@ root=$(CDPATH='' cd -- "$here/../.." && pwd)
 [ $# -ge 1 ] || { sed -n '3,/^$/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 prefix=$(CDPATH='' cd -- "$1" && pwd)
 
-"$root/tests/check/need.sh" cpio=cpio gzip=gzip cc=gcc python3=python3
+KUF_INSTALL_TOOLS=1 "$root/tests/check/need.sh" cpio=cpio gzip=gzip cc=gcc python3=python3
 qemu=$("$here/build.sh" "$prefix")
 kernel=$("$root/tests/kernel/build.sh")
 

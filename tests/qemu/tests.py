@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The tests of the QEMU fork: a Linux guest under load migrates by post-copy, on libkuf and on QEMU's own thread.
+"""The tests of the QEMU fork: a Linux guest under load migrates by post-copy, with libkuf and with QEMU's own thread.
 
-Prints a line for each test, a table of both side by side, and the sum. The environment (run.sh) says where things are.
+Prints a line for each test, a table that compares both, and the sum. run.sh sets the paths in the environment.
 """
 
 import argparse
@@ -23,24 +23,24 @@ QEMU = os.environ["KUF_QEMU"]
 KERNEL = os.environ["KUF_KERNEL"]
 INITRD = os.environ["KUF_INITRD"]
 LIBDIR = os.environ["KUF_LIBDIR"]
-# As the kernel has nothing to say that counts, and a guest that waits for a page is no lockup.
+# quiet: the kernel's messages do not matter. No watchdogs: a guest that waits for a page is not locked up.
 APPEND = "console=ttyS0 panic=-1 quiet nowatchdog rcupdate.rcu_cpu_stall_suppress=1"
 
 
 class Skip(Exception):
-    """What a test needs is not here; the text says what."""
+    """A requirement of a test is missing; the text names it."""
 
 
 class Case:
-    """What one migration is made with."""
+    """The parameters of a migration."""
 
     def __init__(self, memory=640, mib=384, smp=2, step=1, accel="tcg,thread=multi", backend=None, preempt=False,
                  cuts=0, bandwidth=0, precopy=0.0, limit=4):
         self.memory, self.mib, self.smp, self.step = memory, mib, smp, step
         self.accel, self.backend, self.preempt, self.cuts = accel, backend, preempt, cuts
-        # MiB a second after and before the guest changes sides; the part of memory that goes before. 0 is no limit, and
-        # is what can be compared: a source of 7.2 that has used up its share answers no request in that tenth of a
-        # second.
+        # MiB per second after and before the switch to post-copy; the part of memory sent before it. 0 means no limit.
+        # Only unlimited runs are comparable: a source of QEMU 7.2 at its limit answers no request for the rest of a
+        # tenth of a second.
         self.bandwidth, self.limit, self.precopy = bandwidth, limit, precopy
 
     def arguments(self):
@@ -52,7 +52,7 @@ class Case:
 
     @contextlib.contextmanager
     def needs(self):
-        """Huge pages are the host's to give: so many that a source and a destination have theirs."""
+        """Reserves enough huge pages of the host for a source and a destination."""
         if not self.backend or "hugetlb" not in self.backend:
             yield
             return
@@ -65,10 +65,10 @@ class Case:
             with open("/proc/meminfo") as file:
                 free = int(re.search(r"HugePages_Free:\s+(\d+)", file.read()).group(1))
             if free < self.memory:
-                raise Skip(f"{self.memory} huge pages of 2 MiB are needed, and {free} are to be had")
+                raise Skip(f"{self.memory} huge pages of 2 MiB are needed, but only {free} are free")
             yield
         except PermissionError:
-            raise Skip("huge pages are needed, and only root can reserve them") from None
+            raise Skip("huge pages are needed, but only root can reserve them") from None
         finally:
             try:
                 with open(knob, "w") as file:
@@ -82,7 +82,7 @@ class Case:
 
 
 def listening_ports(vm):
-    """Those that migrate-incoming and migrate-recover have opened."""
+    """Returns the ports that migrate-incoming and migrate-recover have opened."""
     addresses = vm.qmp("query-migrate").get("socket-address", [])
     return [int(address["port"]) for address in addresses if address["type"] == "inet"]
 
@@ -93,7 +93,7 @@ def pages(source):
 
 
 class Migration:
-    """A source with a guest under load, and a destination that it is on its way to."""
+    """A source with a guest under load, and the destination of its migration."""
 
     def __init__(self, case, kuf, directory):
         self.case, self.kuf = case, kuf
@@ -116,7 +116,7 @@ class Migration:
         self.destination.kill()
 
     def _listen(self, command):
-        """Sets uri, where the source is to connect to: a socket of the destination's, or the relay that can be cut."""
+        """Sets uri, to which the source connects: a socket of the destination, or the relay that can be cut."""
         if not self.case.cuts:
             self.uri = f"unix:{self.destination.directory}/migration"
             self.destination.qmp(command, uri=self.uri)
@@ -131,11 +131,11 @@ class Migration:
                 self.ports.update(fresh)
                 return
             if time.monotonic() > deadline:
-                raise Failed("the destination opens no port")
+                raise Failed("the destination did not open a port")
             time.sleep(0.02)
 
     def begin(self):
-        """Until the guest runs at the destination, with most of its memory still at the source."""
+        """Migrates until the guest runs at the destination, with most of its memory still at the source."""
         case, source, destination = self.case, self.source, self.destination
         source.line(f"READY .* threads={case.smp}$", 120)
         self.before, _ = source.check()
@@ -149,7 +149,7 @@ class Migration:
         source.wait_status(["active"], 60)
         while pages(source) < case.precopy * case.memory * 256:
             if source.status() != "active":
-                raise Failed(f"precopy has ended: {source.status()}")
+                raise Failed(f"precopy ended: {source.status()}")
             time.sleep(0.02)
         self.pushed_before = pages(source)
         source.qmp("migrate-start-postcopy")
@@ -158,29 +158,29 @@ class Migration:
 
     def settle(self):
         """
-        Until the guest has taken interrupts for a while at the destination. An emulated CPU takes one with QEMU's big
-        lock held: if that touches a page that is missing, nobody gets an answer before the page has come. Stock QEMU
-        does the same. What interrupts touch is soon there, and then a source may go away without taking the monitor
-        with it.
+        Waits until the guest has handled interrupts for a while at the destination. An emulated CPU handles them with
+        QEMU's big lock held: if a handler touches an absent page, the monitor does not answer until the page is
+        present, in stock QEMU too. The pages of the handlers are soon present; after that the source may stop without
+        blocking the monitor.
         """
         self.destination.line("BEAT [0-9]+ ", 60, count=4)
 
     def cut(self):
-        """Cut the link in the middle, and mend it."""
+        """Cuts the link in the middle of the migration and restores it."""
         self.settle()
         if self.destination.status() != "postcopy-active":
-            raise Failed("the migration was over before the link could be cut")
+            raise Failed("the migration ended before the link could be cut")
         self.link.cut()
         self.source.wait_status(["postcopy-paused"], 60)
         self.destination.wait_status(["postcopy-paused"], 60)
-        # Pages that are touched now have nobody to ask, and must not be forgotten.
+        # Requests for pages touched now cannot be sent, and must not be forgotten.
         time.sleep(1)
         self._listen("migrate-recover")
         self.source.qmp("migrate", uri=self.uri, resume=True)
         self.destination.wait_status(["postcopy-active", "completed"], 60)
 
     def end(self, timeout=300):
-        """Until all memory is there. What it took."""
+        """Waits until all memory is present, and returns the measurements."""
         case, source, destination = self.case, self.source, self.destination
         during, took = destination.check(timeout)
         source.wait_status(["completed"], timeout)
@@ -188,34 +188,34 @@ class Migration:
         done = time.time()
         after, _ = destination.check()
         if not self.before["still"] == during["still"] == after["still"]:
-            raise Failed("the half of memory that nobody writes has changed: "
+            raise Failed("the half of memory that is never written has changed: "
                          f"{self.before['still']} {during['still']} {after['still']}")
         if int(after["writes"]) <= int(self.before["writes"]):
-            raise Failed("the guest has not gone on")
+            raise Failed("the guest did not continue")
         at_source, here = source.qmp("query-migrate"), destination.qmp("query-migrate")
         moved = pages(source) - self.pushed_before
         if self.kuf:
             info = here.get("libkuf")
             if not info:
-                raise Failed("the destination has not used libkuf")
+                raise Failed("the destination did not use libkuf")
             demand, faults = info["requested"] // 4096, info["faults"]
             if info["pending"]:
                 raise Failed(f"{info['pending']} runs were never filled")
         else:
             if "libkuf" in here:
-                raise Failed("the destination has used libkuf though it was not asked to")
+                raise Failed("the destination used libkuf although it was not enabled")
             size = 2 * MIB if case.backend and "hugetlb" in case.backend else 4096
             demand, faults = at_source["ram"]["postcopy-requests"] * size // 4096, None
         requests = at_source["ram"]["postcopy-requests"]
         if not requests:
-            raise Failed("no page was asked for")
+            raise Failed("no page was requested")
         times = here["postcopy-vcpu-blocktime"]
         if "postcopy-blocktime" not in here:
             raise Failed("no block time in query-migrate")
-        # Each is cut off to whole milliseconds.
+        # QEMU rounds each down to whole milliseconds.
         still = here["postcopy-blocktime"]
         if self.kuf and (still > min(times) + 1 or case.smp == 1 and still < times[0] - 1):
-            raise Failed(f"all vCPUs stood still for {still} ms, and each of them for {times}")
+            raise Failed(f"all vCPUs were blocked together for {still} ms, but each of them for {times}")
         return {
             "requests": requests,
             "demand": min(demand, moved),
@@ -270,7 +270,7 @@ class Suite:
                     from None
 
     def tables(self):
-        """What both have taken, side by side: libkuf / QEMU's own / their ratio."""
+        """Returns the table of measurements: libkuf / QEMU's own / their ratio."""
 
         def cell(ours, stock, form):
             ratio = f"{ours / stock:.2f}" if stock else "-"
@@ -281,7 +281,7 @@ class Suite:
             columns = (
                 ("pages by demand", "demand", "d"), ("requests", "requests", "d"), ("pages by push", "push", "d"),
                 ("block time, ms, sum of vCPUs", "block", "d"), ("the same for each request", "wait", ".2f"),
-                ("until all has come, s", "seconds", ".2f"), ("guest reads all meanwhile, s", "check", ".2f"),
+                ("until all is present, s", "seconds", ".2f"), ("guest reads all meanwhile, s", "check", ".2f"),
                 ("longest stop the guest sees, ms", "slowest", ".0f"))
             text += f"| libkuf / QEMU's own / ratio | {' | '.join(title for title, _, _ in columns)} |\n"
             text += "|---" * (len(columns) + 1) + "|\n"
@@ -290,7 +290,7 @@ class Suite:
                 text += f"| {name} | " + " | ".join(cells) + " |\n"
         if self.starts:
             text += ("\n| libkuf / plain -incoming / ratio | until the guest runs, ms "
-                     "| until it has said something, ms | guest then reads all, s |\n|---|---|---|---|\n")
+                     "| until its first output, ms | guest then reads all, s |\n|---|---|---|---|\n")
             for name, ours, stock in self.starts:
                 text += (f"| {name} | {cell(ours['run'] * 1000, stock['run'] * 1000, '.1f')} | "
                          f"{cell(ours['spoke'] * 1000, stock['spoke'] * 1000, '.0f')} | "
@@ -298,14 +298,14 @@ class Suite:
         return text
 
     def both(self, name, make):
-        """The same migration on libkuf and on QEMU's own thread."""
+        """Runs the same migration with libkuf and with QEMU's own thread."""
         ours = self.run(f"{name}/libkuf", lambda: self.migrate(make(), True))
         stock = self.run(f"{name}/stock", lambda: self.migrate(make(), False))
         if ours and stock:
             self.table.append((name, ours, stock))
 
     def migration_test(self, name):
-        """A case of QEMU's own migration-test."""
+        """Runs a case of QEMU's own migration-test."""
         done = subprocess.run([os.environ["KUF_MIGRATION_TEST"], "-p", f"/x86_64/migration/postcopy/{name}"],
                               env=dict(os.environ, QTEST_QEMU_BINARY=QEMU, LD_LIBRARY_PATH=LIBDIR), text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, check=False)
@@ -314,7 +314,7 @@ class Suite:
             raise Failed(f"exit status {done.returncode}: {' | '.join(said[-6:])}")
 
     def on_kvm(self):
-        """What migration-test migrates are guests of KVM, if there is KVM."""
+        """Checks that KVM works, so that migration-test has migrated KVM guests."""
         if not os.path.exists("/dev/kvm"):
             raise Skip("no /dev/kvm: the cases of migration-test ran emulated")
         with Vm("kvm", QEMU, ["-machine", "pc", "-accel", "kvm", "-accel", "tcg", "-m", "64"], self.directory) as vm:
@@ -322,7 +322,7 @@ class Suite:
                 raise Skip(f"/dev/kvm does not work, the cases of migration-test ran emulated: {vm.log()}")
 
     def source_silent(self, kuf):
-        """The source says nothing for a while: the guest waits, the destination can be asked how long, and then it goes on."""
+        """The source stops for a while: the guest waits, the destination reports the waiting time, then the guest continues."""
         case = Case(bandwidth=32, smp=1)
         with Migration(case, kuf, self.directory) as migration:
             migration.begin()
@@ -336,11 +336,11 @@ class Suite:
                 if destination.status() != "postcopy-active":
                     raise Failed(f"the destination is {destination.status()}: {destination.log()}")
                 if destination.beats() != before:
-                    raise Failed("the guest goes on without its memory")
+                    raise Failed("the guest continued without its memory")
                 text = destination.qmp("human-monitor-command", command_line="info migrate")
                 said = re.search(r"^libkuf: version .* (\d+) runs pending\r?$", text, re.MULTILINE)
                 if kuf and not (said and int(said.group(1))):
-                    raise Failed(f"info migrate does not say who waits: {text}")
+                    raise Failed(f"info migrate does not report pending runs: {text}")
                 if not re.search(r"^postcopy blocktime: \d+", text, re.MULTILINE) and kuf:
                     raise Failed(f"info migrate has no block time: {text}")
             finally:
@@ -348,37 +348,37 @@ class Suite:
             migration.end()
             still = destination.qmp("query-migrate").get("postcopy-blocktime", 0)
             if kuf and still < 2000:
-                raise Failed(f"all vCPUs stood still for seconds, and {still} ms were counted")
+                raise Failed(f"all vCPUs were blocked for seconds, but {still} ms were counted")
 
     def source_killed(self, kuf):
-        """The pages that were at the source only are gone. The guest waits for them: it is given nothing else."""
+        """The source dies, and pages that only it had are lost. The guest must wait for them and get no other bytes."""
         case = Case(bandwidth=32)
         with Migration(case, kuf, self.directory) as migration:
             migration.begin()
             destination = migration.destination
             migration.settle()
             if destination.status() != "postcopy-active":
-                raise Failed("the migration was over before the source could be killed")
+                raise Failed("the migration ended before the source could be killed")
             migration.source.kill()
             destination.wait_status(["postcopy-paused"], 60)
-            # Long enough for every thread of the guest to have come to a page that is missing.
+            # Long enough for each thread of the guest to touch an absent page.
             time.sleep(5)
             if destination.process.poll() is not None:
-                raise Failed(f"the destination has ended: {destination.log()}")
+                raise Failed(f"the destination ended: {destination.log()}")
             if destination.status() != "postcopy-paused":
                 raise Failed(f"the destination is {destination.status()}")
             wrong = [text for _, text in destination.console if re.search("BAD|FAIL|segfault|panic|BUG", text)]
             if wrong:
-                raise Failed(f"the guest has seen what is not its own: {wrong}")
+                raise Failed(f"the guest read wrong bytes: {wrong}")
             before = destination.beats()
             time.sleep(2)
             if destination.beats() != before:
-                raise Failed("the guest goes on, though most of its memory is lost")
+                raise Failed("the guest continued although most of its memory is lost")
             if kuf and not destination.qmp("query-migrate")["libkuf"]["pending"]:
-                raise Failed("nobody waits for a page")
+                raise Failed("no thread waits for a page")
 
     def refused(self, why, arguments=(), libdir=LIBDIR):
-        """A destination that says no, and why, before anything has moved."""
+        """The destination must refuse, and give the reason, before any data is sent."""
         case = Case()
         with Vm("refused", QEMU, case.arguments() + list(arguments) + ["-incoming", "defer"], self.directory,
                 {"LD_LIBRARY_PATH": libdir}) as vm:
@@ -386,15 +386,15 @@ class Suite:
                 vm.capabilities(x_libkuf=True)
                 vm.capabilities(postcopy_ram=True)
             except Failed as error:
-                # What the check of a destination has to say goes to the log.
+                # The destination writes the reason to its log.
                 said = f"{error} | {vm.log()}"
                 if not re.search(why, said):
                     raise Failed(f"refused, but not because of '{why}': {said}") from None
                 if any(state["state"] for state in vm.qmp("query-migrate-capabilities")
                        if state["capability"] == "postcopy-ram"):
-                    raise Failed("refused, and enabled all the same") from None
+                    raise Failed("refused, but enabled") from None
                 return
-        raise Failed("it is not refused")
+        raise Failed("not refused")
 
     def library_too_old(self):
         libdir = tempfile.mkdtemp(dir=self.directory)
@@ -415,7 +415,7 @@ class Suite:
                 "-chardev", f"socket,id=vu,path={back_end.path}", "-device", "vhost-user-rng-pci,chardev=vu"])
 
     def snapshot(self):
-        """Saves a guest under load in both formats. The images, and what its memory was."""
+        """Saves a guest under load in both formats, and keeps the images and the result of the guest's check."""
         self.image = os.path.join(self.directory, "image.lazy")
         self.stream = os.path.join(self.directory, "image.stream")
         self.snapshot_case = Case(memory=1536, mib=1200, step=4)
@@ -432,15 +432,15 @@ class Suite:
             vm.wait_status(["completed"], 120)
 
     def start(self, name, uri, lazy):
-        """Starts the saved guest. Seconds until it runs, until it has said something, and until all memory is there."""
+        """Starts the saved guest. Returns the seconds until it runs, until its first output, and for reading all memory."""
         if not os.path.exists(getattr(self, "stream", "")):
-            raise Failed("there is no snapshot")
+            raise Failed("no snapshot")
         with self.snapshot_case.start(name, self.directory, incoming=True) as vm:
             vm.capabilities(x_libkuf=lazy)
             begin = time.time()
             vm.qmp("migrate-incoming", uri=uri, timeout=120)
             if not lazy:
-                # A stream that was saved of a stopped machine.
+                # The stream of a stopped machine.
                 vm.wait_status(["completed"], 120)
                 vm.qmp("cont")
             resumed = vm.wait_event("RESUME", 120)
@@ -449,12 +449,12 @@ class Suite:
             vm.wait_status(["completed"], 120)
             after, _ = vm.check()
             if not self.saved["still"] == during["still"] == after["still"]:
-                raise Failed("memory is not that of the snapshot")
+                raise Failed("the memory differs from the snapshot")
             if int(after["writes"]) < int(self.saved["writes"]):
                 raise Failed("the guest is older than its snapshot")
             info = vm.qmp("query-migrate").get("libkuf")
             if lazy and not (info and info["requested"] and info["pushed"]):
-                raise Failed(f"memory did not come by demand and by populate: {info}")
+                raise Failed(f"memory was not filled both on demand and by populate: {info}")
             return {"run": resumed - begin, "spoke": spoke - begin, "check": took, "info": info}
 
     def snapshots(self):
@@ -468,7 +468,7 @@ class Suite:
         self.run("snapshot-of-another", self.of_another)
 
     def cut_short(self):
-        """The image loses its second half while the guest runs: what is lost is not replaced by anything."""
+        """The image loses its second half while the guest runs: no other bytes may replace the lost pages."""
         image = os.path.join(self.directory, "short.lazy")
         subprocess.run(["cp", "--sparse=always", self.image, image], check=True)
         with self.snapshot_case.start("short", self.directory, incoming=True) as vm:
@@ -479,12 +479,12 @@ class Suite:
             try:
                 while vm.qmp("query-status")["status"] != "internal-error":
                     if time.monotonic() > deadline:
-                        raise Failed("the guest goes on without its memory")
+                        raise Failed("the guest continued without its memory")
                     time.sleep(0.05)
                 if not re.search("libkuf: |cannot read guest memory", vm.log()):
-                    raise Failed(f"the guest is stopped, and nobody says why: {vm.log()}")
+                    raise Failed(f"the guest stopped without a reason in the log: {vm.log()}")
             except Failed:
-                # TCG has no machine check to give to the guest: a touch of a page that is lost ends QEMU.
+                # TCG cannot inject a machine check into the guest: a touch of a lost page ends QEMU.
                 if vm.process.poll() != -signal.SIGBUS:
                     raise
             wrong = [text for _, text in vm.console if re.search("BAD|FAIL|segfault|panic|BUG", text)]
@@ -492,7 +492,7 @@ class Suite:
                 raise Failed(f"the guest has seen what is not its own: {wrong}")
 
     def of_another(self):
-        """Images that do not belong to this machine, or are none, are refused."""
+        """Images of another machine, and files that are no images, are refused."""
         nothing = os.path.join(self.directory, "nothing.lazy")
         with open(nothing, "wb") as file:
             file.write(bytes(1 << 16))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""As much of a vhost-user back end as QEMU needs to make a device of it. It moves no data."""
+"""A vhost-user back end with only the messages that QEMU needs to create the device. It transfers no data."""
 
 import os
 import socket

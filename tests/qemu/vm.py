@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A QEMU process, its monitor and its console, and a link between two of them that can be cut."""
+"""A QEMU process with its monitor and console, and a link between two processes that can be cut."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import time
 
 
 class Failed(Exception):
-    """A test has failed; the text says why."""
+    """A test failed; the text is the reason."""
 
 
 class Qmp:
@@ -76,7 +76,7 @@ class Qmp:
             while True:
                 message = self._message(timeout)
                 if message is None:
-                    raise Failed(f"{command} gets no answer")
+                    raise Failed(f"{command} got no answer")
                 if "error" in message:
                     raise Failed(f"{command}: {message['error']['desc']}")
                 if "return" in message:
@@ -90,7 +90,7 @@ class Qmp:
 
 
 class Vm:
-    """Started paused on nothing: `arguments` is the whole machine."""
+    """A QEMU process with no default devices: `arguments` describe the whole machine."""
 
     def __init__(self, name, binary, arguments, directory, env=None):
         self.name = name
@@ -134,7 +134,7 @@ class Vm:
             return " | ".join(log.read().strip().splitlines()[-4:])
 
     def line(self, pattern, timeout=60, after=0, count=1):
-        """The first console line since `after` that matches, or the `count`th; its time and the match."""
+        """Waits for the `count`th console line since `after` that matches. Returns its time and the match."""
         deadline = time.monotonic() + timeout
         while True:
             found = ((when, re.search(pattern, text)) for when, text in self.console[after:])
@@ -149,7 +149,7 @@ class Vm:
             time.sleep(0.01)
 
     def check(self, timeout=180):
-        """Has the guest look at all its memory. What it found, and the seconds it took."""
+        """Makes the guest check all its memory. Returns its report and the seconds it took."""
         after = len(self.console)
         begin = time.time()
         self.tty.sendall(b"check\n")
@@ -157,11 +157,11 @@ class Vm:
         found = dict(word.split("=") for word in match.group(1).split())
         if found["bad"] != "0" or found["early"] != "0" or found["lost"] != "0":
             bad = [text for _, text in self.console[after:] if text.startswith("BAD")]
-            raise Failed(f"{self.name}: guest memory is not what it was: {match.group(1)} {bad}")
+            raise Failed(f"{self.name}: guest memory has changed: {match.group(1)} {bad}")
         return found, when - begin
 
     def beats(self):
-        """How far the guest's load is."""
+        """Returns the number of writes that the guest's load has reported."""
         for _, text in reversed(self.console):
             match = re.search(r"BEAT \d+ writes=(\d+)", text)
             if match:
@@ -212,7 +212,7 @@ class Vm:
 
 
 class Link:
-    """A TCP relay: QEMU connects to it instead of to the other QEMU, and it can be cut."""
+    """A TCP relay between two QEMU processes that can be cut."""
 
     def __init__(self):
         self.listener = socket.create_server(("127.0.0.1", 0))

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * What the tests of KUF_MECHANISM_KVM_ASYNC have in common: the virtual machine of
- * the kernel's selftests with its memory under the library, a source of pages that
- * keeps count, and vCPUs on threads that hand their exits to kuf_vcpu_fault.
+ * Common code of the tests of KUF_MECHANISM_KVM_ASYNC: the virtual machine of the
+ * kernel's selftests with its memory served by the library, a source that counts
+ * fills, and vCPUs on threads that pass their exits to kuf_vcpu_fault.
  *
- * The bytes of a page are a pattern of its guest physical address and a
- * generation, so a page in a wrong place, a stale one and a half-filled one all
- * show.  Generation 0 is pattern() of test.h.
+ * The bytes of a page are a pattern of its guest physical address and a generation,
+ * so that checks detect misplaced, stale and half-filled pages.  Generation 0 is
+ * pattern() of test.h.
  */
 #ifndef KUF_ASYNC_H
 #define KUF_ASYNC_H
@@ -17,7 +17,7 @@
 #include <setjmp.h>
 #include <linux/memfd.h>
 
-#include <kuf.h>
+#include <kuf-kvm.h>
 
 #define MAX_PAGES 16384
 #define NO_GPA UINT64_MAX
@@ -64,7 +64,7 @@ static UNUSED void on_touch(int sig)
 	siglongjmp(touched, sig);
 }
 
-/* Reads a byte: 0, or the signal that this raised.  For one thread at a time. */
+/* Reads a byte.  Returns 0 or the signal raised.  Only one thread at a time may call it. */
 static UNUSED int touch(const void *p)
 {
 	struct sigaction sa = { .sa_handler = on_touch }, bus, segv;
@@ -80,33 +80,33 @@ static UNUSED int touch(const void *p)
 	return sig;
 }
 
-/* ---- where pages come from ---- */
+/* ---- the source of pages ---- */
 
 struct source {
-	/* The first of the pages that are counted, and how often each was filled. */
+	/* The address of the first counted page, and the number of fills of each page. */
 	uint64_t base;
 	_Atomic unsigned int fills[MAX_PAGES];
 	_Atomic unsigned int calls, flags_seen, not_in_place;
 	_Atomic uint64_t generation;
-	/* Bytes other than the pattern, from base on. */
+	/* Bytes to use instead of the pattern, from base on. */
 	const uint8_t *image;
-	/* What all fills return, if not 0, or those that hold the page @bad. */
+	/* The result of all fills, if not 0, or only of those that contain the page @bad. */
 	_Atomic int answer;
 	_Atomic uint64_t bad;
 	_Atomic int bad_answer;
-	/* A fill that fails writes over its buffer first. */
+	/* A failing fill overwrites its buffer first. */
 	_Atomic bool smear;
-	/* Fills wait in here as long as it is set: all, or those of one page. */
+	/* While set, fills wait in the callback: all of them, or those of one page. */
 	_Atomic bool hold;
 	_Atomic uint64_t hold_gpa;
 	_Atomic int inside;
 	_Atomic unsigned int delay_us;
-	/* In which order pages were asked for. */
+	/* The order of the requested pages. */
 	uint64_t order[MAX_PAGES];
 	_Atomic size_t nr_order;
-	/* By KUF_EVENT_*: how many, and the last of each. */
-	_Atomic int events[16];
-	struct kuf_event last[16];
+	/* For each KUF_EVENT_*: the number of events, and the last one. */
+	_Atomic int events[64];
+	struct kuf_event last[64];
 	pthread_mutex_t lock;
 	_Atomic int released;
 };
@@ -129,14 +129,14 @@ static UNUSED int source_fill(void *opaque, struct kuf_fill *f)
 	s->inside++;
 	s->calls++;
 	s->flags_seen |= f->flags;
-	s->not_in_place += !(f->flags & KUF_FILL_IN_PLACE);
-	for (uint64_t at = f->gpa; at < f->gpa + f->len; at += f->granule) {
+	s->not_in_place += !(f->flags & KUF_RUN_IN_PLACE);
+	for (uint64_t at = f->gpa; at < f->gpa + f->len; at += f->page_size) {
 		size_t n = s->nr_order++;
 
 		if (n < MAX_PAGES)
 			s->order[n] = at;
-		if (at >= s->base && (at - s->base) / f->granule < MAX_PAGES)
-			s->fills[(at - s->base) / f->granule]++;
+		if (at >= s->base && (at - s->base) / f->page_size < MAX_PAGES)
+			s->fills[(at - s->base) / f->page_size]++;
 	}
 	while (s->hold || (s->hold_gpa >= f->gpa && s->hold_gpa - f->gpa < f->len))
 		sleep_ms(1);
@@ -144,7 +144,7 @@ static UNUSED int source_fill(void *opaque, struct kuf_fill *f)
 		usleep(s->delay_us);
 	if (bad >= f->gpa && bad - f->gpa < f->len)
 		answer = s->bad_answer;
-	if (answer == KUF_ZERO || answer == KUF_DEFERRED) {
+	if (answer == KUF_FILL_ZERO || answer == KUF_FILL_DEFERRED) {
 		/* nothing is written */
 	} else if (answer) {
 		if (s->smear)
@@ -162,7 +162,7 @@ static UNUSED void source_event(void *opaque, const struct kuf_event *e)
 {
 	struct source *s = opaque;
 
-	if (e->kind >= 16)
+	if (e->kind >= 64)
 		return;
 	pthread_mutex_lock(&s->lock);
 	s->last[e->kind] = *e;
@@ -190,12 +190,12 @@ static UNUSED bool wait_for_event(struct source *s, unsigned int kind, int times
 
 /* ---- handles ---- */
 
-static UNUSED int try_open(struct vm *vm, struct source *s, uint64_t flags, struct kuf **kuf)
+static UNUSED int try_open(struct vm *vm, struct source *s, uint32_t flags, struct kuf **kuf)
 {
 	struct kuf_options o = {
 		.size = sizeof(o),
 		.mechanism = KUF_MECHANISM_KVM_ASYNC,
-		.flags = KUF_OPEN_VM_FD | flags,
+		.flags = flags | (s || flags & KUF_OPEN_DIRECT ? 0 : KUF_OPEN_CALLER_DRIVEN),
 		.vm_fd = vm->fd,
 		.fill = s ? source_fill : NULL,
 		.event = s ? source_event : NULL,
@@ -212,26 +212,27 @@ static UNUSED struct kuf *open_options(struct vm *vm, struct kuf_options o)
 
 	o.size = sizeof(o);
 	o.mechanism = KUF_MECHANISM_KVM_ASYNC;
-	o.flags |= KUF_OPEN_VM_FD;
 	o.vm_fd = vm->fd;
+	if (!o.fill && !(o.flags & KUF_OPEN_DIRECT))
+		o.flags |= KUF_OPEN_CALLER_DRIVEN;
 	if (kuf_open(&o, &kuf))
 		DIE("kuf_open: %s", kuf_error());
 	return kuf;
 }
 
 /*
- * A page at a time, so that it can be said which are asked for: faults that follow
- * each other are answered by longer and longer runs otherwise.
+ * Fills one page at a time, so that tests know which pages are requested; otherwise
+ * readahead answers sequential faults by longer and longer runs.
  */
-static UNUSED struct kuf *open_serviced(struct vm *vm, struct source *s, uint64_t flags)
+static UNUSED struct kuf *open_serviced(struct vm *vm, struct source *s, uint32_t flags)
 {
 	return open_options(vm, (struct kuf_options){ .flags = flags, .fill = source_fill,
 			    .event = source_event, .release = source_release, .opaque = s,
 			    .demand_run = PAGE });
 }
 
-/* The test reads the faults itself; @s, which may be NULL, is told of events. */
-static UNUSED struct kuf *open_driven(struct vm *vm, struct source *s, uint64_t flags)
+/* The test reads the faults itself; @s, which may be NULL, gets the events. */
+static UNUSED struct kuf *open_driven(struct vm *vm, struct source *s, uint32_t flags)
 {
 	return open_options(vm, (struct kuf_options){ .flags = flags,
 			    .event = s ? source_event : NULL,
@@ -253,7 +254,7 @@ static UNUSED void close_kuf(struct kuf *kuf, uint32_t flags)
 }
 
 /*
- * What is asked for of a call that gives 0 or -errno, and says in words why.
+ * Checks the result of a call that returns 0 or -errno and sets kuf_error.
  */
 #define CHECK_KUF(name, call, want)                                                   \
 	do {                                                                          \
@@ -262,7 +263,7 @@ static UNUSED void close_kuf(struct kuf *kuf, uint32_t flags)
 		       r_ < 0 ? kuf_error() : "-", (long)(want));                     \
 	} while (0)
 
-/* A refusal, with its text, in which @word has to be. */
+/* Checks that a call fails with @want and that its error text contains @word. */
 #define CHECK_REFUSED(name, call, want, word)                                         \
 	do {                                                                          \
 		long r_ = (call);                                                     \
@@ -272,18 +273,18 @@ static UNUSED void close_kuf(struct kuf *kuf, uint32_t flags)
 		       (long)(want), word);                                           \
 	} while (0)
 
-static UNUSED struct kuf_progress progress_of(struct kuf *kuf, uint64_t gpa)
+static UNUSED struct kuf_progress_info progress_of(struct kuf *kuf, uint64_t gpa)
 {
-	struct kuf_progress p = { .size = sizeof(p) };
+	struct kuf_progress_info p = { .size = sizeof(p) };
 
 	if (kuf_progress(kuf, gpa, &p))
 		DIE("kuf_progress: %s", kuf_error());
 	return p;
 }
 
-static UNUSED struct kuf_stats stats_of(struct kuf *kuf)
+static UNUSED struct kuf_stats_info stats_of(struct kuf *kuf)
 {
-	static _Thread_local struct kuf_stats st;
+	static _Thread_local struct kuf_stats_info st;
 
 	memset(&st, 0, sizeof(st));
 	st.size = sizeof(st);
@@ -292,7 +293,7 @@ static UNUSED struct kuf_stats stats_of(struct kuf *kuf)
 	return st;
 }
 
-/* Waits until @condition, which another thread brings about, for a long while. */
+/* Waits for a long time until another thread makes @condition true. */
 #define COMES_TRUE(condition)                                         \
 	({                                                            \
 		bool true_ = (condition);                             \
@@ -306,16 +307,16 @@ static UNUSED struct kuf_stats stats_of(struct kuf *kuf)
 /* ---- the library's eventfds ---- */
 
 /*
- * All that are there now, but for semaphores: the one that KVM signals is among
- * those that kuf_open adds, and the only one of them that counts as long as there
- * is a fill callback.
+ * All eventfds of the process except semaphores.  The one that KVM signals is among
+ * those that kuf_open adds, and with a fill callback the only one whose counter
+ * changes.
  */
 struct eventfds {
 	int fd[64];
 	int nr;
 };
 
-/* The counter of an eventfd, or -1 for anything else. */
+/* Returns the counter of an eventfd, or -1 for any other descriptor. */
 static UNUSED int64_t eventfd_count(int fd)
 {
 	char path[64], buf[512], *p;
@@ -368,7 +369,7 @@ static UNUSED uint64_t sum_of(const struct eventfds *e)
 
 /* ---- vCPUs ---- */
 
-/* What other routines there are: code of the test's own, in low memory. */
+/* Further routines of a test, in low memory. */
 #define MORE_CODE_GPA 0x40000UL
 
 struct worker {
@@ -379,16 +380,16 @@ struct worker {
 	_Atomic pid_t tid;
 	_Atomic bool done;
 	int result;		/* KVM_EXIT_HLT if all went well */
-	_Atomic int refused;	/* what kuf_vcpu_fault said, when that was not 0 */
-	_Atomic unsigned int exits;	/* handed to kuf_vcpu_fault */
+	_Atomic int refused;	/* the error of kuf_vcpu_fault, or 0 */
+	_Atomic unsigned int exits;	/* passed to kuf_vcpu_fault */
 	uint64_t last_gpa;
-	uint8_t out[256];	/* what it put out */
+	uint8_t out[256];	/* the guest's output */
 	_Atomic size_t out_len;
-	uint8_t in;		/* what it gets to put in, and to read at MMIO */
+	uint8_t in;		/* the guest's input, also for MMIO reads */
 	_Atomic unsigned int mmio;
 };
 
-/* Runs until it halts, or until an exit that is nobody's here. */
+/* Runs the vCPU until it halts or has an unexpected exit. */
 static void *worker_main(void *arg)
 {
 	struct worker *w = arg;
@@ -421,8 +422,8 @@ static void *worker_main(void *arg)
 		} else if (w->result == KVM_EXIT_MMIO && run->mmio.phys_addr >= TEST_GPA &&
 			   run->mmio.phys_addr < TEST_GPA + w->vm->size) {
 			/*
-			 * Memory that KVM itself cannot access: it takes that for a
-			 * device.  Whoever answers makes up the page's bytes.
+			 * KVM treats memory that it cannot access as a device.  An answer
+			 * would invent the page's bytes.
 			 */
 			break;
 		} else if (w->result == KVM_EXIT_MMIO) {
@@ -471,7 +472,7 @@ static UNUSED int worker_join(struct worker *w)
 	return w->refused ? w->refused : w->result;
 }
 
-/* On the calling thread: the exit reason at the end, or what kuf_vcpu_fault said. */
+/* Runs on the calling thread.  Returns the last exit reason or the error of kuf_vcpu_fault. */
 static UNUSED int run_here(struct worker *w, struct vm *vm, struct kuf *kuf, int cpu)
 {
 	worker_init(w, vm, kuf, cpu);
@@ -479,7 +480,7 @@ static UNUSED int run_here(struct worker *w, struct vm *vm, struct kuf *kuf, int
 	return w->refused ? w->refused : w->result;
 }
 
-/* Whether a thread sleeps in a function of this name, as far as the kernel can tell. */
+/* Whether a thread sleeps in a function of this name, according to the kernel. */
 static UNUSED bool sleeps_in(pid_t tid, const char *name)
 {
 	char path[64], buf[128];
@@ -497,10 +498,10 @@ static UNUSED bool sleeps_in(pid_t tid, const char *name)
 }
 
 /*
- * Inside KVM, where it waits for a page.  The state alone does not say so: a vCPU
- * that has changed its thread waits for a grace period in the same one.  Nor does
- * the name always, for the kernel guesses it from what is on the stack; then it
- * has to be a long sleep.
+ * Whether the vCPU sleeps inside KVM and waits for a page.  The state alone is not
+ * enough: a vCPU that has changed its thread waits for a grace period in the same
+ * state.  The name is not always enough either, because the kernel guesses it from
+ * the stack; then the sleep must be long.
  */
 static UNUSED bool sleeps_in_kvm(struct worker *w)
 {
@@ -518,7 +519,7 @@ static UNUSED bool sleeps_in_kvm(struct worker *w)
 	return false;
 }
 
-/* The guest reads 8 bytes, on the calling thread. */
+/* The guest reads 8 bytes on the calling thread. */
 static UNUSED bool guest_reads(struct vm *vm, struct kuf *kuf, int cpu, uint64_t gpa,
 			       uint64_t want)
 {
@@ -534,7 +535,7 @@ static UNUSED bool guest_reads(struct vm *vm, struct kuf *kuf, int cpu, uint64_t
 	return false;
 }
 
-/* KVM reads 16 bytes for it. */
+/* KVM reads 16 bytes for the guest. */
 static UNUSED bool kvm_reads(struct vm *vm, struct kuf *kuf, int cpu, uint64_t gpa, uint8_t *bytes)
 {
 	static _Thread_local struct worker w;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Every way to touch a page first: by the guest, and by KVM for it. */
+/* Each kind of first touch of a page, by the guest and by KVM for the guest. */
 #include "async.h"
 
 static struct vm vm;
@@ -19,7 +19,7 @@ static void fresh(int vcpus)
 
 static void end(void)
 {
-	close_kuf(kuf, KUF_CLOSE_POISON);
+	close_kuf(kuf, KUF_END_POISON);
 	CHECK_EQ("callbacks are released once", source.released, 1);
 	vm_destroy(&vm);
 }
@@ -36,7 +36,7 @@ static void by_read(void)
 	CHECK_EQ("read: filled once", fills_of(&source, gpa), 1);
 	CHECK("read: the whole page", has_content(host(&vm, gpa & -PAGE), gpa & -PAGE, PAGE, 0));
 	CHECK_EQ("read: filled in place", source.not_in_place, 0);
-	CHECK("read: on demand", source.flags_seen & KUF_FILL_DEMAND);
+	CHECK("read: on demand", source.flags_seen & KUF_RUN_DEMAND);
 	CHECK_EQ("read: no other page", progress_of(kuf, TEST_GPA).present, PAGE);
 	CHECK("read: again", guest_reads(&vm, kuf, 0, gpa, content64(gpa, 0)));
 	CHECK_EQ("read: once is enough", fills_of(&source, gpa), 1);
@@ -64,7 +64,7 @@ static void by_fetch(void)
 	static const uint8_t code_bytes[] = { 0x48, 0xb8, 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22,
 					      0x11, 0xc3 };
 	static uint8_t image[PAGES * PAGE];
-	uint64_t gpa = TEST_GPA + 3 * PAGE + 0xff8;	/* goes on in the next page */
+	uint64_t gpa = TEST_GPA + 3 * PAGE + 0xff8;	/* continues in the next page */
 
 	doing("fetch", 30);
 	memset(image, 0xcc, sizeof(image));
@@ -119,7 +119,7 @@ static void by_insb(void)
 	      has_content(host(&vm, gpa + 32), gpa + 32, PAGE - 0x120, 0));
 }
 
-/* A guest's routine that is not one of test.h's, with where it reads and writes. */
+/* Sets a guest routine that is not in test.h, and the addresses that it reads and writes. */
 static void set_routine(const uint8_t *bytes, size_t n, uint64_t rsi, uint64_t rdi)
 {
 	struct kvm_regs r;
@@ -133,8 +133,8 @@ static void set_routine(const uint8_t *bytes, size_t n, uint64_t rsi, uint64_t r
 }
 
 /*
- * movsq from where there is no memory to a page that is marked: the processor
- * stops at the first operand, and the emulator writes the second.
+ * movsq from an address without memory to a marked page: the processor stops at the
+ * first operand, and the emulator writes the second.
  */
 static void by_mmio(void)
 {
@@ -158,7 +158,7 @@ static void by_mmio(void)
 	      has_content(host(&vm, gpa & -PAGE), gpa & -PAGE, 0x80, 0) &&
 	      has_content(host(&vm, gpa + 8), gpa + 8, PAGE - 0x88, 0));
 
-	/* From a marked page to where there is no memory. */
+	/* From a marked page to an address without memory. */
 	gpa = TEST_GPA + 18 * PAGE + 0x40;
 	set_routine(movsq, sizeof(movsq), gpa, nowhere);
 	worker_init(&w, &vm, kuf, 0);
@@ -167,7 +167,7 @@ static void by_mmio(void)
 	CHECK("mmio from a marked page: bytes", w.out_len == 8 && has_content(w.out, gpa, 8, 0));
 	CHECK_EQ("mmio from a marked page: filled once", fills_of(&source, gpa), 1);
 
-	/* The instruction is on a marked page itself. */
+	/* The instruction itself is on a marked page. */
 	static uint8_t image[PAGES * PAGE];
 	gpa = TEST_GPA + 20 * PAGE + 0x10;
 	memset(image, 0xcc, sizeof(image));
@@ -188,8 +188,8 @@ static void by_mmio(void)
 }
 
 /*
- * Addresses that the emulator translates by tables of the guest's on marked
- * pages, to an operand on a marked page.
+ * The emulator translates an address by page tables of the guest on marked pages, to
+ * an operand on a marked page.
  */
 static void by_page_table(void)
 {
@@ -215,7 +215,7 @@ static void by_page_table(void)
 	source.image = NULL;
 }
 
-/* Exits that are not the library's. */
+/* Exits that the library must not handle. */
 static void not_ours(void)
 {
 	uint64_t gpa = TEST_GPA + 30 * PAGE;
@@ -233,7 +233,7 @@ static void not_ours(void)
 	CHECK_KUF("exit of no length", kuf_vcpu_fault(kuf, gpa, 0, UF_EXIT_FLAG_USERFAULT),
 		  -EINVAL);
 	CHECK_EQ("none of these filled anything", fills_of(&source, gpa), 0);
-	/* Other flags may come with it, now or later. */
+	/* The exit may have other flags, now or in later kernels. */
 	CHECK_KUF("exit with another flag besides",
 		  kuf_vcpu_fault(kuf, gpa, PAGE, UF_EXIT_FLAG_USERFAULT | 1 << 20), 0);
 	CHECK_EQ("that one is served", fills_of(&source, gpa), 1);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The library's threads make two calls of KVM's and no other: one that touches guest
- * memory, or takes a vCPU's mutex, could wait for the very page that they are to
- * provide.  This program has an ioctl() of its own, which the library calls.
+ * The library's threads may make only two KVM ioctls: one that touches guest memory
+ * or takes a vCPU's mutex could wait for a page that these threads have to fill.
+ * This program defines ioctl(), which the library calls.
  */
 #include "async.h"
 
@@ -40,7 +40,7 @@ int ioctl(int fd, unsigned long request, ...)
 
 int main(void)
 {
-	struct kuf_populate p = { .size = sizeof(p), .gpa = TEST_GPA, .len = PAGES * PAGE };
+	struct kuf_populate_request p = { .size = sizeof(p), .gpa = TEST_GPA, .len = PAGES * PAGE };
 	uint8_t out[16];
 	bool good = true;
 
@@ -48,7 +48,7 @@ int main(void)
 	vm_create(&vm, PAGES * PAGE, 2);
 	source_init(&source, TEST_GPA);
 	CHECK("this program's calls go through here", by_others[KVM_CREATE_VCPU & 0xff] == 2);
-	kuf = open_options(&vm, (struct kuf_options){ .flags = KUF_OPEN_KVM_DRAIN, .fill = source_fill,
+	kuf = open_options(&vm, (struct kuf_options){ .flags = KUF_KVM_OPEN_DRAIN, .fill = source_fill,
 			   .event = source_event, .opaque = &source, .demand_run = PAGE });
 	CHECK("the library's do", by_others[KVM_ENABLE_CAP & 0xff] > 0);
 	add_slot(kuf, TEST_GPA, vm.mem, vm.size);
@@ -61,11 +61,11 @@ int main(void)
 	struct worker w;
 	set_guest(&vm, 0, guest_outsb, source.bad, 16, 0);
 	worker_start(&w, &vm, kuf, 0);
-	CHECK("one is parked", wait_for_event(&source, KUF_EVENT_PARKED, 1));
+	CHECK("one is parked", wait_for_event(&source, KUF_KVM_EVENT_PARKED, 1));
 	source.bad = NO_GPA;
-	CHECK_KUF("discard", kuf_discard(kuf, TEST_GPA + 80 * PAGE, PAGE, 0), 0);
+	CHECK_KUF("discard", kuf_discard(kuf, TEST_GPA + 80 * PAGE, PAGE, KUF_DISCARD_REFILL), 0);
 	CHECK_EQ("and goes on", worker_join(&w), KVM_EXIT_HLT);
-	CHECK_KUF("removed", kuf_discard(kuf, TEST_GPA + 90 * PAGE, PAGE, KUF_DISCARD_REMOVED), 0);
+	CHECK_KUF("removed", kuf_discard(kuf, TEST_GPA + 90 * PAGE, PAGE, KUF_DISCARD_ZERO), 0);
 	good = kvm_reads(&vm, kuf, 0, TEST_GPA + 90 * PAGE, out) && is_zero(out, 16) && good;
 	CHECK_KUF("populate", kuf_populate(kuf, &p), 0);
 	CHECK("populated", wait_for_event(&source, KUF_EVENT_POPULATED, 1));

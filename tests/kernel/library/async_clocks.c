@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Pages that KVM writes on its own account.  It writes into what was filled and
- * keeps a translation; both have to be right after the page was dropped, too.
+ * Pages that KVM itself writes.  KVM writes into filled pages and caches a
+ * translation; both must be right after the page was dropped, too.
  */
 #include "async.h"
 
@@ -43,8 +43,8 @@ static const char *label(const char *what, const char *which)
 }
 
 /*
- * The vCPU runs; KVM needs the page at @gpa for that and writes @size bytes,
- * which differ from what the source has, at least in part.
+ * Runs the vCPU; KVM needs the page at @gpa for that and writes @size bytes, which
+ * differ from the source's at least in part.
  */
 static void runs_with(const char *what, uint64_t gpa, size_t size, unsigned int fills,
 		      uint64_t generation)
@@ -72,12 +72,12 @@ static void kvmclock(void)
 
 	/* The translation is cached now; the page is dropped and refilled with other bytes. */
 	source.generation = 5;
-	CHECK_KUF("kvmclock: discard", kuf_discard(kuf, gpa & -PAGE, PAGE, 0), 0);
+	CHECK_KUF("kvmclock: discard", kuf_discard(kuf, gpa & -PAGE, PAGE, KUF_DISCARD_REFILL), 0);
 	want_clock_update();
 	runs_with("kvmclock after discard", gpa, 32, 2, 5);
 
-	/* ...and given back by the guest: KVM writes into zeroes. */
-	CHECK_KUF("kvmclock: removed", kuf_discard(kuf, gpa & -PAGE, PAGE, KUF_DISCARD_REMOVED), 0);
+	/* ...and removed: KVM writes into zeroes. */
+	CHECK_KUF("kvmclock: removed", kuf_discard(kuf, gpa & -PAGE, PAGE, KUF_DISCARD_ZERO), 0);
 	want_clock_update();
 	set_guest(&vm, 0, guest_nop, 0, 0, 0);
 	CHECK_EQ("kvmclock removed: goes on", run_here(&w, &vm, kuf, 0), KVM_EXIT_HLT);
@@ -101,7 +101,7 @@ static void steal_time(void)
 	CHECK_EQ("steal time: setting the MSR does not wait", set_msr(MSR_STEAL_TIME, gpa | 1), 1);
 	runs_with("steal time", gpa, 64, 1, 0);
 	source.generation = 7;
-	CHECK_KUF("steal time: discard", kuf_discard(kuf, gpa & -PAGE, PAGE, 0), 0);
+	CHECK_KUF("steal time: discard", kuf_discard(kuf, gpa & -PAGE, PAGE, KUF_DISCARD_REFILL), 0);
 	MUST(set_msr(MSR_STEAL_TIME, gpa | 1));
 	runs_with("steal time after discard", gpa, 64, 2, 7);
 	MUST(set_msr(MSR_STEAL_TIME, 0));
@@ -128,7 +128,7 @@ static void by_the_guest(void)
 	MUST(set_msr(MSR_SYSTEM_TIME, 0));
 }
 
-/* KVM_SET_MSRS writes the page itself, and waits on whichever thread that is. */
+/* KVM_SET_MSRS writes the page, and waits on the calling thread. */
 static void wall_clock(void)
 {
 	uint64_t gpa = TEST_GPA + 14 * PAGE;
@@ -141,7 +141,7 @@ static void wall_clock(void)
 	      has_content(host(&vm, gpa + 12), gpa + 12, PAGE - 12, 0));
 }
 
-/* As the host is told to do it: named, and filled before vCPUs run. */
+/* As the documentation requires: pass the page to kuf_kvm_owned, and fill it before vCPUs run. */
 static void owned(void)
 {
 	uint64_t gpa = TEST_GPA + 20 * PAGE + 0x40, faults = stats_of(kuf).faults;
@@ -156,7 +156,7 @@ static void owned(void)
 	MUST(set_msr(MSR_SYSTEM_TIME, gpa | 1));
 	set_guest(&vm, 0, guest_nop, 0, 0, 0);
 	CHECK_EQ("ensured clock: goes on", run_here(&w, &vm, kuf, 0), KVM_EXIT_HLT);
-	CHECK_EQ("ensured clock: nobody waited", stats_of(kuf).faults, faults);
+	CHECK_EQ("ensured clock: no access waited", stats_of(kuf).faults, faults);
 	CHECK("ensured clock: written", !has_content(host(&vm, gpa), gpa, 32, 0));
 	MUST(set_msr(MSR_SYSTEM_TIME, 0));
 }
@@ -167,7 +167,7 @@ static void *dropper(void *arg)
 {
 	(void)arg;
 	while (!stop) {
-		if (kuf_discard(kuf, TEST_GPA, 16 * PAGE, 0))
+		if (kuf_discard(kuf, TEST_GPA, 16 * PAGE, KUF_DISCARD_REFILL))
 			DIE("kuf_discard: %s", kuf_error());
 		want_clock_update();
 		usleep(300);
@@ -208,7 +208,7 @@ int main(void)
 	wall_clock();
 	owned();
 	storm();
-	close_kuf(kuf, KUF_CLOSE_POISON);
+	close_kuf(kuf, KUF_END_POISON);
 	vm_destroy(&vm);
 	return finish();
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The end of a handle, of a slot and of the process while KVM and vCPUs wait:
- * nobody hangs, and nobody gets to see a byte that is not the page's.
+ * The end of a handle, of a slot and of the process while KVM and vCPUs wait: no
+ * thread hangs, and no thread reads a byte that is not the page's.
  */
 #include "async.h"
 
@@ -12,7 +12,7 @@ static struct vm vm;
 static struct source source;
 static struct kuf *kuf;
 
-static void fresh(int vcpus, uint64_t flags)
+static void fresh(int vcpus, uint32_t flags)
 {
 	vm_create(&vm, PAGES * PAGE, vcpus);
 	source_init(&source, TEST_GPA);
@@ -20,13 +20,13 @@ static void fresh(int vcpus, uint64_t flags)
 	add_slot(kuf, TEST_GPA, vm.mem, vm.size);
 }
 
-/* What was handed out is of the page at @gpa; nothing at all is fine, too. */
+/* Whether the output is empty or from the page at @gpa. */
 static bool only_content(struct worker *w, uint64_t gpa)
 {
 	return has_content(w->out, gpa, w->out_len, source.generation);
 }
 
-/* Out of KVM, with what it says when it cannot access guest memory. */
+/* Whether KVM_RUN returned as it does when KVM cannot access guest memory. */
 static bool let_go(struct worker *w)
 {
 	return w->result == KVM_EXIT_MMIO || w->result == KVM_EXIT_INTERNAL_ERROR ||
@@ -51,7 +51,7 @@ static void *closer(void *arg)
 	return NULL;
 }
 
-/* A KVM accessor and a vCPU wait for pages whose fill has not come back. */
+/* A KVM access and a vCPU wait for pages whose fill callback has not returned. */
 static void with(const char *name, uint32_t flags, bool nowait)
 {
 	struct worker w[3];
@@ -62,7 +62,7 @@ static void with(const char *name, uint32_t flags, bool nowait)
 	fresh(3, 0);
 	source.hold = true;
 	for (int i = 0; i < 3; i++) {
-		/* the third one's fill has not even begun */
+		/* the third one's fill has not begun */
 		set_guest(&vm, i, i == 1 ? guest_read : guest_outsb, TEST_GPA + (i * 7) * PAGE, 16, SEEN);
 		worker_start(&w[i], &vm, kuf, i);
 	}
@@ -71,13 +71,13 @@ static void with(const char *name, uint32_t flags, bool nowait)
 	snprintf(what, sizeof(what), "%s: a vCPU waits", name);
 	CHECK(what, COMES_TRUE(w[1].exits == 1));
 	pthread_create(&t, NULL, closer, &flags);
-	if (flags & KUF_CLOSE_POPULATE) {
+	if (flags & KUF_END_POPULATE) {
 		sleep_ms(50);
 		source.hold = false;
 	} else {
-		/* Before the callbacks have returned: pages are poisoned first. */
+		/* Before the callbacks return, the pages are poisoned. */
 		sleep_ms(100);
-		snprintf(what, sizeof(what), "%s: nobody has seen anything", name);
+		snprintf(what, sizeof(what), "%s: no byte was read yet", name);
 		CHECK(what, !w[0].out_len && !w[2].out_len &&
 		      (!w[1].done || w[1].result != KVM_EXIT_HLT));
 		source.hold = false;
@@ -87,7 +87,7 @@ static void with(const char *name, uint32_t flags, bool nowait)
 		snprintf(what, sizeof(what), "%s: released in the end", name);
 		CHECK(what, COMES_TRUE(source.released == 1));
 	}
-	if (flags & KUF_CLOSE_POPULATE) {
+	if (flags & KUF_END_POPULATE) {
 		snprintf(what, sizeof(what), "%s: KVM goes on", name);
 		CHECK(what, worker_join(&w[0]) == KVM_EXIT_HLT && worker_join(&w[2]) == KVM_EXIT_HLT);
 		snprintf(what, sizeof(what), "%s: the vCPU goes on", name);
@@ -111,7 +111,7 @@ static void with(const char *name, uint32_t flags, bool nowait)
 		snprintf(what, sizeof(what), "%s: no byte was seen", name);
 		CHECK(what, !w[0].out_len && !w[2].out_len && guest_rax(&vm, 1) == SEEN);
 
-		/* Nor is any now: touching them is a memory error, of the vCPU's thread, too. */
+		/* A touch is a memory error now, on the vCPU's thread too. */
 		struct sigaction sa = { .sa_handler = on_bus }, before;
 		sigaction(SIGBUS, &sa, &before);
 		buses = 0;
@@ -140,8 +140,8 @@ static void all_present(void)
 	fresh(1, 0);
 	CHECK_KUF("present: kuf_ensure", kuf_ensure(kuf, TEST_GPA, vm.size, -1), 0);
 	CHECK("present: told", wait_for_event(&source, KUF_EVENT_COMPLETE, 1));
-	/* Given back counts as settled, and is zero without the library, too. */
-	CHECK_KUF("present: removed", kuf_discard(kuf, TEST_GPA + PAGE, PAGE, KUF_DISCARD_REMOVED), 0);
+	/* A removed page needs no fill, and is zero without the library too. */
+	CHECK_KUF("present: removed", kuf_discard(kuf, TEST_GPA + PAGE, PAGE, KUF_DISCARD_ZERO), 0);
 	close_kuf(kuf, 0);
 	set_guest(&vm, 0, guest_read, TEST_GPA, 0, 0);
 	CHECK("present: read", halts(&vm, 0) && guest_rax(&vm, 0) == content64(TEST_GPA, 0));
@@ -152,7 +152,7 @@ static void all_present(void)
 	vm_destroy(&vm);
 }
 
-/* A slot goes, another one stays. */
+/* One slot is removed, another stays. */
 static void one_slot(void)
 {
 	struct worker w[2];
@@ -167,19 +167,19 @@ static void one_slot(void)
 	source.answer = -EIO;
 	set_guest(&vm, 0, guest_outsb, TEST_GPA + PAGE, 16, 0);
 	worker_start(&w[0], &vm, kuf, 0);
-	CHECK("slot: parked", wait_for_event(&source, KUF_EVENT_PARKED, 1));
+	CHECK("slot: parked", wait_for_event(&source, KUF_KVM_EVENT_PARKED, 1));
 	source.answer = 0;
 	source.hold_gpa = TEST_GPA + 40 * PAGE;
 	set_guest(&vm, 1, guest_outsb, TEST_GPA + 40 * PAGE, 16, 0);
 	worker_start(&w[1], &vm, kuf, 1);
 	CHECK("slot: another waits in the other one", sleeps_in_kvm(&w[1]));
 	CHECK_KUF("slot: not without a flag", kuf_remove_memory(kuf, TEST_GPA, 0), -EBUSY);
-	CHECK_KUF("slot: removed", kuf_remove_memory(kuf, TEST_GPA, KUF_CLOSE_POISON), 0);
-	CHECK("slot: who was parked is let go", COMES_TRUE(w[0].done));
+	CHECK_KUF("slot: removed", kuf_remove_memory(kuf, TEST_GPA, KUF_END_POISON), 0);
+	CHECK("slot: the parked access is released", COMES_TRUE(w[0].done));
 	worker_join(&w[0]);
 	CHECK("slot: with nothing", let_go(&w[0]) && !w[0].out_len);
 	CHECK("slot: the other one waits on", sleeps_in_kvm(&w[1]));
-	CHECK_KUF("slot: nothing is parked any more", kuf_quiesce(kuf, 0), -ETIMEDOUT);
+	CHECK_KUF("slot: nothing is parked any more", kuf_kvm_quiesce(kuf, 0), -ETIMEDOUT);
 	source.hold_gpa = NO_GPA;
 	CHECK_EQ("slot: and goes on", worker_join(&w[1]), KVM_EXIT_HLT);
 	CHECK("slot: with its bytes", only_content(&w[1], TEST_GPA + 40 * PAGE));
@@ -193,7 +193,7 @@ static void one_slot(void)
 		DIE("mmap: %s", strerror(errno));
 	CHECK_KUF("slot: added again", kuf_add_memory(kuf, &m), 0);
 	CHECK("slot: served", guest_reads(&vm, kuf, 1, TEST_GPA + PAGE, content64(TEST_GPA + PAGE, 0)));
-	close_kuf(kuf, KUF_CLOSE_POPULATE);
+	close_kuf(kuf, KUF_END_POPULATE);
 	vm_destroy(&vm);
 }
 
@@ -253,7 +253,7 @@ static void by_exit(void)
 	exit(43);
 }
 
-/* Nothing of it is left for the next one. */
+/* No state remains for the next VM. */
 static void deaths(void)
 {
 	CHECK("SIGKILL ends it", child("SIGKILL", by_sigkill, SIGKILL, 0));
@@ -263,11 +263,11 @@ static void deaths(void)
 	doing("afterwards", 30);
 	fresh(1, 0);
 	CHECK("a new VM is served", guest_reads(&vm, kuf, 0, TEST_GPA, content64(TEST_GPA, 0)));
-	close_kuf(kuf, KUF_CLOSE_POISON);
+	close_kuf(kuf, KUF_END_POISON);
 	vm_destroy(&vm);
 }
 
-/* Without waiting for callbacks, pages of theirs stay closed: in a child, which has to be killed. */
+/* KUF_END_NOWAIT leaves the pages of running callbacks inaccessible: in a child, which has to be killed. */
 static void nowait(void)
 {
 	int s = 0;
@@ -279,7 +279,7 @@ static void nowait(void)
 		alarm(60);
 		memset(&vm, 0, sizeof(vm));
 		nr_failed = 0;
-		with("close NOWAIT", KUF_CLOSE_POISON | KUF_CLOSE_NOWAIT, true);
+		with("close NOWAIT", KUF_END_POISON | KUF_END_NOWAIT, true);
 		_exit(nr_failed ? 1 : 0);
 	}
 	MUST(waitpid(pid, &s, 0));
@@ -289,9 +289,9 @@ static void nowait(void)
 int main(void)
 {
 	all_present();
-	with("close POISON", KUF_CLOSE_POISON, false);
-	with("close POPULATE", KUF_CLOSE_POPULATE, false);
-	with("close POPULATE POISON", KUF_CLOSE_POPULATE | KUF_CLOSE_POISON, false);
+	with("close POISON", KUF_END_POISON, false);
+	with("close POPULATE", KUF_END_POPULATE, false);
+	with("close POPULATE POISON", KUF_END_POPULATE | KUF_END_POISON, false);
 	one_slot();
 	nowait();
 	deaths();

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * A device model with a ring in guest memory, as virtio has: the guest writes
- * descriptors, a thread of the VMM's reads them and what they point to.  Marks keep
- * nobody but KVM off pages that are missing, so that thread calls kuf_ensure first.
+ * descriptors; a thread of the VMM reads them and the buffers they point to.  Marks
+ * stop only KVM at absent pages, so the thread must call kuf_ensure first.
  */
 #include "async.h"
 
@@ -10,9 +10,9 @@
 #define RING (TEST_GPA + 8 * PAGE)
 #define USED (TEST_GPA + 16 * PAGE)
 #define ENTRIES 64UL
-#define TO_GUEST 1UL		/* the device writes, else it reads */
+#define TO_GUEST 1UL		/* the device writes; otherwise it reads */
 
-/* Three words each: where, how many bytes, which way. */
+/* Three words each: address, length, direction. */
 #define ENTRY 24UL
 
 static struct vm vm;
@@ -74,7 +74,7 @@ static void guest_writes(uint64_t gpa, uint64_t value)
 
 int main(void)
 {
-	struct kuf_populate all = { .size = sizeof(all), .gpa = KUF_ALL, .rate = 1 << 20 };
+	struct kuf_populate_request all = { .size = sizeof(all), .gpa = KUF_ALL, .rate = 1 << 20 };
 	bool sums = true, seen = true, kvm_sees = true;
 	pthread_t t;
 
@@ -86,8 +86,8 @@ int main(void)
 	kick = (int)MUST(eventfd(0, EFD_CLOEXEC | EFD_SEMAPHORE));
 	call = (int)MUST(eventfd(0, EFD_CLOEXEC | EFD_SEMAPHORE));
 
-	/* What happens to who does not ask: nothing stops him, and it is not the page's. */
-	CHECK("a thread that does not ask reads what is not there",
+	/* Without kuf_ensure no fault stops a thread, and it reads other bytes. */
+	CHECK("a thread without kuf_ensure reads zeroes",
 	      is_zero(host(&vm, TEST_GPA + 1000 * PAGE), 64));
 	CHECK_KUF("one that asks", kuf_ensure(kuf, TEST_GPA + 1000 * PAGE, 64, -1), 0);
 	CHECK("reads the page", has_content(host(&vm, TEST_GPA + 1000 * PAGE),
@@ -96,7 +96,7 @@ int main(void)
 	pthread_create(&t, NULL, device, NULL);
 	CHECK_KUF("populate behind all of it", kuf_populate(kuf, &all), 0);
 	for (uint64_t i = 0; i < ENTRIES; i++) {
-		/* Buffers that begin and end in the middle of pages, some longer than one. */
+		/* Buffers that begin and end inside pages, some longer than a page. */
 		uint64_t gpa = TEST_GPA + (32 + i * 15) * PAGE + i * 61 % PAGE;
 		uint64_t len = 1 + i * 797 % (3 * PAGE), sum = 0, n = 1, used;
 		bool to_guest = i % 3 == 0;
@@ -109,7 +109,7 @@ int main(void)
 		MUST(read(call, &n, sizeof(n)));
 		for (uint64_t at = gpa; at < gpa + len; at++)
 			sum += to_guest ? device_byte(at) : content(at, 0);
-		/* The guest looks at what it got. */
+		/* The guest reads the result. */
 		struct worker w;
 		set_guest(&vm, 0, guest_read, USED + i * 8, 0, 0);
 		if (run_here(&w, &vm, kuf, 0) != KVM_EXIT_HLT)
@@ -125,7 +125,7 @@ int main(void)
 		kvm_sees = kvm_reads(&vm, kuf, 0, gpa + len - 16, out) && kvm_sees;
 		for (int b = 0; b < 16; b++)
 			kvm_sees = kvm_sees && out[b] == device_byte(gpa + len - 16 + (uint64_t)b);
-		/* Around it, what the source has. */
+		/* The bytes around it are the source's. */
 		if (gpa % PAGE)
 			seen = seen && *host(&vm, gpa - 1) == content(gpa - 1, 0);
 	}
@@ -139,11 +139,11 @@ int main(void)
 		once = once && source.fills[i] <= 1;
 	CHECK("no page was filled over what was written", once);
 
-	CHECK_KUF("at once or not at all: a page that nobody has begun is filled",
+	CHECK_KUF("with timeout 0: a page whose fill has not begun is filled",
 		  kuf_ensure(kuf, TEST_GPA + 1010 * PAGE, PAGE, 0), 0);
 	CHECK_KUF("in no slot", kuf_ensure(kuf, TEST_GPA + vm.size, 1, -1), -ENOENT);
 	CHECK_KUF("out of its slot", kuf_ensure(kuf, TEST_GPA + vm.size - 1, 2, -1), -ERANGE);
-	close_kuf(kuf, KUF_CLOSE_POPULATE);
+	close_kuf(kuf, KUF_END_POPULATE);
 	vm_destroy(&vm);
 	return finish();
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The host's own loop: kuf_poll, kuf_read, kuf_resolve, with a service thread and
- * without one; and a callback that defers, with bytes received in place.
+ * The caller's own loop of kuf_poll, kuf_read and kuf_resolve, with a service thread
+ * and without one; and a callback that defers, with bytes received in place.
  */
 #include "async.h"
 
@@ -57,7 +57,7 @@ static void *loop(void *arg)
 			DIE("kuf_read: %zd %s", n, kuf_error());
 		for (ssize_t i = 0; i < n; i++) {
 			taken[(f[i].gpa - TEST_GPA) / PAGE]++;
-			if (f[i].flags & KUF_FAULT_KVM)
+			if (f[i].flags & KUF_KVM_FAULT)
 				kvms++;
 			else
 				others++;
@@ -67,7 +67,7 @@ static void *loop(void *arg)
 	return NULL;
 }
 
-static void run_loop(const char *name, uint64_t flags, enum how how)
+static void run_loop(const char *name, uint32_t flags, enum how how)
 {
 	struct worker w[4];
 	char what[96];
@@ -106,7 +106,7 @@ static void run_loop(const char *name, uint64_t flags, enum how how)
 	snprintf(what, sizeof(what), "%s: a place for each", name);
 	CHECK_EQ(what, no_place, 0);
 
-	/* Four at once, at the same pages and at others. */
+	/* Four vCPUs at once, at the same pages and at others. */
 	for (int round = 0; round < 40; round++) {
 		uint64_t gpa = TEST_GPA + (64 + (uint64_t)round * 4) * PAGE;
 
@@ -138,11 +138,11 @@ static void run_loop(const char *name, uint64_t flags, enum how how)
 	CHECK_EQ(what, kuf_pending(kuf, NULL, 0), 0);
 	stop = true;
 	pthread_join(t, NULL);
-	close_kuf(kuf, KUF_CLOSE_POISON);
+	close_kuf(kuf, KUF_END_POISON);
 	vm_destroy(&vm);
 }
 
-/* Until one thread's loop has nothing to do for a while; returns how many it got. */
+/* Serves faults until there are none for a while.  Returns the number of faults. */
 static int pump(int patience_ms)
 {
 	struct kuf_fault f[2];
@@ -160,8 +160,8 @@ static int pump(int patience_ms)
 	return got;
 }
 
-/* More in KVM's queue than the library takes at a time: nobody is forgotten. */
-static void little_room(const char *name, uint64_t flags)
+/* Eight vCPUs wait before the first read: none is forgotten. */
+static void many_at_once(const char *name, uint32_t flags)
 {
 	struct worker w[8];
 	struct eventfds events = eventfds_but(NULL);
@@ -171,7 +171,7 @@ static void little_room(const char *name, uint64_t flags)
 	doing(name, 60);
 	vm_create(&vm, PAGES * PAGE, 8);
 	source_init(&source, TEST_GPA);
-	kuf = open_options(&vm, (struct kuf_options){ .flags = flags, .queue_max = 2 });
+	kuf = open_options(&vm, (struct kuf_options){ .flags = flags });
 	events = eventfds_but(&events);
 	add_slot(kuf, TEST_GPA, vm.mem, vm.size);
 	for (int i = 0; i < 8; i++) {
@@ -186,7 +186,7 @@ static void little_room(const char *name, uint64_t flags)
 		if (!COMES_TRUE(w[i].done)) {
 			dprintf(1, "# vCPU %d waits for ever\n", i);
 			good = false;
-			/* KVM's queue is gone, and those in it with it. */
+			/* The entries of KVM's queue are lost. */
 			kuf_ensure(kuf, TEST_GPA + (uint64_t)i * PAGE, PAGE, 0);
 			pump(300);
 		}
@@ -195,11 +195,11 @@ static void little_room(const char *name, uint64_t flags)
 	}
 	snprintf(what, sizeof(what), "%s: all eight go on", name);
 	CHECK(what, good);
-	close_kuf(kuf, KUF_CLOSE_POISON);
+	close_kuf(kuf, KUF_END_POISON);
 	vm_destroy(&vm);
 }
 
-/* What has been read is owed, listed, and may be poisoned. */
+/* A fault that was read is pending, is listed, and may be poisoned. */
 static void owed(void)
 {
 	struct worker w[3];
@@ -219,10 +219,10 @@ static void owed(void)
 	CHECK_KUF("owed: one comes", kuf_poll(kuf, 20000), 1);
 	CHECK_KUF("owed: it is read", kuf_read(kuf, f, 4), 1);
 	CHECK("owed: by KVM, for this page", f[0].gpa == gpa && f[0].len == PAGE &&
-	      f[0].flags == (KUF_FAULT_KVM | KUF_FAULT_DEMAND) && f[0].memory_offset == 5 * PAGE);
+	      f[0].flags == (KUF_KVM_FAULT | KUF_FAULT_DEMAND) && f[0].memory_offset == 5 * PAGE);
 	CHECK("owed: its place is the memory itself", f[0].place == host(&vm, gpa));
 
-	/* Others for the same page: joined, not asked again. */
+	/* Further faults of the same page join it and are not read again. */
 	set_guest(&vm, 1, guest_read, gpa + 8, 0, 0);
 	worker_start(&w[1], &vm, kuf, 1);
 	set_guest(&vm, 2, guest_outsb, gpa + 32, 16, 0);
@@ -231,7 +231,7 @@ static void owed(void)
 	CHECK_KUF("owed: nothing more to read", kuf_poll(kuf, 200), 0);
 	CHECK_KUF("owed: one page is pending", n = kuf_pending(kuf, f, 4), 1);
 	CHECK("owed: this one", n == 1 && f[0].gpa == gpa);
-	CHECK_KUF("owed: not quiet", kuf_quiesce(kuf, 50), -ETIMEDOUT);
+	CHECK_KUF("owed: not quiet", kuf_kvm_quiesce(kuf, 50), -ETIMEDOUT);
 	f[0].len = PAGE;
 	f[0].place = host(&vm, gpa);
 	resolve(&f[0], BY_PLACE);
@@ -239,9 +239,9 @@ static void owed(void)
 	      worker_join(&w[1]) == KVM_EXIT_HLT && worker_join(&w[2]) == KVM_EXIT_HLT);
 	CHECK("owed: bytes", has_content(w[0].out, gpa, 16, 0) &&
 	      guest_rax(&vm, 1) == content64(gpa + 8, 0) && has_content(w[2].out, gpa + 32, 16, 0));
-	CHECK_KUF("owed: quiet", kuf_quiesce(kuf, 10000), 0);
+	CHECK_KUF("owed: quiet", kuf_kvm_quiesce(kuf, 10000), 0);
 
-	/* Resolved again: present pages keep their bytes, and what the guest has written. */
+	/* Resolving again must leave present pages as they are, with the guest's writes. */
 	*host(&vm, gpa) = 0x99;
 	static uint8_t junk[PAGE];
 	memset(junk, 0xbb, PAGE);
@@ -250,7 +250,7 @@ static void owed(void)
 	CHECK("owed: changes nothing", *host(&vm, gpa) == 0x99 &&
 	      has_content(host(&vm, gpa + 1), gpa + 1, PAGE - 1, 0));
 
-	/* The host gives it up. */
+	/* The caller poisons the page. */
 	gpa += PAGE;
 	set_guest(&vm, 0, guest_outsb, gpa, 16, 0);
 	worker_start(&w[0], &vm, kuf, 0);
@@ -261,16 +261,16 @@ static void owed(void)
 	CHECK("given up: KVM waits", sleeps_in_kvm(&w[0]));
 	CHECK_KUF("given up: poison", kuf_resolve(kuf, gpa, NULL, PAGE, KUF_RESOLVE_POISON), PAGE);
 	CHECK_EQ("given up: the vCPU", worker_join(&w[1]), -EHWPOISON);
-	CHECK("given up: parked", wait_for_event(&source, KUF_EVENT_PARKED, 1));
-	CHECK_KUF("given up: discard", kuf_discard(kuf, gpa, PAGE, 0), 0);
-	CHECK_KUF("given up: asked for anew, for who is parked", kuf_poll(kuf, 20000), 1);
+	CHECK("given up: parked", wait_for_event(&source, KUF_KVM_EVENT_PARKED, 1));
+	CHECK_KUF("given up: discard", kuf_discard(kuf, gpa, PAGE, KUF_DISCARD_REFILL), 0);
+	CHECK_KUF("given up: requested again for the parked access", kuf_poll(kuf, 20000), 1);
 	CHECK_KUF("given up: it is read", kuf_read(kuf, f, 4), 1);
-	CHECK("given up: still KVM's", f[0].gpa == gpa && f[0].flags & KUF_FAULT_KVM);
+	CHECK("given up: still KVM's", f[0].gpa == gpa && f[0].flags & KUF_KVM_FAULT);
 	resolve(&f[0], BY_PLACE);
 	CHECK_EQ("given up: goes on", worker_join(&w[0]), KVM_EXIT_HLT);
 	CHECK("given up: with the right bytes", has_content(w[0].out, gpa, 16, 0));
 
-	/* Unasked, ahead of everybody; a run of pages in pieces. */
+	/* Resolved before any fault: a run of pages in pieces. */
 	static uint8_t run[16 * PAGE];
 	gpa = TEST_GPA + 64 * PAGE;
 	put_content(run, gpa, sizeof(run), 0);
@@ -282,14 +282,14 @@ static void owed(void)
 	      guest_rax(&vm, 0) == content64(gpa + 5 * PAGE, 0));
 	CHECK("unasked: bytes", has_content(host(&vm, gpa), gpa, sizeof(run), 0));
 
-	/* Given back by the guest: not for the host to fill. */
-	CHECK_KUF("removed: discard", kuf_discard(kuf, gpa, PAGE, KUF_DISCARD_REMOVED), 0);
+	/* A removed page is not the caller's to fill. */
+	CHECK_KUF("removed: discard", kuf_discard(kuf, gpa, PAGE, KUF_DISCARD_ZERO), 0);
 	CHECK_KUF("removed: kuf_resolve", kuf_resolve(kuf, gpa, run, PAGE, 0), 0);
 	uint8_t out[16];
 	CHECK("removed: KVM reads zero without the host", kvm_reads(&vm, kuf, 0, gpa, out) &&
 	      is_zero(out, 16));
 	CHECK_KUF("removed: nothing was asked", kuf_poll(kuf, 0), 0);
-	close_kuf(kuf, KUF_CLOSE_POISON);
+	close_kuf(kuf, KUF_END_POISON);
 	vm_destroy(&vm);
 }
 
@@ -303,12 +303,12 @@ static int defer(void *opaque, struct kuf_fill *f)
 	int n;
 
 	(void)opaque;
-	if (!(f->flags & KUF_FILL_IN_PLACE))
+	if (!(f->flags & KUF_RUN_IN_PLACE))
 		no_place++;
 	n = nr_deferred;
 	deferred[n] = *f;
 	nr_deferred = n + 1;
-	return KUF_DEFERRED;
+	return KUF_FILL_DEFERRED;
 }
 
 static void deferring(void)
@@ -331,12 +331,12 @@ static void deferring(void)
 	CHECK_EQ("defer: in place", no_place, 0);
 	CHECK_EQ("defer: pending", kuf_pending(kuf, NULL, 0), 4);
 	CHECK("defer: KVM waits", sleeps_in_kvm(&w[1]) && sleeps_in_kvm(&w[3]));
-	CHECK_EQ("defer: nobody has gone on", w[0].done + w[2].done, 0);
-	/* The last one first, and bytes in the page long before it is published. */
+	CHECK_EQ("defer: no vCPU has continued", w[0].done + w[2].done, 0);
+	/* Resolve the last one first, with the bytes in the page long before that. */
 	for (int i = 3; i >= 0; i--) {
 		put_content(deferred[i].buf, deferred[i].gpa, deferred[i].len, 0);
 		sleep_ms(20);
-		CHECK_EQ("defer: bytes alone do not let anybody go on", w[i].done, 0);
+		CHECK_EQ("defer: bytes alone do not release a vCPU", w[i].done, 0);
 		CHECK_KUF("defer: published",
 			  kuf_resolve(kuf, deferred[i].gpa, NULL, deferred[i].len,
 				      KUF_RESOLVE_IN_PLACE), (long)deferred[i].len);
@@ -347,18 +347,18 @@ static void deferring(void)
 	      guest_rax(&vm, 2) == content64(gpa + 16 * PAGE, 0) &&
 	      has_content(w[3].out, gpa + 24 * PAGE, 16, 0));
 
-	/* Discarded in between: the old answer is not for the new life. */
+	/* Discarded meanwhile: the old answer is stale. */
 	int n = nr_deferred;
 	gpa = TEST_GPA + 100 * PAGE;
 	set_guest(&vm, 0, guest_outsb, gpa, 16, 0);
 	worker_start(&w[0], &vm, kuf, 0);
 	CHECK("defer: asked for again", COMES_TRUE(nr_deferred == n + 1));
 	put_content(deferred[n].buf, gpa, PAGE, 66);
-	CHECK_KUF("defer: removed meanwhile", kuf_discard(kuf, gpa, PAGE, KUF_DISCARD_REMOVED), 0);
+	CHECK_KUF("defer: removed meanwhile", kuf_discard(kuf, gpa, PAGE, KUF_DISCARD_ZERO), 0);
 	kuf_resolve(kuf, gpa, NULL, PAGE, KUF_RESOLVE_IN_PLACE);
 	CHECK_EQ("defer: KVM goes on", worker_join(&w[0]), KVM_EXIT_HLT);
 	CHECK("defer: with zeroes", w[0].out_len == 16 && is_zero(w[0].out, 16));
-	close_kuf(kuf, KUF_CLOSE_POISON);
+	close_kuf(kuf, KUF_END_POISON);
 	vm_destroy(&vm);
 }
 
@@ -369,10 +369,10 @@ int main(void)
 	run_loop("driven, zero", 0, BY_ZERO);
 	run_loop("direct, by copy", KUF_OPEN_DIRECT, BY_COPY);
 	run_loop("direct, in place", KUF_OPEN_DIRECT, BY_PLACE);
-	run_loop("direct and drain", KUF_OPEN_DIRECT | KUF_OPEN_KVM_DRAIN, BY_PLACE);
+	run_loop("direct and drain", KUF_OPEN_DIRECT | KUF_KVM_OPEN_DRAIN, BY_PLACE);
 	owed();
 	deferring();
-	little_room("little room", 0);
-	little_room("little room, direct", KUF_OPEN_DIRECT);
+	many_at_once("many at once", 0);
+	many_at_once("many at once, direct", KUF_OPEN_DIRECT);
 	return finish();
 }

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Slots and handles end while everything runs: vCPUs, KVM for them, populate, the
- * VMM's threads, without or with deferred fills.  Whatever becomes of an access, a
- * byte that anybody gets is the page's.
+ * Slots and handles end under full load: vCPUs, KVM for them, populate, the VMM's
+ * threads, without or with deferred fills.  An access may fail, but each byte that
+ * it reads is the page's.
  */
 #include "async.h"
 
@@ -23,7 +23,7 @@ static void on_bus(int sig)
 	buses++;
 }
 
-/* Until the memory is not to be had any more: of a vCPU, in random order. */
+/* A vCPU reads pages in random order until the memory is gone. */
 static void *vcpu(void *arg)
 {
 	int cpu = (int)(intptr_t)arg;
@@ -38,7 +38,7 @@ static void *vcpu(void *arg)
 		gpa = TEST_GPA + (rnd >> 8) % PAGES * PAGE + (rnd & 63) * 8;
 		set_guest(&vm, cpu, rnd & 0x80 ? guest_outsb : guest_read, gpa, 16, 0x5555);
 		worker_init(&w, &vm, kuf, cpu);
-		/* By hand: a memory error interrupts KVM_RUN, and would do so for ever. */
+		/* Without run_here, which would retry for ever after a memory error interrupts KVM_RUN. */
 		for (;;) {
 			r = ioctl(vm.vcpu[cpu], KVM_RUN, 0);
 			if (r < 0 && errno == EFAULT && vm.run[cpu]->exit_reason == UF_EXIT_MEMORY_FAULT) {
@@ -47,7 +47,7 @@ static void *vcpu(void *arg)
 				r = kuf_vcpu_fault(kuf, f.gpa, f.size, f.flags);
 				if (!r)
 					continue;
-				/* What the handle or the slot's end says, and nothing else. */
+				/* Only the errors for the end of the handle or of the slot. */
 				if (r != -ECANCELED && r != -EBADF && r != -EHWPOISON && r != -ENOENT) {
 					dprintf(1, "# kuf_vcpu_fault: %d %s\n", r, kuf_error());
 					wrong++;
@@ -60,7 +60,7 @@ static void *vcpu(void *arg)
 				break;
 			if (vm.run[cpu]->exit_reason != KVM_EXIT_IO ||
 			    vm.run[cpu]->io.port == EXCEPTION_PORT)
-				return NULL;	/* MMIO where there is memory, an error of the emulator */
+				return NULL;	/* MMIO at memory, or an error of the emulator */
 			uint8_t *data = (uint8_t *)vm.run[cpu] + vm.run[cpu]->io.data_offset;
 			size_t n = (size_t)vm.run[cpu]->io.size * vm.run[cpu]->io.count;
 
@@ -101,11 +101,11 @@ static void *ensurer(void *arg)
 
 static void run(int round)
 {
-	static const uint32_t flags[] = { KUF_CLOSE_POISON, KUF_CLOSE_POPULATE,
-					  KUF_CLOSE_POISON | KUF_CLOSE_POPULATE };
+	static const uint32_t flags[] = { KUF_END_POISON, KUF_END_POPULATE,
+					  KUF_END_POISON | KUF_END_POPULATE };
 	uint32_t how = flags[round % 3];
 	bool slot_only = round / 3 % 2;
-	struct kuf_populate p = { .size = sizeof(p), .gpa = KUF_ALL, .rate = 1 << 20 };
+	struct kuf_populate_request p = { .size = sizeof(p), .gpa = KUF_ALL, .rate = 1 << 20 };
 	pthread_t t[VCPUS], e;
 	int r;
 
@@ -115,7 +115,7 @@ static void run(int round)
 	source.delay_us = round % 4 * 300;
 	kuf = open_options(&vm, (struct kuf_options){ .fill = source_fill, .event = source_event,
 			   .release = source_release, .opaque = &source,
-			   .flags = round & 8 ? KUF_OPEN_KVM_DRAIN : 0 });
+			   .flags = round & 8 ? KUF_KVM_OPEN_DRAIN : 0 });
 	add_slot(kuf, TEST_GPA, vm.mem, vm.size);
 	stop = false;
 	for (int i = 0; i < VCPUS; i++)
@@ -124,7 +124,7 @@ static void run(int round)
 	if (kuf_populate(kuf, &p))
 		DIE("kuf_populate: %s", kuf_error());
 	usleep((unsigned int)(round * 7919 % 40) * 1000);
-	/* kuf itself stays: the others' calls find out by themselves. */
+	/* The variable kuf keeps the handle, so that the other threads' calls fail by themselves. */
 	struct kuf *mine = kuf;
 	if (slot_only) {
 		do {
@@ -136,8 +136,8 @@ static void run(int round)
 	r = kuf_close(&mine, how);
 	if (r)
 		DIE("round %d: kuf_close: %d %s", round, r, kuf_error());
-	if (how & KUF_CLOSE_POPULATE) {
-		/* All is there: vCPUs go on as long as they are let. */
+	if (how & KUF_END_POPULATE) {
+		/* All pages are present: vCPUs continue until they are stopped. */
 		usleep(5000);
 		if (!has_content(vm.mem, TEST_GPA, vm.size, source.generation)) {
 			dprintf(1, "# round %d: not all is there\n", round);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* The eventfd that KVM signals, read by somebody who thinks that it is his. */
+/* Another thread reads the eventfd that KVM signals, and so takes the library's signals. */
 #include "async.h"
 
 static struct vm vm;
@@ -9,13 +9,13 @@ static struct eventfds events;
 static _Atomic bool stop;
 static _Atomic uint64_t stolen;
 
-/* Gets there first: it never sleeps, and the library's thread has to be woken. */
+/* The thief reads first, because it never sleeps, while the library's thread has to wake. */
 static void *thief(void *arg)
 {
 	struct sched_param p = { .sched_priority = 10 };
 
 	(void)arg;
-	/* At a real-time priority where that is allowed; each signal is its own then. */
+	/* With a real-time priority, if allowed, it takes all signals. */
 	pthread_setschedparam(pthread_self(), SCHED_FIFO, &p);
 	while (!stop) {
 		struct pollfd fds[64];
@@ -34,7 +34,7 @@ static void *thief(void *arg)
 	return NULL;
 }
 
-static void open_it(uint64_t flags)
+static void open_it(uint32_t flags)
 {
 	vm_create(&vm, 64 * PAGE, 4);
 	source_init(&source, TEST_GPA);
@@ -44,22 +44,22 @@ static void open_it(uint64_t flags)
 	add_slot(kuf, TEST_GPA, vm.mem, vm.size);
 }
 
-/* With leave to look into the queue, a fault whose signal is gone is found. */
+/* With KUF_KVM_OPEN_DRAIN the library finds a fault whose signal was stolen. */
 static void drained(void)
 {
 	struct worker w[4];
-	struct kuf_stats st;
+	struct kuf_stats_info st;
 	pthread_t t;
 	double started, slowest = 0;
 	uint64_t before;
 	uint8_t out[16];
 
 	doing("drain", 30);
-	open_it(KUF_OPEN_KVM_DRAIN);
+	open_it(KUF_KVM_OPEN_DRAIN);
 	CHECK("drain: nothing amiss", kvm_reads(&vm, kuf, 0, TEST_GPA, out) &&
 	      has_content(out, TEST_GPA, 16, 0));
 	sleep_ms(1200);
-	CHECK_EQ("drain: nothing is reported", source.events[KUF_EVENT_UNSIGNALLED], 0);
+	CHECK_EQ("drain: nothing is reported", source.events[KUF_KVM_EVENT_UNSIGNALLED], 0);
 	CHECK_EQ("drain: nothing is counted", stats_of(kuf).faults_unsignalled, 0);
 
 	stop = false;
@@ -83,17 +83,17 @@ static void drained(void)
 	}
 	dprintf(1, "# slowest after %.2f s, %" PRIu64 " signals stolen\n", slowest, stolen);
 	CHECK("drain: some were stolen", stolen > 0);
-	/* Twice a second; the emulated machine is slow, and shared. */
+	/* The library looks twice a second; the emulated machine is slow and shared. */
 	CHECK("drain: soon", slowest < 3);
 	stop = true;
 	pthread_join(t, NULL);
-	CHECK("drain: told", wait_for_event(&source, KUF_EVENT_UNSIGNALLED, 1));
+	CHECK("drain: told", wait_for_event(&source, KUF_KVM_EVENT_UNSIGNALLED, 1));
 	st = stats_of(kuf);
 	CHECK("drain: counted", st.faults_unsignalled > 0 && st.faults_unsignalled <= stolen);
-	CHECK_EQ("drain: told once", source.events[KUF_EVENT_UNSIGNALLED], 1);
+	CHECK_EQ("drain: told once", source.events[KUF_KVM_EVENT_UNSIGNALLED], 1);
 	CHECK_EQ("drain: nothing is unknown", st.faults_unknown, 0);
 
-	/* Without the thief it is as before, and at once. */
+	/* Without the thief, faults are served at once again. */
 	before = st.faults_unsignalled;
 	sleep_ms(600);
 	before = stats_of(kuf).faults_unsignalled;
@@ -106,11 +106,11 @@ static void drained(void)
 	CHECK("drain: by signals", now_s() - started < 1.5);
 	sleep_ms(1200);
 	CHECK_EQ("drain: none of these was without", stats_of(kuf).faults_unsignalled, before);
-	close_kuf(kuf, KUF_CLOSE_POISON);
+	close_kuf(kuf, KUF_END_POISON);
 	vm_destroy(&vm);
 }
 
-/* Without it, who waits may wait on, until the page comes in another way; all else works. */
+/* Without KUF_KVM_OPEN_DRAIN the access waits until its page is filled in another way; all else works. */
 static void not_drained(void)
 {
 	struct worker w, last;
@@ -123,7 +123,7 @@ static void not_drained(void)
 	stop = false;
 	stolen = 0;
 	pthread_create(&t, NULL, thief, NULL);
-	/* As often as it takes for the thief to be first. */
+	/* Repeat until the thief is first. */
 	for (int i = 0; i < 50; i++, gpa += PAGE) {
 		set_guest(&vm, 0, guest_outsb, gpa, 16, 0);
 		worker_start(&w, &vm, kuf, 0);
@@ -139,12 +139,12 @@ static void not_drained(void)
 	if (w.done)
 		DIE("nothing could be stolen");
 	CHECK("no drain: a fault is lost", sleeps_in_kvm(&w) && stolen > 0);
-	CHECK_EQ("no drain: nobody has asked for its page", fills_of(&source, gpa), 0);
+	CHECK_EQ("no drain: its page was not requested", fills_of(&source, gpa), 0);
 	CHECK("no drain: vCPUs are served",
 	      guest_reads(&vm, kuf, 1, gpa + PAGE, content64(gpa + PAGE, 0)));
 	/*
-	 * One signal more, so one entry is read: the oldest.  Whose signal it was
-	 * nobody knows, and who came last is left.
+	 * One more signal makes the library read one entry, the oldest.  A signal does
+	 * not name its entry, so that the newest one stays.
 	 */
 	set_guest(&vm, 2, guest_outsb, gpa + 2 * PAGE, 16, 0);
 	worker_start(&last, &vm, kuf, 2);
@@ -156,7 +156,7 @@ static void not_drained(void)
 	CHECK_EQ("no drain: then it goes on", worker_join(&last), KVM_EXIT_HLT);
 	CHECK("no drain: with its bytes, too", has_content(last.out, gpa + 2 * PAGE, 16, 0));
 
-	/* A signal of somebody else's makes nothing be read that is not there. */
+	/* A foreign signal without a fault must do no harm. */
 	n = 5;
 	for (int i = 0; i < events.nr; i++)
 		MUST(write(events.fd[i], &n, sizeof(n)));
@@ -165,9 +165,9 @@ static void not_drained(void)
 	      kvm_reads(&vm, kuf, 3, TEST_GPA + 60 * PAGE, out) &&
 	      has_content(out, TEST_GPA + 60 * PAGE, 16, 0));
 	CHECK_EQ("no drain: nothing was lost by reading", stats_of(kuf).faults_lost, 0);
-	CHECK_EQ("no drain: not reported", source.events[KUF_EVENT_UNSIGNALLED], 0);
+	CHECK_EQ("no drain: not reported", source.events[KUF_KVM_EVENT_UNSIGNALLED], 0);
 	CHECK_EQ("no drain: not dead", source.events[KUF_EVENT_FATAL], 0);
-	close_kuf(kuf, KUF_CLOSE_POPULATE);
+	close_kuf(kuf, KUF_END_POPULATE);
 	CHECK("no drain: all is there", has_content(vm.mem, TEST_GPA, vm.size, 0));
 	vm_destroy(&vm);
 }

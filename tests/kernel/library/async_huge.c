@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Small mappings while pages are missing, huge ones when all are there.  Counted
- * by KVM's own statistics.
+ * KVM maps small pages while pages are absent, and huge ones when all are present.
+ * KVM's own statistics count them.
  */
 #include "async.h"
 
@@ -36,7 +36,7 @@ static bool touch_all(void)
 	return run_here(&w, &vm, kuf, 0) == KVM_EXIT_HLT && guest_rax(&vm, 0) == sum;
 }
 
-/* Memory that can have huge pages, at an address where they fit. */
+/* Maps memory for huge pages, at an aligned address. */
 static uint8_t *aligned(void)
 {
 	uint8_t *p = anon(SIZE + HUGE);
@@ -49,7 +49,7 @@ static uint8_t *aligned(void)
 	return at;
 }
 
-/* granule: of the mapping, so either one mark or 512 for a huge page. */
+/* The granule of the mapping decides whether a huge page has one mark or 512. */
 static void run(const char *name, void *mem, uint64_t granule)
 {
 	char what[96];
@@ -62,7 +62,7 @@ static void run(const char *name, void *mem, uint64_t granule)
 	source_init(&source, TEST_GPA);
 	kuf = open_serviced(&vm, &source, 0);
 	add_slot(kuf, TEST_GPA, mem, SIZE);
-	/* All but the last granule of each of them. */
+	/* Touch all but the last granule of each huge page. */
 	for (uint64_t gpa = TEST_GPA; granule == PAGE && gpa < TEST_GPA + SIZE; gpa += HUGE)
 		if (kuf_ensure(kuf, gpa, HUGE - PAGE, -1))
 			DIE("kuf_ensure: %s", kuf_error());
@@ -87,9 +87,9 @@ static void run(const char *name, void *mem, uint64_t granule)
 	snprintf(what, sizeof(what), "%s: huge with the last page", name);
 	CHECK_EQ(what, huge(), 4);
 
-	/* One is dropped, and comes again. */
+	/* One page is dropped and filled again. */
 	source.generation = 1;
-	CHECK_KUF(name, kuf_discard(kuf, TEST_GPA + HUGE, granule, 0), 0);
+	CHECK_KUF(name, kuf_discard(kuf, TEST_GPA + HUGE, granule, KUF_DISCARD_REFILL), 0);
 	set_guest(&vm, 0, guest_read, TEST_GPA + HUGE + PAGE, 0, 0);
 	struct worker w;
 	snprintf(what, sizeof(what), "%s: with one missing", name);
@@ -101,9 +101,9 @@ static void run(const char *name, void *mem, uint64_t granule)
 	snprintf(what, sizeof(what), "%s: refilled", name);
 	CHECK(what, guest_reads(&vm, kuf, 0, TEST_GPA + HUGE, content64(TEST_GPA + HUGE, 1)));
 
-	/* Filled in the background, where nobody touches the last page: after the end at the latest. */
-	CHECK_KUF(name, kuf_discard(kuf, TEST_GPA, SIZE, 0), 0);
-	struct kuf_populate p = { .size = sizeof(p), .gpa = KUF_ALL };
+	/* After a fill in the background, which touches no page, mappings are huge after the end at the latest. */
+	CHECK_KUF(name, kuf_discard(kuf, TEST_GPA, SIZE, KUF_DISCARD_REFILL), 0);
+	struct kuf_populate_request p = { .size = sizeof(p), .gpa = KUF_ALL };
 	CHECK_KUF(name, kuf_populate(kuf, &p), 0);
 	snprintf(what, sizeof(what), "%s: populated", name);
 	CHECK(what, wait_for_event(&source, KUF_EVENT_POPULATED, 1) &&
@@ -115,7 +115,7 @@ static void run(const char *name, void *mem, uint64_t granule)
 		sum += content(gpa, 1);
 	set_guest(&vm, 0, guest_touch, TEST_GPA, SIZE / PAGE, 0);
 	CHECK(what, halts(&vm, 0) && guest_rax(&vm, 0) == sum);
-	/* Dropped page by page, anonymous memory is made of small pages until khugepaged comes by. */
+	/* Anonymous memory that was dropped page by page has small pages until khugepaged merges them. */
 	if (granule == HUGE) {
 		snprintf(what, sizeof(what), "%s: huge after the end", name);
 		CHECK_EQ(what, huge(), 4);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Slots of other kinds: shared files that hold something, huge pages, private memory. */
+/* Slots of other kinds: shared files that hold data, huge pages, private memory. */
 #include "async.h"
 
 #define PAGES 64
@@ -27,14 +27,14 @@ static void *map_fd(int fd, size_t size)
 
 static void add_fd(int fd, uint64_t len, uint32_t flags)
 {
-	struct kuf_memory m = { .size = sizeof(m), .flags = KUF_MEMORY_FD | flags, .gpa = TEST_GPA,
+	struct kuf_memory m = { .size = sizeof(m), .flags = flags, .gpa = TEST_GPA,
 				.len = len, .hva = (uintptr_t)vm.mem, .fd = fd };
 
 	if (kuf_add_memory(kuf, &m))
 		DIE("kuf_add_memory: %s", kuf_error());
 }
 
-/* What the file holds is present, the rest is asked for. */
+/* Pages with data in the file are present; the library requests the others. */
 static void with_data(void)
 {
 	int fd = memfd(PAGES * PAGE, 0);
@@ -49,7 +49,7 @@ static void with_data(void)
 	vm_create_type(&vm, 0, PAGES * PAGE, map_fd(fd, PAGES * PAGE), 2);
 	source_init(&source, TEST_GPA);
 	kuf = open_serviced(&vm, &source, 0);
-	add_fd(fd, PAGES * PAGE, 0);
+	add_fd(fd, PAGES * PAGE, KUF_MEMORY_POPULATED);
 	CHECK_EQ("file: what it holds is present", progress_of(kuf, TEST_GPA).present, 4 * PAGE);
 	set_guest(&vm, 0, guest_read, a, 0, 0);
 	CHECK("file: read without an exit", halts(&vm, 0) && guest_rax(&vm, 0) == content64(a, 77));
@@ -66,18 +66,18 @@ static void with_data(void)
 	for (int i = 4; i < 8; i++)
 		CHECK_EQ("file: what it held was not asked for", source.fills[i], 0);
 
-	/* Dropped, it is gone from the file, too, and comes from the source. */
+	/* A discarded page is dropped from the file and filled from the source. */
 	source.generation = 5;
-	CHECK_KUF("file: discard", kuf_discard(kuf, a, PAGE, 0), 0);
+	CHECK_KUF("file: discard", kuf_discard(kuf, a, PAGE, KUF_DISCARD_REFILL), 0);
 	CHECK("file: gone from the file", pread(fd, buf, PAGE, 4 * (off_t)PAGE) == PAGE &&
 	      is_zero(buf, PAGE));
 	CHECK("file: refilled", guest_reads(&vm, kuf, 0, a, content64(a, 5)));
-	CHECK_KUF("file: removed", kuf_discard(kuf, a + PAGE, PAGE, KUF_DISCARD_REMOVED), 0);
+	CHECK_KUF("file: removed", kuf_discard(kuf, a + PAGE, PAGE, KUF_DISCARD_ZERO), 0);
 	CHECK("file: KVM reads zero", kvm_reads(&vm, kuf, 0, a + PAGE, out) && is_zero(out, 16));
 	CHECK("file: vCPU reads zero", guest_reads(&vm, kuf, 0, a + PAGE + 512, 0));
-	CHECK_EQ("file: nobody asked for it", fills_of(&source, a + PAGE), 0);
+	CHECK_EQ("file: it was not requested", fills_of(&source, a + PAGE), 0);
 
-	/* A fill that fails leaves nothing in it. */
+	/* A failed fill leaves no bytes in the file. */
 	source.bad = TEST_GPA + 20 * PAGE;
 	source.bad_answer = -EIO;
 	source.smear = true;
@@ -85,8 +85,8 @@ static void with_data(void)
 	CHECK("file: nothing of it is in the file",
 	      pread(fd, buf, PAGE, 20 * (off_t)PAGE) == PAGE && is_zero(buf, PAGE));
 	source.bad = NO_GPA;
-	CHECK_KUF("file: discard", kuf_discard(kuf, TEST_GPA + 20 * PAGE, PAGE, 0), 0);
-	close_kuf(kuf, KUF_CLOSE_POPULATE);
+	CHECK_KUF("file: discard", kuf_discard(kuf, TEST_GPA + 20 * PAGE, PAGE, KUF_DISCARD_REFILL), 0);
+	close_kuf(kuf, KUF_END_POPULATE);
 	CHECK("file: all is there in the end",
 	      pread(fd, buf, PAGE, 20 * (off_t)PAGE) == PAGE &&
 	      has_content(buf, TEST_GPA + 20 * PAGE, PAGE, 5));
@@ -94,7 +94,7 @@ static void with_data(void)
 	close(fd);
 }
 
-/* What is in the file is of a handler that died: asked for anew, also where it is mapped. */
+/* With KUF_MEMORY_FILL_ALL the file's data, perhaps of a dead handler, is filled again, also where it is mapped. */
 static void fill_all(void)
 {
 	int fd = memfd(PAGES * PAGE, 0);
@@ -115,30 +115,30 @@ static void fill_all(void)
 	CHECK("fill all: vCPU", guest_reads(&vm, kuf, 0, a, content64(a, 0)));
 	CHECK("fill all: KVM", kvm_reads(&vm, kuf, 0, a + PAGE, out) &&
 	      has_content(out, a + PAGE, 16, 0));
-	/* Known to be whole: kept. */
+	/* The caller declares this page complete, so it keeps its bytes. */
 	CHECK_KUF("fill all: known to be whole",
 		  kuf_resolve(kuf, a + 16 * PAGE, NULL, PAGE, KUF_RESOLVE_IN_PLACE), PAGE);
 	CHECK("fill all: is kept", guest_reads(&vm, kuf, 0, a + 16 * PAGE, 0xdddddddddddddddd));
 	CHECK_EQ("fill all: and not asked for", fills_of(&source, a + 16 * PAGE), 0);
-	/* Zero and removed are zero, whatever was there. */
+	/* KUF_RESOLVE_ZERO and removal give zeroes, whatever the file held. */
 	CHECK_KUF("fill all: zero", kuf_resolve(kuf, a + 24 * PAGE, NULL, PAGE, KUF_RESOLVE_ZERO),
 		  PAGE);
 	CHECK("fill all: is zero", guest_reads(&vm, kuf, 0, a + 24 * PAGE, 0));
-	CHECK_KUF("fill all: removed", kuf_discard(kuf, a + 32 * PAGE, PAGE, KUF_DISCARD_REMOVED), 0);
+	CHECK_KUF("fill all: removed", kuf_discard(kuf, a + 32 * PAGE, PAGE, KUF_DISCARD_ZERO), 0);
 	CHECK("fill all: removed is zero", kvm_reads(&vm, kuf, 0, a + 32 * PAGE + 256, out) &&
 	      is_zero(out, 16));
-	/* The source says zero. */
-	source.answer = KUF_ZERO;
+	/* The source answers KUF_FILL_ZERO. */
+	source.answer = KUF_FILL_ZERO;
 	CHECK("fill all: a fill of zeroes", guest_reads(&vm, kuf, 0, a + 40 * PAGE, 0));
 	source.answer = 0;
-	close_kuf(kuf, KUF_CLOSE_POISON);
+	close_kuf(kuf, KUF_END_POISON);
 	CHECK("fill all: nothing of the rest is left in the file",
 	      pread(fd, buf, PAGE, 60 * (off_t)PAGE) == PAGE && is_zero(buf, PAGE));
 	vm_destroy(&vm);
 	close(fd);
 }
 
-/* Huge pages: one fill, one mark to take off, for 2 MiB. */
+/* Huge pages: one fill and one mark for 2 MiB. */
 static void hugetlb(bool of_a_file)
 {
 	const char *name = of_a_file ? "hugetlb file" : "hugetlb";
@@ -162,10 +162,8 @@ static void hugetlb(bool of_a_file)
 	source_init(&source, TEST_GPA);
 	kuf = open_serviced(&vm, &source, 0);
 	m.hva = (uintptr_t)mem;
-	if (of_a_file) {
-		m.flags = KUF_MEMORY_FD;
+	if (of_a_file)
 		m.fd = fd;
-	}
 	CHECK_KUF("hugetlb: added", kuf_add_memory(kuf, &m), 0);
 	uint64_t a = TEST_GPA + HUGE + 77 * PAGE + 0x18;
 	CHECK("hugetlb: vCPU", guest_reads(&vm, kuf, 0, a, content64(a, 0)));
@@ -176,7 +174,7 @@ static void hugetlb(bool of_a_file)
 	CHECK("hugetlb: KVM", kvm_reads(&vm, kuf, 0, a + HUGE, out) &&
 	      has_content(out, a + HUGE, 16, 0));
 	CHECK_EQ("hugetlb: two fills", source.calls, 2);
-	/* Two waiters in one page of it. */
+	/* Two vCPUs wait for one huge page. */
 	struct worker w[2];
 	source.hold = true;
 	for (int i = 0; i < 2; i++) {
@@ -191,13 +189,13 @@ static void hugetlb(bool of_a_file)
 	      has_content(w[1].out, TEST_GPA + 300 * PAGE, 16, 0));
 	CHECK_EQ("hugetlb: one fill for both", source.calls, 3);
 	source.generation = 4;
-	CHECK_KUF("hugetlb: discard", kuf_discard(kuf, TEST_GPA, HUGE, 0), 0);
-	CHECK_KUF("hugetlb: part of a page", kuf_discard(kuf, TEST_GPA, PAGE, 0), -EINVAL);
+	CHECK_KUF("hugetlb: discard", kuf_discard(kuf, TEST_GPA, HUGE, KUF_DISCARD_REFILL), 0);
+	CHECK_KUF("hugetlb: part of a page", kuf_discard(kuf, TEST_GPA, PAGE, KUF_DISCARD_REFILL), -EINVAL);
 	CHECK("hugetlb: refilled", kvm_reads(&vm, kuf, 1, TEST_GPA + PAGE, out) &&
 	      has_content(out, TEST_GPA + PAGE, 16, 4));
-	CHECK_KUF("hugetlb: removed", kuf_discard(kuf, TEST_GPA, HUGE, KUF_DISCARD_REMOVED), 0);
+	CHECK_KUF("hugetlb: removed", kuf_discard(kuf, TEST_GPA, HUGE, KUF_DISCARD_ZERO), 0);
 	CHECK("hugetlb: zero", guest_reads(&vm, kuf, 1, TEST_GPA + 511 * PAGE, 0));
-	close_kuf(kuf, KUF_CLOSE_POPULATE);
+	close_kuf(kuf, KUF_END_POPULATE);
 	CHECK("hugetlb: the rest is there", has_content((uint8_t *)mem + 3 * HUGE, TEST_GPA + 3 * HUGE,
 							HUGE, 4));
 	vm_destroy(&vm);
@@ -205,7 +203,7 @@ static void hugetlb(bool of_a_file)
 		close(fd);
 }
 
-/* PRIVATE is declared: it is still there when the mark is gone. */
+/* With PRIVATE in attributes, it stays when the library removes the mark. */
 static void private(void)
 {
 	struct uf_create_guest_memfd c = { .size = PAGES * PAGE };
@@ -234,7 +232,8 @@ static void private(void)
 	source_init(&source, TEST_GPA);
 	kuf = open_serviced(&vm, &source, 0);
 	m.hva = (uintptr_t)vm.mem;
-	m.kvm_attributes = UF_ATTR_PRIVATE;
+	m.kvm = &(struct kuf_kvm_memory){ .size = sizeof(struct kuf_kvm_memory),
+					  .attributes = UF_ATTR_PRIVATE };
 	CHECK_KUF("private: added", kuf_add_memory(kuf, &m), 0);
 	add_slot(kuf, shared, vm.mem + 32 * PAGE, 32 * PAGE);
 
@@ -246,7 +245,7 @@ static void private(void)
 		  kuf_vcpu_fault(kuf, a, PAGE, memory_fault(&vm, 0).flags), 0);
 	CHECK_EQ("private: goes on", run_here(&w, &vm, kuf, 0), KVM_EXIT_HLT);
 	CHECK_EQ("private: asked for once", fills_of(&source, a), 1);
-	/* Had PRIVATE gone with the mark, the guest would have written to the shared page. */
+	/* Without PRIVATE the guest would have written to the shared page. */
 	CHECK("private: what is written does not go to shared memory",
 	      has_content(host(&vm, a), a, PAGE, 0));
 	set_guest(&vm, 0, guest_read, a, 0, 0);
@@ -254,14 +253,14 @@ static void private(void)
 	set_guest(&vm, 0, guest_read, a + 8, 0, 1);
 	CHECK("private: and none of the shared page's bytes", halts(&vm, 0) && guest_rax(&vm, 0) == 0);
 
-	/* Marked again by a discard, and opened again: PRIVATE all the time. */
-	CHECK_KUF("private: discard", kuf_discard(kuf, a, PAGE, 0), 0);
+	/* PRIVATE stays when a discard marks the page again and a fill removes the mark. */
+	CHECK_KUF("private: discard", kuf_discard(kuf, a, PAGE, KUF_DISCARD_REFILL), 0);
 	set_guest(&vm, 0, guest_read, a, 0, 0);
 	CHECK_EQ("private: exits again", run_here(&w, &vm, kuf, 0), KVM_EXIT_HLT);
 	CHECK("private: for the library", w.exits == 1 && fills_of(&source, a) == 2);
 	CHECK_EQ("private: with what guest_memfd holds", guest_rax(&vm, 0), 0x0123456789abcdef);
 
-	/* A run is opened in one go, and all of it stays private. */
+	/* A run whose marks are removed by one call stays private as a whole. */
 	CHECK_KUF("private: a run", kuf_ensure(kuf, TEST_GPA + 8 * PAGE, 8 * PAGE, -1), 0);
 	bool good = true;
 	for (int i = 8; i < 16; i++) {
@@ -270,17 +269,17 @@ static void private(void)
 	}
 	CHECK("private: each page of it", good);
 
-	/* The other slot has it not. */
+	/* The other slot is not private. */
 	CHECK("shared: by the source", guest_reads(&vm, kuf, 0, shared, content64(shared, 0)));
 
-	/* Off the service, PRIVATE stays, too. */
-	CHECK_KUF("private: removed", kuf_remove_memory(kuf, TEST_GPA, KUF_CLOSE_POPULATE), 0);
+	/* PRIVATE stays after the slot is removed too. */
+	CHECK_KUF("private: removed", kuf_remove_memory(kuf, TEST_GPA, KUF_END_POPULATE), 0);
 	set_guest(&vm, 0, guest_read, TEST_GPA + 20 * PAGE, 0, 1);
 	CHECK("private: off the service", halts(&vm, 0) && guest_rax(&vm, 0) == 0);
 	set_guest(&vm, 0, guest_read, a, 0, 1);
 	CHECK("private: off the service, its own", halts(&vm, 0) &&
 	      guest_rax(&vm, 0) == 0x0123456789abcdef);
-	close_kuf(kuf, KUF_CLOSE_POPULATE);
+	close_kuf(kuf, KUF_END_POPULATE);
 	vm_destroy(&vm);
 	close((int)slot.guest_memfd);
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Pages that cannot be filled are never opened, whoever waits for them. */
+/* Pages that cannot be filled stay marked, for a vCPU as for KVM. */
 #include "async.h"
 
 #define PAGES 64
@@ -37,16 +37,16 @@ static void vcpu(void)
 	CHECK_EQ("vCPU: asked for once", fills_of(&source, gpa), 1);
 	CHECK_EQ("vCPU: progress", progress_of(kuf, TEST_GPA).poisoned, PAGE);
 	CHECK_EQ("vCPU: a thread of the VMM's that does not ask", touch(host(&vm, gpa)), SIGBUS);
-	CHECK_KUF("vCPU: nobody waits", kuf_quiesce(kuf, 1000), 0);
+	CHECK_KUF("vCPU: no access waits", kuf_kvm_quiesce(kuf, 1000), 0);
 
 	source.bad = NO_GPA;
-	CHECK_KUF("vCPU: discard", kuf_discard(kuf, gpa, PAGE, 0), 0);
+	CHECK_KUF("vCPU: discard", kuf_discard(kuf, gpa, PAGE, KUF_DISCARD_REFILL), 0);
 	CHECK("vCPU: refilled", guest_reads(&vm, kuf, 0, gpa + 8, content64(gpa + 8, 0)));
 	CHECK_EQ("vCPU: asked for twice", fills_of(&source, gpa), 2);
-	CHECK_EQ("vCPU: nothing parked", source.events[KUF_EVENT_PARKED], 0);
+	CHECK_EQ("vCPU: nothing parked", source.events[KUF_KVM_EVENT_PARKED], 0);
 }
 
-/* KVM waits for it: nothing can make that fail, so it stays there. */
+/* KVM waits for the page. The library cannot make this access fail, so KVM keeps waiting. */
 static void kvm(void)
 {
 	uint64_t gpa = TEST_GPA + 8 * PAGE;
@@ -56,42 +56,42 @@ static void kvm(void)
 	fail_at(gpa, -ENXIO);
 	set_guest(&vm, 0, guest_outsb, gpa + 0x100, 16, 0);
 	worker_start(&w, &vm, kuf, 0);
-	CHECK("KVM: parked", wait_for_event(&source, KUF_EVENT_PARKED, 1));
-	CHECK("KVM: of this page", source.last[KUF_EVENT_PARKED].gpa == gpa &&
-	      source.last[KUF_EVENT_PARKED].len == PAGE &&
-	      source.last[KUF_EVENT_PARKED].error == -EHWPOISON);
+	CHECK("KVM: parked", wait_for_event(&source, KUF_KVM_EVENT_PARKED, 1));
+	CHECK("KVM: of this page", source.last[KUF_KVM_EVENT_PARKED].gpa == gpa &&
+	      source.last[KUF_KVM_EVENT_PARKED].len == PAGE &&
+	      source.last[KUF_KVM_EVENT_PARKED].error == -EHWPOISON);
 	CHECK("KVM: poisoned", wait_for_event(&source, KUF_EVENT_POISONED, 2));
-	CHECK_REFUSED("KVM: not quiet", kuf_quiesce(kuf, 1000), -EHWPOISON, "0x208000");
+	CHECK_REFUSED("KVM: not quiet", kuf_kvm_quiesce(kuf, 1000), -EHWPOISON, "0x208000");
 	CHECK_KUF("KVM: other pages are served", kuf_ensure(kuf, gpa + PAGE, PAGE, -1), 0);
 	sleep_ms(100);
 	CHECK("KVM: still there", sleeps_in_kvm(&w));
-	CHECK_EQ("KVM: told once", source.events[KUF_EVENT_PARKED], 1);
+	CHECK_EQ("KVM: told once", source.events[KUF_KVM_EVENT_PARKED], 1);
 
-	/* A vCPU besides it. */
+	/* A vCPU faults on the same page. */
 	struct worker other;
 	set_guest(&vm, 1, guest_read, gpa, 0, 0);
 	CHECK_EQ("KVM: a vCPU besides", run_here(&other, &vm, kuf, 1), -EHWPOISON);
 
-	/* KVM itself comes a second time: told once for each page. */
+	/* A second KVM access: the event is raised once for each page. */
 	set_guest(&vm, 1, guest_outsb, gpa + 0x200, 16, 0);
 	worker_start(&other, &vm, kuf, 1);
 	CHECK("KVM: a second one is parked", sleeps_in_kvm(&other));
 	sleep_ms(50);
-	CHECK_EQ("KVM: still told once", source.events[KUF_EVENT_PARKED], 1);
+	CHECK_EQ("KVM: still told once", source.events[KUF_KVM_EVENT_PARKED], 1);
 
 	source.bad = NO_GPA;
 	source.generation = 3;
-	CHECK_KUF("KVM: discard", kuf_discard(kuf, gpa, PAGE, 0), 0);
+	CHECK_KUF("KVM: discard", kuf_discard(kuf, gpa, PAGE, KUF_DISCARD_REFILL), 0);
 	CHECK_EQ("KVM: it is filled unasked and goes on", worker_join(&w), KVM_EXIT_HLT);
 	CHECK_EQ("KVM: so does the second", worker_join(&other), KVM_EXIT_HLT);
 	CHECK("KVM: with the new bytes", w.out_len == 16 && has_content(w.out, gpa + 0x100, 16, 3) &&
 	      other.out_len == 16 && has_content(other.out, gpa + 0x200, 16, 3));
 	CHECK_EQ("KVM: asked for twice", fills_of(&source, gpa), 2);
-	CHECK_KUF("KVM: quiet again", kuf_quiesce(kuf, 10000), 0);
+	CHECK_KUF("KVM: quiet again", kuf_kvm_quiesce(kuf, 10000), 0);
 	source.generation = 0;
 }
 
-/* Poisoned before KVM comes for it. */
+/* Poisoned before KVM's access. */
 static void kvm_late(void)
 {
 	uint64_t gpa = TEST_GPA + 12 * PAGE;
@@ -100,25 +100,25 @@ static void kvm_late(void)
 	doing("KVM late", 60);
 	CHECK_EQ("late: kuf_resolve poisons", kuf_resolve(kuf, gpa, NULL, PAGE, KUF_RESOLVE_POISON),
 		 PAGE);
-	CHECK_EQ("late: nobody is parked yet", source.events[KUF_EVENT_PARKED], 1);
+	CHECK_EQ("late: no access is parked yet", source.events[KUF_KVM_EVENT_PARKED], 1);
 	set_guest(&vm, 0, guest_insb, gpa + 0x100, 16, 0);
 	worker_start(&w, &vm, kuf, 0);
 	w.in = 0x42;
-	CHECK("late: parked", wait_for_event(&source, KUF_EVENT_PARKED, 2));
+	CHECK("late: parked", wait_for_event(&source, KUF_KVM_EVENT_PARKED, 2));
 	CHECK("late: stays there", sleeps_in_kvm(&w));
 	CHECK_EQ("late: nothing is to be seen", touch(host(&vm, gpa + 0x100)), SIGBUS);
-	CHECK_KUF("late: not quiet", kuf_quiesce(kuf, 0), -EHWPOISON);
+	CHECK_KUF("late: not quiet", kuf_kvm_quiesce(kuf, 0), -EHWPOISON);
 
-	/* Given back by the guest, it is zero; what it wrote meanwhile comes on top. */
-	CHECK_KUF("late: discard as removed", kuf_discard(kuf, gpa, PAGE, KUF_DISCARD_REMOVED), 0);
+	/* A removed page is zero; KVM's write follows. */
+	CHECK_KUF("late: discard as removed", kuf_discard(kuf, gpa, PAGE, KUF_DISCARD_ZERO), 0);
 	CHECK_EQ("late: goes on", worker_join(&w), KVM_EXIT_HLT);
 	CHECK("late: into zeroes", is_zero(host(&vm, gpa), 0x100) &&
 	      *host(&vm, gpa + 0x100) == 0x42 && is_zero(host(&vm, gpa + 0x110), PAGE - 0x110));
 	CHECK_EQ("late: never asked for", fills_of(&source, gpa), 0);
-	CHECK_KUF("late: quiet again", kuf_quiesce(kuf, 10000), 0);
+	CHECK_KUF("late: quiet again", kuf_kvm_quiesce(kuf, 10000), 0);
 }
 
-/* One bad page in a run that is asked for at once does not spoil its neighbours. */
+/* One bad page in a requested run does not affect its neighbours. */
 static void neighbours(void)
 {
 	uint64_t gpa = TEST_GPA + 16 * PAGE;
@@ -141,25 +141,25 @@ static void neighbours(void)
 	CHECK_KUF("neighbours: and is closed",
 		  kuf_vcpu_fault(kuf, gpa + 2 * PAGE, PAGE, UF_EXIT_FLAG_USERFAULT), -EHWPOISON);
 	source.bad = NO_GPA;
-	CHECK_KUF("neighbours: discard", kuf_discard(kuf, gpa + 2 * PAGE, PAGE, 0), 0);
+	CHECK_KUF("neighbours: discard", kuf_discard(kuf, gpa + 2 * PAGE, PAGE, KUF_DISCARD_REFILL), 0);
 }
 
-/* Removed: absent and with what a failed fill has left, it is zero for everybody. */
+/* A removed page reads as zero for all, also after a failed fill has written to it. */
 static void removed(void)
 {
 	uint64_t gpa = TEST_GPA + 32 * PAGE;
-	struct kuf_populate p = { .size = sizeof(p), .gpa = gpa, .len = 4 * PAGE };
+	struct kuf_populate_request p = { .size = sizeof(p), .gpa = gpa, .len = 4 * PAGE };
 	int populated = source.events[KUF_EVENT_POPULATED];
 	uint8_t out[16];
 
 	doing("removed", 60);
-	/* Nobody waits, so this ends the request, poisons nothing, and leaves a mess. */
+	/* No thread waits, so the failure ends the request, poisons no page, and leaves the buffer's bytes. */
 	fail_at(gpa, -EIO);
 	CHECK_KUF("removed: populate", kuf_populate(kuf, &p), 0);
 	CHECK("removed: it has failed", wait_for_event(&source, KUF_EVENT_POPULATED, populated + 1) &&
 	      source.last[KUF_EVENT_POPULATED].error == -EIO);
 	source.bad = NO_GPA;
-	CHECK_KUF("removed: absent pages", kuf_discard(kuf, gpa, 4 * PAGE, KUF_DISCARD_REMOVED), 0);
+	CHECK_KUF("removed: absent pages", kuf_discard(kuf, gpa, 4 * PAGE, KUF_DISCARD_ZERO), 0);
 	unsigned int fills = fills_of(&source, gpa);
 	CHECK("removed: a vCPU reads zero", guest_reads(&vm, kuf, 0, gpa + 16, 0));
 	CHECK("removed: KVM reads zero", kvm_reads(&vm, kuf, 0, gpa + PAGE + 64, out) &&
@@ -168,10 +168,10 @@ static void removed(void)
 	CHECK("removed: reads zero", is_zero(host(&vm, gpa + 2 * PAGE), PAGE));
 	CHECK_EQ("removed: not asked for", fills_of(&source, gpa), fills);
 
-	/* Present ones, through KVM first. */
+	/* Present pages, first through KVM. */
 	gpa += 4 * PAGE;
 	CHECK_KUF("removed: fill", kuf_ensure(kuf, gpa, 2 * PAGE, -1), 0);
-	CHECK_KUF("removed: present pages", kuf_discard(kuf, gpa, 2 * PAGE, KUF_DISCARD_REMOVED), 0);
+	CHECK_KUF("removed: present pages", kuf_discard(kuf, gpa, 2 * PAGE, KUF_DISCARD_ZERO), 0);
 	CHECK("removed: KVM reads zero, first", kvm_reads(&vm, kuf, 0, gpa + 256, out) &&
 	      is_zero(out, 16));
 	CHECK("removed: a vCPU does, second", guest_reads(&vm, kuf, 0, gpa + 256, 0));
@@ -180,17 +180,17 @@ static void removed(void)
 
 	/* ...and after that the source again. */
 	source.generation = 9;
-	CHECK_KUF("removed: discard", kuf_discard(kuf, gpa, PAGE, 0), 0);
+	CHECK_KUF("removed: discard", kuf_discard(kuf, gpa, PAGE, KUF_DISCARD_REFILL), 0);
 	CHECK("removed: refilled", guest_reads(&vm, kuf, 0, gpa, content64(gpa, 9)));
 	source.generation = 0;
 }
 
-/* All of a bad source: vCPUs and KVM at many pages, and nobody sees a byte. */
+/* A source that always fails: vCPUs and KVM access many pages, and read no byte. */
 static void all_bad(void)
 {
 	uint64_t gpa = TEST_GPA + 48 * PAGE;
 	struct worker w[4];
-	int parked = source.events[KUF_EVENT_PARKED];
+	int parked = source.events[KUF_KVM_EVENT_PARKED];
 
 	doing("all bad", 60);
 	source.answer = -EIO;
@@ -201,11 +201,11 @@ static void all_bad(void)
 	}
 	CHECK_EQ("all bad: a vCPU", worker_join(&w[0]), -EHWPOISON);
 	CHECK_EQ("all bad: a vCPU", worker_join(&w[2]), -EHWPOISON);
-	CHECK("all bad: two parked", wait_for_event(&source, KUF_EVENT_PARKED, parked + 2));
+	CHECK("all bad: two parked", wait_for_event(&source, KUF_KVM_EVENT_PARKED, parked + 2));
 	CHECK("all bad: nothing was read", guest_rax(&vm, 0) == 0x55 && guest_rax(&vm, 2) == 0x55 &&
 	      !w[1].out_len && !w[3].out_len);
 	source.answer = 0;
-	CHECK_KUF("all bad: discard", kuf_discard(kuf, gpa, 4 * PAGE, 0), 0);
+	CHECK_KUF("all bad: discard", kuf_discard(kuf, gpa, 4 * PAGE, KUF_DISCARD_REFILL), 0);
 	CHECK("all bad: KVM goes on", worker_join(&w[1]) == KVM_EXIT_HLT &&
 	      worker_join(&w[3]) == KVM_EXIT_HLT);
 	CHECK("all bad: with its bytes", has_content(w[1].out, gpa + PAGE, 8, 0) &&
@@ -225,7 +225,7 @@ int main(void)
 	neighbours();
 	removed();
 	all_bad();
-	close_kuf(kuf, KUF_CLOSE_POPULATE);
+	close_kuf(kuf, KUF_END_POPULATE);
 	vm_destroy(&vm);
 	return finish();
 }

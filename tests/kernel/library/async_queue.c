@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Thousands wait in KVM's queue at once.  One filler serves them in the order in
- * which they came, and nobody is left behind.
+ * Thousands of accesses wait in KVM's queue at once.  One fill thread serves them in
+ * their order and forgets none.
  */
 #include "async.h"
 
@@ -11,7 +11,7 @@
 #define PARTS 8
 #define MANY (PART * PARTS)
 
-/* One VM with more vCPUs than struct vm has room for. */
+/* One VM with more vCPUs than fit into struct vm. */
 static struct vm vm[PARTS];
 static struct worker w[MANY];
 static struct source source;
@@ -53,8 +53,8 @@ static void start(int i, uint64_t gpa)
 	worker_start(&w[i], v, kuf, i % PART);
 }
 
-/* Who waits came one after the other, and the first one's fill takes its time. */
-static void in_order(int round, int count, uint32_t queue_max)
+/* The accesses start one after another, while the first fill is held. */
+static void in_order(int round, int count)
 {
 	bool order = true, good = true, once = true;
 	uint64_t gpa[MANY];
@@ -66,17 +66,17 @@ static void in_order(int round, int count, uint32_t queue_max)
 	source.generation = round;
 	kuf = open_options(&vm[0], (struct kuf_options){ .fill = source_fill,
 			   .event = source_event, .opaque = &source, .fill_threads = 1,
-			   .demand_run = PAGE, .queue_max = queue_max });
+			   .demand_run = PAGE });
 	events = eventfds_but(&events);
 	MUST(madvise(vm[0].mem, vm[0].size, MADV_DONTNEED));
 	add_slot(kuf, TEST_GPA, vm[0].mem, vm[0].size);
 	source.hold = true;
 	started = now_s();
 	for (int i = 0; i < count; i++) {
-		/* 2 to the n pages, and an odd factor: each once, in no order. */
+		/* The number of pages is a power of two and the factor is odd: each page once, scattered. */
 		gpa[i] = TEST_GPA + (uint64_t)(i * 37 + round) % MANY * PAGE + i % 64 * 16;
 		start(i, gpa[i]);
-		/* Read, or signalled and not read yet for want of room. */
+		/* The entry is read, or signalled but not read yet because the library's room is full. */
 		if (!COMES_TRUE(stats_of(kuf).faults + sum_of(&events) == (uint64_t)i + 1))
 			DIE("vCPU %d: no signal", i);
 	}
@@ -92,7 +92,7 @@ static void in_order(int round, int count, uint32_t queue_max)
 	dprintf(1, "# all have gone on after %.1f s\n", now_s() - started);
 	CHECK("all go on with their bytes", good);
 	CHECK("each page was filled once", once);
-	CHECK_EQ("as many fills as waited", source.calls, count);
+	CHECK_EQ("as many fills as waiting accesses", source.calls, count);
 	for (int i = 0; i < count && order; i++) {
 		order = source.order[i] == (gpa[i] & -PAGE);
 		if (!order)
@@ -101,12 +101,10 @@ static void in_order(int round, int count, uint32_t queue_max)
 	}
 	CHECK("served in the order in which they came", order);
 	CHECK_EQ("all of them were read", stats_of(kuf).faults, count);
-	if (queue_max)
-		CHECK("the library's own queue was full", stats_of(kuf).queue_full > 0);
-	close_kuf(kuf, KUF_CLOSE_POPULATE);
+	close_kuf(kuf, KUF_END_POPULATE);
 }
 
-/* All of them for the same few pages. */
+/* All vCPUs access the same few pages. */
 static void same_pages(void)
 {
 	bool good = true;
@@ -137,7 +135,7 @@ static void same_pages(void)
 	      fills_of(&source, TEST_GPA + 64 * PAGE) == 1 &&
 	      fills_of(&source, TEST_GPA + 128 * PAGE) == 1);
 	CHECK_EQ("no other", source.calls, 3);
-	close_kuf(kuf, KUF_CLOSE_POPULATE);
+	close_kuf(kuf, KUF_END_POPULATE);
 }
 
 int main(void)
@@ -150,9 +148,9 @@ int main(void)
 	add_vcpus();
 	dprintf(1, "# %d vCPUs\n", nr);
 	CHECK("there are many", nr >= 1000);
-	in_order(0, nr, 0);
-	/* Fewer: a vCPU that has changed its thread takes a while to get going. */
-	in_order(1, nr / 4, 16);
+	in_order(0, nr);
+	/* Fewer, because a vCPU that has changed its thread starts slowly. */
+	in_order(1, nr / 4);
 	same_pages();
 	return finish();
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A page that a vCPU, KVM, a thread of the VMM's and populate want at the same
- * time is filled once, and everybody goes on with its bytes.
+ * A page that a vCPU, KVM, a thread of the VMM and populate need at the same time is
+ * filled once, and all of them continue with its bytes.
  */
 #include "async.h"
 
@@ -12,17 +12,17 @@ static struct vm vm;
 static struct source source;
 static struct kuf *kuf;
 
-/* Everybody is there before the fill has got anywhere. */
+/* All of them wait before the fill ends. */
 static void together(void)
 {
 	uint64_t gpa = TEST_GPA + 7 * PAGE;
-	struct kuf_populate p = { .size = sizeof(p), .gpa = gpa, .len = PAGE };
+	struct kuf_populate_request p = { .size = sizeof(p), .gpa = gpa, .len = PAGE };
 	struct worker w[VCPUS];
-	struct kuf_stats before = stats_of(kuf);
+	struct kuf_stats_info before = stats_of(kuf);
 
 	doing("together", 60);
 	source.hold = true;
-	/* populate is there first, then KVM twice, then vCPUs. */
+	/* populate is first, then two accesses of KVM, then vCPUs. */
 	CHECK_KUF("populate", kuf_populate(kuf, &p), 0);
 	CHECK("populate asks", COMES_TRUE(source.inside == 1));
 	for (int i = 0; i < VCPUS; i++) {
@@ -35,7 +35,7 @@ static void together(void)
 	CHECK("KVM's are joined", COMES_TRUE(stats_of(kuf).faults_joined ==
 					     before.faults_joined + 2));
 	CHECK_EQ("it was asked for once", fills_of(&source, gpa), 1);
-	CHECK_EQ("nobody has gone on", w[0].done + w[1].done + w[2].done + w[3].done, 0);
+	CHECK_EQ("no vCPU has continued", w[0].done + w[1].done + w[2].done + w[3].done, 0);
 	source.hold = false;
 	for (int i = 0; i < VCPUS; i++)
 		CHECK_EQ("goes on", worker_join(&w[i]), KVM_EXIT_HLT);
@@ -47,7 +47,7 @@ static void together(void)
 	CHECK_KUF("kuf_ensure", kuf_ensure(kuf, gpa, 8, 0), 0);
 }
 
-/* KVM first, and it is the vCPU's thread that ... has nothing left to do. */
+/* KVM is first, so that kuf_vcpu_fault on the vCPU's thread finds the fill in progress. */
 static void kvm_first(void)
 {
 	uint64_t gpa = TEST_GPA + 9 * PAGE;
@@ -92,7 +92,7 @@ struct reader {
 	_Atomic int bad;
 };
 
-/* Most go through the pages in the same order; KVM is ahead of the others at one end. */
+/* Most read the pages in the same order, with KVM ahead of the others. */
 static void *reader_main(void *arg)
 {
 	struct reader *r = arg;
@@ -112,7 +112,7 @@ static void *reader_main(void *arg)
 
 static void all_at_once(int round)
 {
-	struct kuf_populate p = { .size = sizeof(p), .gpa = TEST_GPA, .len = PAGES * PAGE,
+	struct kuf_populate_request p = { .size = sizeof(p), .gpa = TEST_GPA, .len = PAGES * PAGE,
 				   .rate = 2 << 20 };
 	struct reader r[VCPUS];
 	_Atomic int bad = 0;
@@ -122,7 +122,7 @@ static void all_at_once(int round)
 	doing("all at once", 60);
 	source.generation = round + 1;
 	source.delay_us = round % 2 ? 200 : 0;
-	CHECK_KUF("discard", kuf_discard(kuf, TEST_GPA, PAGES * PAGE, 0), 0);
+	CHECK_KUF("discard", kuf_discard(kuf, TEST_GPA, PAGES * PAGE, KUF_DISCARD_REFILL), 0);
 	memset((void *)source.fills, 0, sizeof(source.fills));
 	for (int i = 0; i < VCPUS; i++) {
 		r[i] = (struct reader){ .cpu = i, .kvm = i % 2 };
@@ -155,7 +155,7 @@ int main(void)
 	kvm_first();
 	for (int round = 0; round < 6; round++)
 		all_at_once(round);
-	struct kuf_stats st = stats_of(kuf);
+	struct kuf_stats_info st = stats_of(kuf);
 	dprintf(1, "# %" PRIu64 " faults, %" PRIu64 " joined, %" PRIu64 " late, %" PRIu64
 		" vCPU exits\n", st.faults, st.faults_joined, st.faults_late, st.vcpu_faults);
 	CHECK("KVM's were among them", st.faults > 20);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* What is found out, what is refused, and that a refusal has changed nothing. */
+/* Probing, opening, and refusals, which must change nothing. */
 #include "async.h"
 
 static struct vm vm;
@@ -7,9 +7,9 @@ static struct source source;
 
 #define SIZE (64 * PAGE)
 
-static struct kuf_probe probe_of(int fd)
+static struct kuf_probe_info probe_of(int fd)
 {
-	static struct kuf_probe p;
+	static struct kuf_probe_info p;
 
 	memset(&p, 0, sizeof(p));
 	p.size = sizeof(p);
@@ -19,7 +19,7 @@ static struct kuf_probe probe_of(int fd)
 
 static void probing(void)
 {
-	struct kuf_probe p;
+	struct kuf_probe_info p;
 
 	doing("probe", 30);
 	vm_create(&vm, SIZE, 1);
@@ -33,7 +33,7 @@ static void probing(void)
 	CHECK("probe: bitmap: why", strstr(p.why[KUF_MECHANISM_KVM_BITMAP], "by name"));
 	CHECK_EQ("probe: userfaultfd is recommended", p.recommended, KUF_MECHANISM_USERFAULTFD);
 
-	/* Probing has not enabled anything, nor made a mark. */
+	/* Probing must not enable userfaults or mark pages. */
 	CHECK_EQ("probe: the VM is as before",
 		 ioctl(vm.fd, KVM_CHECK_EXTENSION, UF_CAP_MEMORY_ATTRIBUTES), 0);
 
@@ -49,10 +49,10 @@ static void probing(void)
 	vm_destroy(&vm);
 }
 
-/* AUTO is userfaultfd, also where a VM is given that could do more. */
+/* AUTO selects userfaultfd, even with a VM that supports more. */
 static void automatic(void)
 {
-	struct kuf_options o = { .size = sizeof(o), .flags = KUF_OPEN_VM_FD, .fill = source_fill,
+	struct kuf_options o = { .size = sizeof(o), .fill = source_fill,
 				 .opaque = &source };
 	struct kuf *kuf;
 
@@ -66,14 +66,14 @@ static void automatic(void)
 	add_slot(kuf, TEST_GPA, vm.mem, vm.size);
 	CHECK("AUTO serves", guest_reads(&vm, kuf, 0, TEST_GPA, content64(TEST_GPA, 0)));
 	CHECK_EQ("AUTO had no exit", stats_of(kuf).vcpu_faults, 0);
-	close_kuf(kuf, KUF_CLOSE_POISON);
+	close_kuf(kuf, KUF_END_POISON);
 	vm_destroy(&vm);
 }
 
 static void enabled_already(void)
 {
 	uint64_t gpa = TEST_GPA + 3 * PAGE, gfn;
-	struct kuf_probe p;
+	struct kuf_probe_info p;
 	struct kuf *kuf = (void *)1;
 	uint8_t out[16];
 	struct runner r = { .io = out, .io_max = sizeof(out) };
@@ -86,7 +86,7 @@ static void enabled_already(void)
 	mark(&vm, gpa, PAGE);
 	set_guest(&vm, 0, guest_outsb, gpa, 16, 0);
 	runner_start(&r, &vm, 0);
-	CHECK("somebody else's waiter", wait_event(&vm, 20000));
+	CHECK("another owner's access waits", wait_event(&vm, 20000));
 
 	p = probe_of(vm.fd);
 	CHECK_EQ("probe: EEXIST", p.error[KUF_MECHANISM_KVM_ASYNC], -EEXIST);
@@ -95,7 +95,7 @@ static void enabled_already(void)
 	CHECK("kuf_open: no handle", !kuf);
 	CHECK_EQ("kuf_open: release is not called", source.released, 0);
 	sleep_ms(50);
-	CHECK("somebody else's waiter still waits", !r.done && thread_state(r.tid) == 'D');
+	CHECK("another owner's access still waits", !r.done && thread_state(r.tid) == 'D');
 	CHECK("its entry is still queued", read_event(&vm) == 1 && !read_fault(&vm, &gfn) &&
 	      gfn == gpa / PAGE);
 	unmark(&vm, gpa, PAGE);
@@ -103,7 +103,7 @@ static void enabled_already(void)
 	CHECK("with its bytes", r.io_len == 16 && is_pattern(out, gpa, 16));
 	mark(&vm, gpa, PAGE);
 	set_guest(&vm, 0, guest_read, gpa, 0, 0);
-	CHECK("somebody else's marks work on", faults_at(&vm, 0, gpa));
+	CHECK("another owner's marks still work", faults_at(&vm, 0, gpa));
 
 	MUST(userfault_cap(&vm, UF_DISABLE, 0, 0));
 	CHECK_KUF("when it is disabled it opens", try_open(&vm, &source, 0, &kuf), 0);
@@ -127,8 +127,7 @@ static void open_refusals(void)
 
 	doing("refusals of kuf_open", 30);
 	vm_create(&vm, SIZE, 1);
-	CHECK_REFUSED("without KUF_OPEN_VM_FD", kuf_open(&o, &kuf), -EINVAL, "VM_FD");
-	o.flags = KUF_OPEN_VM_FD;
+	CHECK_REFUSED("without a VM", kuf_open(&o, &kuf), -EINVAL, "vm_fd");
 	o.vm_fd = vm.kvm;
 	CHECK_REFUSED("with what is no VM", kuf_open(&o, &kuf), -EINVAL, "KVM VM");
 	o.vm_fd = vm.vcpu[0];
@@ -170,30 +169,29 @@ static void memory_refusals(void)
 	CHECK_REFUSED("touched memory", kuf_add_memory(kuf, &m), -EBUSY, "touched");
 	CHECK("touched memory: nothing is marked", !is_marked(TEST_GPA));
 	CHECK_EQ("touched memory: no slot", kuf_progress(kuf, TEST_GPA,
-		 &(struct kuf_progress){ .size = sizeof(struct kuf_progress) }), -ENOENT);
+		 &(struct kuf_progress_info){ .size = sizeof(struct kuf_progress_info) }), -ENOENT);
 	CHECK_EQ("touched memory: its byte", *host(&vm, TEST_GPA + 40 * PAGE), 0x77);
 	MUST(madvise(vm.mem, SIZE, MADV_DONTNEED));
 
-	m.kvm_attributes = UF_ATTR_USERFAULT;
+	struct kuf_kvm_memory kvm = { .size = sizeof(kvm), .attributes = UF_ATTR_USERFAULT };
+	m.kvm = &kvm;
 	CHECK_REFUSED("the mark as an attribute", kuf_add_memory(kuf, &m), -EINVAL, "USERFAULT");
-	m.kvm_attributes = UF_ATTR_PRIVATE;
+	kvm.attributes = UF_ATTR_PRIVATE;
 	CHECK_REFUSED("an attribute that this VM has not", kuf_add_memory(kuf, &m), -EINVAL,
-		      "kvm_attributes");
+		      "attributes");
 	CHECK("refused attributes: nothing is marked", !is_marked(TEST_GPA));
 	MUST(madvise(vm.mem, SIZE, MADV_DONTNEED));
-	m.kvm_attributes = 0;
+	m.kvm = NULL;
 
 	int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-	m.flags = KUF_MEMORY_UFFD;
 	m.uffd = uffd;
 	CHECK_KUF("a userfaultfd", kuf_add_memory(kuf, &m), -EINVAL);
 	close(uffd);
-	m.flags = KUF_MEMORY_MEMSLOT;
 	m.uffd = 0;
-	m.memslot = TEST_SLOT;
-	CHECK_REFUSED("KUF_MEMORY_MEMSLOT", kuf_add_memory(kuf, &m), -EINVAL, "BITMAP");
-	m.flags = 0;
-	m.memslot = 0;
+	kvm = (struct kuf_kvm_memory){ .size = sizeof(kvm), .flags = KUF_KVM_MEMORY_MEMSLOT, .memslot = TEST_SLOT };
+	m.kvm = &kvm;
+	CHECK_REFUSED("KUF_KVM_MEMORY_MEMSLOT", kuf_add_memory(kuf, &m), -EINVAL, "BITMAP");
+	m.kvm = NULL;
 
 	MUST(mprotect(vm.mem, SIZE, PROT_READ));
 	CHECK_REFUSED("a mapping that cannot be written", kuf_add_memory(kuf, &m), -EINVAL, "writ");
@@ -211,7 +209,7 @@ static void memory_refusals(void)
 		      "bitmap");
 	CHECK("and it is served", guest_reads(&vm, kuf, 0, TEST_GPA, content64(TEST_GPA, 0)));
 
-	/* Somebody else now: the library is who enabled it. */
+	/* Now the library itself has enabled userfaults, and a second handle is refused. */
 	struct kuf *second;
 	CHECK_REFUSED("a second handle on this VM", try_open(&vm, &source, 0, &second), -EEXIST,
 		      "enabled");
@@ -222,15 +220,15 @@ static void memory_refusals(void)
 	CHECK_KUF("kuf_remove_memory with unresolved pages", kuf_remove_memory(kuf, TEST_GPA, 0),
 		  -EBUSY);
 
-	/* The host takes the right away afterwards: that page cannot be had, and nobody dies of it. */
+	/* The caller makes a page read-only later: it cannot be filled, but this ends no thread. */
 	MUST(mprotect(host(&vm, TEST_GPA + 45 * PAGE), PAGE, PROT_READ));
 	CHECK_KUF("a page that became read-only",
 		  kuf_vcpu_fault(kuf, TEST_GPA + 45 * PAGE, PAGE, UF_EXIT_FLAG_USERFAULT), -EHWPOISON);
 	CHECK("a page that became read-only: marked", is_marked(TEST_GPA + 45 * PAGE));
 	MUST(mprotect(host(&vm, TEST_GPA + 45 * PAGE), PAGE, PROT_READ | PROT_WRITE));
-	CHECK_KUF("and is writable again", kuf_discard(kuf, TEST_GPA + 45 * PAGE, PAGE, 0), 0);
+	CHECK_KUF("and is writable again", kuf_discard(kuf, TEST_GPA + 45 * PAGE, PAGE, KUF_DISCARD_REFILL), 0);
 	CHECK_KUF("kuf_remove_memory that populates",
-		  kuf_remove_memory(kuf, TEST_GPA, KUF_CLOSE_POPULATE), 0);
+		  kuf_remove_memory(kuf, TEST_GPA, KUF_END_POPULATE), 0);
 	bool good = true;
 	for (uint64_t gpa = TEST_GPA; gpa < TEST_GPA + SIZE; gpa += PAGE) {
 		set_guest(&vm, 0, guest_read, gpa, 0, 0);
@@ -241,7 +239,7 @@ static void memory_refusals(void)
 	vm_destroy(&vm);
 }
 
-/* The end is the end: what was enabled is disabled when kuf_close returns. */
+/* When kuf_close returns, userfaults are disabled. */
 static void again_and_again(void)
 {
 	bool good = true;
@@ -262,7 +260,7 @@ static void again_and_again(void)
 		add_slot(kuf, TEST_GPA, vm.mem, vm.size);
 		good = good && guest_reads(&vm, kuf, 0, TEST_GPA + i * PAGE,
 					   content64(TEST_GPA + i * PAGE, i));
-		close_kuf(kuf, KUF_CLOSE_POPULATE);
+		close_kuf(kuf, KUF_END_POPULATE);
 		good = good && has_content(vm.mem, TEST_GPA, SIZE, i);
 		MUST(madvise(vm.mem, SIZE, MADV_DONTNEED));
 	}
@@ -271,7 +269,7 @@ static void again_and_again(void)
 	vm_destroy(&vm);
 }
 
-/* The kernel's own errors, as kuf.h and the library go by them. */
+/* The kernel's errors, on which kuf.h and the library rely. */
 static void kernel_errors(void)
 {
 	uint64_t gfn;
@@ -296,12 +294,12 @@ static void kernel_errors(void)
 	CHECK_ERRNO("raw: read of an empty queue", read_fault(&vm, &gfn), ENOENT);
 	CHECK("the library does not mind", guest_reads(&vm, kuf, 0, TEST_GPA,
 						       content64(TEST_GPA, 0)));
-	close_kuf(kuf, KUF_CLOSE_POISON);
+	close_kuf(kuf, KUF_END_POISON);
 	vm_destroy(&vm);
 	close(event);
 }
 
-/* Runs in a child, which has the VM's descriptor and is not the VM's process. */
+/* Runs in a child, which has the VM's descriptor but is not the VM's process. */
 static int in_a_child(int (*body)(void))
 {
 	int s = 0;
@@ -327,22 +325,22 @@ static int child_raw(void)
 
 static int child_handle(void)
 {
-	struct kuf_progress p = { .size = sizeof(p) };
+	struct kuf_progress_info p = { .size = sizeof(p) };
 	struct kuf *kuf = parents;
 
 	if (kuf_vcpu_fault(kuf, TEST_GPA, PAGE, UF_EXIT_FLAG_USERFAULT) != -ECHILD)
 		return 1;
 	if (kuf_ensure(kuf, TEST_GPA, PAGE, 0) != -ECHILD)
 		return 2;
-	if (kuf_discard(kuf, TEST_GPA, PAGE, 0) != -ECHILD)
+	if (kuf_discard(kuf, TEST_GPA, PAGE, KUF_DISCARD_REFILL) != -ECHILD)
 		return 3;
 	if (kuf_progress(kuf, TEST_GPA, &p) != -ECHILD)
 		return 4;
-	if (kuf_quiesce(kuf, 0) != -ECHILD)
+	if (kuf_kvm_quiesce(kuf, 0) != -ECHILD)
 		return 5;
 	if (kuf_kvm_owned(kuf, TEST_GPA, PAGE) != -ECHILD)
 		return 6;
-	if (kuf_close(&kuf, KUF_CLOSE_POISON) != -ECHILD)
+	if (kuf_close(&kuf, KUF_END_POISON) != -ECHILD)
 		return 7;
 	return 0;
 }
@@ -373,7 +371,7 @@ static void other_process(void)
 						      content64(TEST_GPA + PAGE, 0)));
 	CHECK("KVM after all of that", kvm_reads(&vm, parents, 0, TEST_GPA + 2 * PAGE, out) &&
 	      has_content(out, TEST_GPA + 2 * PAGE, 16, 0));
-	close_kuf(parents, KUF_CLOSE_POISON);
+	close_kuf(parents, KUF_END_POISON);
 	vm_destroy(&vm);
 }
 

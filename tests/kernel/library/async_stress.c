@@ -1,12 +1,11 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * vCPUs, KVM for them, threads of the VMM's, populate, discards and deferred fills,
- * in random order over several slots.  Whatever anybody reads is what the page
- * holds at that time: of its present generation, zero if the guest has given it
- * back, and what was written since.
+ * vCPUs, KVM for them, threads of the VMM, populate, discards and deferred fills, in
+ * random order over several slots.  Each read must return the page's current content:
+ * its current generation, or zero if it was removed, with all later writes.
  *
- * Who discards a page keeps everybody off it meanwhile, as kuf_discard asks of a
- * host; fills for populate go on all the same, and their bytes may be old.
+ * A thread that discards a page keeps the others off it meanwhile, as kuf_discard
+ * requires of the caller; fills for populate continue, and their bytes may be stale.
  */
 #include "async.h"
 
@@ -14,7 +13,7 @@
 #define PAGES 384UL		/* of each slot */
 #define GROUP 8			/* pages under one lock */
 #define VCPUS 4
-#define CELLS 2048		/* from here on, what vCPUs have written */
+#define CELLS 2048		/* offset of the words that vCPUs write */
 #define SECONDS 15
 
 struct page {
@@ -33,7 +32,7 @@ static _Atomic bool stop, closing, all_stopped, bad;
 static _Atomic unsigned int reads, kvm_reads_done, writes, ensures, discards, removals, fills, deferrals;
 static unsigned int seed;
 
-/* Slots lie apart from each other, so that runs do not go from one to the next. */
+/* Slots have gaps between them, so that no run crosses from one to the next. */
 static uint64_t slot_gpa(int slot)
 {
 	return TEST_GPA + (uint64_t)slot * 2 * PAGES * PAGE;
@@ -105,7 +104,7 @@ static int stress_fill(void *opaque, struct kuf_fill *f)
 			nr_later++;
 			deferrals++;
 			pthread_mutex_unlock(&later_lock);
-			return KUF_DEFERRED;
+			return KUF_FILL_DEFERRED;
 		}
 		pthread_mutex_unlock(&later_lock);
 	}
@@ -113,13 +112,13 @@ static int stress_fill(void *opaque, struct kuf_fill *f)
 		usleep(n % 3 * 300);
 	for (uint64_t at = 0; at < f->len; at += PAGE)
 		put_page((uint8_t *)f->buf + at, f->gpa + at);
-	/* Now and then only part of it. */
+	/* Sometimes only a part of the run. */
 	if (n % 11 == 0 && f->len > PAGE)
 		f->filled = PAGE;
-	return KUF_FILLED;
+	return KUF_FILL_DONE;
 }
 
-/* Brings what was deferred: of the generation that is the present one then. */
+/* Resolves deferred runs with the generation that is current at that time. */
 static void *settler(void *arg)
 {
 	uint32_t rnd = seed ^ 0x5e771e;
@@ -143,7 +142,7 @@ static void *settler(void *arg)
 			pthread_rwlock_t *lock = &locks[page_at(gpa) / GROUP];
 			ssize_t r;
 
-			/* A page at a time: nobody discards it in between. */
+			/* One page at a time under the lock, so that it is not discarded meanwhile. */
 			pthread_rwlock_rdlock(lock);
 			if (next(&rnd) % 2) {
 				put_page((uint8_t *)f.buf + (gpa - f.gpa), gpa);
@@ -153,7 +152,7 @@ static void *settler(void *arg)
 				r = kuf_resolve(kuf, gpa, buf, PAGE, 0);
 			}
 			pthread_rwlock_unlock(lock);
-			/* What is left at the end may be owed no more. */
+			/* At the end, remaining runs may not be pending any more. */
 			if (r < 0 && !closing)
 				DIE("seed %u: kuf_resolve: %zd %s", seed, r, kuf_error());
 		}
@@ -161,7 +160,7 @@ static void *settler(void *arg)
 	return NULL;
 }
 
-/* ---- who uses pages ---- */
+/* ---- the users of pages ---- */
 
 static void check_page_by_vcpu(int cpu, int n, uint32_t rnd)
 {
@@ -172,12 +171,12 @@ static void check_page_by_vcpu(int cpu, int n, uint32_t rnd)
 
 	expected(n, offset, want, 16);
 	switch (rnd >> 16 & 3) {
-	case 0:	/* KVM reads for it */
+	case 0:	/* KVM reads for the vCPU */
 		if (!kvm_reads(&vm, kuf, cpu, gpa, out) || memcmp(out, want, 16))
 			wrong("rep outsb", n);
 		kvm_reads_done++;
 		break;
-	case 1:	/* it writes to its cell */
+	case 1:	/* the vCPU writes to its cell */
 		set_guest(&vm, cpu, guest_write, gpa_of(n) + CELLS + 8 * (uint64_t)cpu, 0,
 			  (uint64_t)rnd << 32 | rnd);
 		r = run_here(&w, &vm, kuf, cpu);
@@ -187,7 +186,7 @@ static void check_page_by_vcpu(int cpu, int n, uint32_t rnd)
 		pages[n].written[cpu] = true;
 		writes++;
 		break;
-	case 2:	/* and reads it again */
+	case 2:	/* the vCPU reads its cell again */
 		if (pages[n].written[cpu]) {
 			if (!guest_reads(&vm, kuf, cpu, gpa_of(n) + CELLS + 8 * (uint64_t)cpu,
 					 pages[n].cell[cpu]))
@@ -222,7 +221,7 @@ static void *vcpu(void *arg)
 	return NULL;
 }
 
-/* A device model: the first part of a page as it has to be. */
+/* A device model that checks the first part of a page. */
 static void *device(void *arg)
 {
 	uint32_t rnd = seed ^ 0xdef1ce;
@@ -266,7 +265,7 @@ static void *discarder(void *arg)
 				pages[n].written[i] = false;
 		}
 		r = kuf_discard(kuf, gpa_of(first), (uint64_t)nr * PAGE,
-				remove ? KUF_DISCARD_REMOVED : 0);
+				remove ? KUF_DISCARD_ZERO : KUF_DISCARD_REFILL);
 		pthread_rwlock_unlock(&locks[group]);
 		if (r)
 			DIE("seed %u: kuf_discard: %d %s", seed, r, kuf_error());
@@ -286,7 +285,7 @@ static void *populater(void *arg)
 	(void)arg;
 	while (!stop && !bad) {
 		int n = (int)(next(&rnd) % (SLOTS * PAGES));
-		struct kuf_populate p = { .size = sizeof(p), .gpa = gpa_of(n) };
+		struct kuf_populate_request p = { .size = sizeof(p), .gpa = gpa_of(n) };
 		int r;
 
 		p.len = (1 + next(&rnd) % (PAGES - (uint32_t)n % PAGES)) * PAGE;
@@ -300,15 +299,15 @@ static void *populater(void *arg)
 	return NULL;
 }
 
-/* Quiet or not: the answer is one of two, and comes. */
+/* kuf_kvm_quiesce must return one of two results, and must return. */
 static void *quiescer(void *arg)
 {
 	(void)arg;
 	while (!stop && !bad) {
-		int r = kuf_quiesce(kuf, 5);
+		int r = kuf_kvm_quiesce(kuf, 5);
 
 		if (r && r != -ETIMEDOUT)
-			DIE("seed %u: kuf_quiesce: %d %s", seed, r, kuf_error());
+			DIE("seed %u: kuf_kvm_quiesce: %d %s", seed, r, kuf_error());
 		usleep(20000);
 	}
 	return NULL;
@@ -347,10 +346,8 @@ int main(int argc, char **argv)
 		struct kuf_memory m = { .size = sizeof(m), .gpa = slot_gpa(i), .len = PAGES * PAGE,
 					.hva = (uintptr_t)mem[i] };
 
-		if (i == 1) {
-			m.flags = KUF_MEMORY_FD;
+		if (i == 1)
 			m.fd = fd;
-		}
 		if (kuf_add_memory(kuf, &m))
 			DIE("kuf_add_memory: %s", kuf_error());
 	}
@@ -369,7 +366,7 @@ int main(int argc, char **argv)
 	for (size_t i = 0; i < sizeof(other) / sizeof(*other); i++)
 		pthread_join(o[i], NULL);
 
-	struct kuf_stats st = stats_of(kuf);
+	struct kuf_stats_info st = stats_of(kuf);
 	dprintf(1, "# %u reads, %u by KVM, %u writes, %u ensured, %u discards, %u removals; %u fills, "
 		"%u deferred; %" PRIu64 " in KVM's queue, %" PRIu64 " exits, %" PRIu64 " joined, %" PRIu64
 		" late\n", reads, kvm_reads_done, writes, ensures, discards, removals, fills, deferrals,
@@ -379,10 +376,10 @@ int main(int argc, char **argv)
 	       "there was something to do", "seed %u", seed);
 	report(!st.faults_unknown && !st.faults_lost, "none unknown, none lost", "seed %u", seed);
 	report(!events.events[KUF_EVENT_POISONED] && !events.events[KUF_EVENT_FATAL] &&
-	       !events.events[KUF_EVENT_PARKED], "nothing poisoned", "seed %u", seed);
+	       !events.events[KUF_KVM_EVENT_PARKED], "nothing poisoned", "seed %u", seed);
 	closing = true;
-	CHECK_KUF("stress: close", kuf_close(&kuf, KUF_CLOSE_POPULATE), 0);
-	/* Whoever asks, kuf_close too, may be told to wait for it. */
+	CHECK_KUF("stress: close", kuf_close(&kuf, KUF_END_POPULATE), 0);
+	/* A call, kuf_close too, may have to wait for it. */
 	all_stopped = true;
 	pthread_join(settles, NULL);
 	for (int n = 0; n < SLOTS * (int)PAGES && whole; n++) {

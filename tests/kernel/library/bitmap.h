@@ -1,11 +1,10 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * What the tests of KUF_MECHANISM_KVM_BITMAP share: the selftests' virtual machine, a source of pages that keeps
- * count, and a vCPU's loop as a VMM has it. Memory at TEST_GPA is the library's; the low memory is nobody's but the
- * VM's.
+ * Common code of the tests of KUF_MECHANISM_KVM_BITMAP: the selftests' virtual machine, a source that counts fills,
+ * and a vCPU's loop as in a VMM. The library serves the memory at TEST_GPA but not the low memory.
  *
- * What a page holds is a matter of its address and of a generation, so that stale, misplaced and half-filled ones
- * show.
+ * The content of a page depends on its address and a generation, so that checks detect stale, misplaced and
+ * half-filled pages.
  */
 #ifndef KUF_BITMAP_H
 #define KUF_BITMAP_H
@@ -15,34 +14,34 @@
 #endif
 #include "../selftests/test.h"
 
-#include <kuf.h>
+#include <kuf-kvm.h>
 
-/* As many exits for one and the same page, one after the other, are a guest that does not get on. */
+/* After so many consecutive exits for the same page the guest makes no progress. */
 #define LOOPS 1000
 #define LOOPING (-2000)
 
-/* ---- where pages come from ---- */
+/* ---- the source of pages ---- */
 
 struct source {
 	_Atomic uint64_t generation;
 	_Atomic unsigned int fills, released;
-	/* A run that holds this page fails with this. */
+	/* A run that contains this page fails with this error. */
 	_Atomic uint64_t bad_gpa;
 	_Atomic int bad_answer;
-	/* A run that holds this page waits in the callback. */
+	/* A run that contains this page waits in the callback. */
 	_Atomic uint64_t held_gpa;
 	_Atomic int inside;
-	/* This page holds a function that returns pattern64 of where it is. */
+	/* This page holds a function that returns pattern64 of its address. */
 	uint64_t code_gpa;
-	/* By KUF_EVENT_*. */
-	_Atomic unsigned int events[16];
-	_Atomic uint64_t event_gpa[16];
+	/* The number of events for each KUF_EVENT_*. */
+	_Atomic unsigned int events[64];
+	_Atomic uint64_t event_gpa[64];
 	void (*on_event)(const struct kuf_event *event);
-	/* How often each page was asked for, where that is wanted. */
+	/* The number of requests for each page, or NULL. */
 	_Atomic uint8_t *asked;
 };
 
-/* To be given to pattern and its like. */
+/* The argument for pattern and similar functions. */
 static UNUSED uint64_t key(uint64_t gpa, uint64_t generation)
 {
 	return gpa + (generation << 40);
@@ -62,7 +61,7 @@ static UNUSED void write_pages(uint8_t *to, uint64_t gpa, size_t len, uint64_t g
 static UNUSED int source_fill(void *opaque, struct kuf_fill *run)
 {
 	struct source *s = opaque;
-	int answer = KUF_FILLED;
+	int answer = KUF_FILL_DONE;
 
 	s->inside++;
 	s->fills++;
@@ -92,7 +91,7 @@ static UNUSED void source_event(void *opaque, const struct kuf_event *event)
 {
 	struct source *s = opaque;
 
-	if (event->kind < 16) {
+	if (event->kind < 64) {
 		s->event_gpa[event->kind] = event->gpa;
 		s->events[event->kind]++;
 	}
@@ -135,26 +134,41 @@ static UNUSED struct kuf_options rig_options(struct rig *r)
 	return (struct kuf_options){
 		.size = sizeof(struct kuf_options),
 		.mechanism = KUF_MECHANISM_KVM_BITMAP,
-		.flags = KUF_OPEN_VM_FD,
 		.vm_fd = r->vm.fd,
 		.fill = source_fill,
 		.event = source_event,
 		.release = source_release,
 		.opaque = &r->source,
-		/* Exits are counted: each brings its page and nothing else. */
+		/* Tests count exits, so that each must fill only its own page. */
 		.demand_run = PAGE,
 	};
+}
+
+/* For the tests: the library sets the memslot. */
+#define BY_LIBRARY (1u << 31)
+
+/* What a slot says of the memslot @number that the library sets. The program is short: nothing frees it. */
+static UNUSED const struct kuf_kvm_memory *memslot_of(uint32_t number, uint32_t flags)
+{
+	struct kuf_kvm_memory *kvm = calloc(1, sizeof(*kvm));
+
+	if (!kvm)
+		DIE("no memory");
+	*kvm = (struct kuf_kvm_memory){
+		.size = sizeof(*kvm), .flags = KUF_KVM_MEMORY_MEMSLOT, .memslot = number, .memslot_flags = flags,
+	};
+	return kvm;
 }
 
 static UNUSED struct kuf_memory rig_slot(struct rig *r, uint32_t flags)
 {
 	return (struct kuf_memory){
 		.size = sizeof(struct kuf_memory),
-		.flags = flags,
+		.flags = flags & ~BY_LIBRARY,
 		.gpa = TEST_GPA,
 		.len = r->vm.size,
 		.hva = (uintptr_t)r->vm.mem,
-		.memslot = flags & KUF_MEMORY_MEMSLOT ? TEST_SLOT : 0,
+		.kvm = flags & BY_LIBRARY ? memslot_of(TEST_SLOT, 0) : NULL,
 	};
 }
 
@@ -165,7 +179,7 @@ static UNUSED struct kuf_memory rig_slot(struct rig *r, uint32_t flags)
 			DIE("line %d: %s: %s", __LINE__, #call, kuf_error()); \
 	} while (0)
 
-/* Of what the library says, the number is checked. */
+/* Checks the result of a call. */
 #define CHECK_KUF(name, call, want)                                              \
 	do {                                                                     \
 		long r_ = (long)(call);                                          \
@@ -173,13 +187,15 @@ static UNUSED struct kuf_memory rig_slot(struct rig *r, uint32_t flags)
 		       __LINE__, #call, r_, (long)(want), r_ < 0 ? kuf_error() : "-"); \
 	} while (0)
 
-/* KUF_TEST_USERFAULTFDS=N: with so many userfaultfds underneath. */
+/* KUF_TEST_USERFAULTFDS=N makes the library use N userfaultfds. */
 static UNUSED void rig_open(struct rig *r, struct kuf_options options)
 {
 	const char *several = getenv("KUF_TEST_USERFAULTFDS");
 
 	if (several && options.mechanism == KUF_MECHANISM_KVM_BITMAP)
 		options.userfaultfds = (uint32_t)atoi(several);
+	if (!options.fill && !(options.flags & KUF_OPEN_DIRECT))
+		options.flags |= KUF_OPEN_CALLER_DRIVEN;
 	MUST_KUF(kuf_open(&options, &r->kuf));
 }
 
@@ -197,7 +213,7 @@ static UNUSED void rig_add(struct rig *r, struct kuf_memory slot)
 	rig_bitmap(r);
 }
 
-/* The host's way of setting the flag; what else is in flags goes with it. */
+/* Sets the memslot as the caller does, with KVM_MEM_USERFAULT or other flags. */
 static UNUSED void rig_memslot(struct rig *r, uint32_t flags)
 {
 	void *bitmap = flags & UF_MEM_USERFAULT ? (void *)r->bitmap : NULL;
@@ -212,14 +228,14 @@ static UNUSED void rig_close(struct rig *r, uint32_t flags)
 
 enum owner { HOST, LIBRARY };
 
-/* All that most tests begin with: an absent slot, armed. */
+/* The start of most tests: an absent, armed slot. */
 static UNUSED void rig_start(struct rig *r, void *mem, size_t size, int vcpus, enum owner owner,
 			     uint32_t flags, int fd)
 {
 	rig_vm(r, mem, size, vcpus);
 	rig_open(r, rig_options(r));
 
-	struct kuf_memory slot = rig_slot(r, flags | (owner == LIBRARY ? KUF_MEMORY_MEMSLOT : 0));
+	struct kuf_memory slot = rig_slot(r, flags | (owner == LIBRARY ? BY_LIBRARY : 0));
 
 	slot.fd = fd;
 	rig_add(r, slot);
@@ -234,17 +250,17 @@ static UNUSED void rig_end(struct rig *r, uint32_t flags)
 	vm_destroy(&r->vm);
 }
 
-static UNUSED struct kuf_stats stats(struct rig *r)
+static UNUSED struct kuf_stats_info stats(struct rig *r)
 {
-	struct kuf_stats s = { .size = sizeof(s) };
+	struct kuf_stats_info s = { .size = sizeof(s) };
 
 	MUST_KUF(kuf_stats(r->kuf, &s));
 	return s;
 }
 
-static UNUSED struct kuf_progress progress(struct rig *r, uint64_t gpa)
+static UNUSED struct kuf_progress_info progress(struct rig *r, uint64_t gpa)
 {
-	struct kuf_progress p = { .size = sizeof(p) };
+	struct kuf_progress_info p = { .size = sizeof(p) };
 
 	MUST_KUF(kuf_progress(r->kuf, gpa, &p));
 	return p;
@@ -266,7 +282,7 @@ static UNUSED uint64_t bits(struct rig *r, uint64_t gpa, uint64_t pages)
 	return n;
 }
 
-/* Another thread may still have to book what the guest has seen already; if it never does, the watchdog barks. */
+/* Waits for another thread's counters, which may lag behind the guest; the watchdog ends an endless wait. */
 #define AWAIT(cond)                    \
 	do {                           \
 		while (!(cond))        \
@@ -286,7 +302,7 @@ static UNUSED uint8_t *shared_memory(size_t size, unsigned int flags, int *fd)
 	return p == MAP_FAILED ? NULL : p;
 }
 
-/* ---- a vCPU as a VMM runs it ---- */
+/* ---- a vCPU's loop, as in a VMM ---- */
 
 struct vcpu {
 	struct rig *rig;
@@ -294,12 +310,12 @@ struct vcpu {
 	pthread_t thread;
 	_Atomic pid_t tid;
 	_Atomic bool done;
-	int result;		/* as run_vcpu says, or LOOPING */
+	int result;		/* the result of run_vcpu, or LOOPING */
 	int error;		/* of kuf_vcpu_fault, if that ended it */
 	unsigned int exits;	/* KVM_EXIT_MEMORY_FAULT */
-	uint8_t out[256];	/* what the guest has put out */
+	uint8_t out[256];	/* the guest's output */
 	size_t out_len;
-	uint8_t in;		/* what it gets to put in */
+	uint8_t in;		/* the guest's input */
 };
 
 static UNUSED int drive(struct vcpu *v)
@@ -372,7 +388,7 @@ static UNUSED int vcpu_join(struct vcpu *v)
 	return v->result;
 }
 
-/* On the calling thread; true if it ran to its hlt with the right number in rax. */
+/* Runs on the calling thread.  Returns whether the guest reached its hlt with the right number in rax. */
 static UNUSED bool run_to(struct rig *r, int cpu, uint64_t rax, unsigned int *exits)
 {
 	struct vcpu v = { .rig = r, .cpu = cpu };
@@ -399,7 +415,7 @@ static UNUSED bool reads_zero(struct rig *r, int cpu, uint64_t gpa, unsigned int
 	return run_to(r, cpu, 0, exits);
 }
 
-/* KVM itself reads so many bytes: it emulates a string instruction. */
+/* KVM reads n bytes, because it emulates a string instruction. */
 static UNUSED bool kvm_reads(struct rig *r, int cpu, uint64_t gpa, size_t n, uint64_t generation)
 {
 	struct vcpu v = { .rig = r, .cpu = cpu };
@@ -420,7 +436,7 @@ static UNUSED bool all_bytes(const uint8_t *p, size_t n, uint8_t v)
 	return true;
 }
 
-/* What the host side of a page holds; for pages that are present. */
+/* Whether a present page holds the right bytes at its host address. */
 static UNUSED bool page_is(struct rig *r, uint64_t gpa, uint64_t generation)
 {
 	return is_pattern(host(&r->vm, gpa), key(gpa, generation), PAGE);

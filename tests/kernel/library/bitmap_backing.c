@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * What is behind the guest's pages: anonymous memory, to which bytes are copied; a shared file, in which they are
- * written in place; and huge pages of both kinds, which have 512 bits each.
+ * The memory behind the guest's pages: anonymous memory, filled by copy; a shared file, filled in place; and huge
+ * pages of both kinds, which have 512 bits each.
  */
 #include "bitmap.h"
 
@@ -38,7 +38,7 @@ static void serve(const struct kind *k, enum owner owner)
 		skip(k->name, "no such memory here");
 		return;
 	}
-	rig_start(&r, mem, size, 2, owner, k->shared ? KUF_MEMORY_FD : 0, fd);
+	rig_start(&r, mem, size, 2, owner, 0, fd);
 	CHECK_EQ(NAME("all bits set"), bits(&r, TEST_GPA, pages * per), pages * per);
 
 	uint64_t a = TEST_GPA, b = TEST_GPA + granule, c = TEST_GPA + 2 * granule, d = TEST_GPA + 5 * granule;
@@ -57,7 +57,7 @@ static void serve(const struct kind *k, enum owner owner)
 	CHECK(NAME("the VMM reads"), is_pattern(host(&r.vm, d), d, granule));
 	CHECK_EQ(NAME("bits of both are clear"), bits(&r, c, per) + bits(&r, d, per), 0);
 	if (k->shared) {
-		/* By another mapping of the file: what was filled is there, and what was not is not. */
+		/* Another mapping of the file shows the filled pages. */
 		uint8_t *second = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
 		CHECK(NAME("the file has it"), is_pattern(second + 5 * granule, d, granule));
 		munmap(second, size);
@@ -67,9 +67,9 @@ static void serve(const struct kind *k, enum owner owner)
 		good = good && reads(&r, 0, gpa + granule - 8, 0, &exits) && exits == (gpa != d);
 	CHECK(NAME("the rest, by an exit each"), good);
 
-	/* Who waited for a page may be here before who filled it has counted it. */
+	/* The waiting thread may get here before the thread that filled the page has counted it. */
 	AWAIT(r.source.events[KUF_EVENT_COMPLETE] == 1);
-	struct kuf_stats s = stats(&r);
+	struct kuf_stats_info s = stats(&r);
 	CHECK_EQ(NAME("every byte once"), k->shared ? s.bytes_in_place : s.bytes_copied, size);
 	CHECK_EQ(NAME("and no other way"), k->shared ? s.bytes_copied : s.bytes_in_place, 0);
 	if (owner == HOST)
@@ -79,7 +79,7 @@ static void serve(const struct kind *k, enum owner owner)
 		close(fd);
 }
 
-/* What a file held before counts as present: no bit, no exit, no fill. */
+/* A page with data in the file is present: no bit, no exit, no fill. */
 static void file_with_data(bool fill_all)
 {
 	const uint64_t pages = 16;
@@ -93,18 +93,19 @@ static void file_with_data(bool fill_all)
 		write_pages(page, TEST_GPA + n * PAGE, PAGE, 9);
 		MUST(pwrite(fd, page, PAGE, (off_t)(n * PAGE)));
 	}
-	rig_start(&r, mem, pages * PAGE, 1, LIBRARY, KUF_MEMORY_FD | (fill_all ? KUF_MEMORY_FILL_ALL : 0), fd);
+	rig_start(&r, mem, pages * PAGE, 1, LIBRARY,
+		  (fill_all ? KUF_MEMORY_FILL_ALL : KUF_MEMORY_POPULATED), fd);
 	CHECK_EQ("file with data: bits", r.bitmap[0], fill_all ? 0xffff : 0xff0f);
 	CHECK("file with data: what it held", reads(&r, 0, TEST_GPA + 5 * PAGE, fill_all ? 0 : 9, &exits));
 	CHECK_EQ("file with data: exits", exits, fill_all);
 	CHECK("file with data: what it did not hold", reads(&r, 0, TEST_GPA + 9 * PAGE, 0, &exits) && exits == 1);
 	CHECK_EQ("file with data: fills", r.source.fills, fill_all ? 2 : 1);
 	CHECK("file with data: by KVM", kvm_reads(&r, 0, TEST_GPA + 6 * PAGE, 8, fill_all ? 0 : 9));
-	rig_end(&r, KUF_CLOSE_POISON);
+	rig_end(&r, KUF_END_POISON);
 	close(fd);
 }
 
-/* kuf_resolve of pages nobody has asked for, and populate: the bits go, too. */
+/* kuf_resolve of pages without a fault, and populate, clear the bits too. */
 static void unasked(void)
 {
 	const uint64_t pages = 200;
@@ -121,7 +122,7 @@ static void unasked(void)
 	CHECK_KUF("kuf_resolve zero", kuf_resolve(r.kuf, TEST_GPA + 130 * PAGE, NULL, PAGE, KUF_RESOLVE_ZERO), PAGE);
 	CHECK("kuf_resolve zero: content, with no exit",
 	      reads_zero(&r, 0, TEST_GPA + 130 * PAGE, &exits) && exits == 0);
-	struct kuf_populate p = { .size = sizeof(p), .gpa = TEST_GPA, .len = 60 * PAGE };
+	struct kuf_populate_request p = { .size = sizeof(p), .gpa = TEST_GPA, .len = 60 * PAGE };
 	CHECK_KUF("kuf_populate", kuf_populate(r.kuf, &p), 0);
 	AWAIT(r.source.events[KUF_EVENT_POPULATED] == 1);
 	CHECK("kuf_populate: these bits and no others", bits(&r, TEST_GPA, 131) == 0 &&
@@ -129,7 +130,7 @@ static void unasked(void)
 	CHECK("kuf_populate: content, with no exit", reads(&r, 0, TEST_GPA + 59 * PAGE, 0, &exits) && exits == 0);
 	CHECK("the next page exits", reads(&r, 0, TEST_GPA + 131 * PAGE, 0, &exits) && exits == 1);
 	CHECK_EQ("nothing by userfaultfd", stats(&r).faults, 0);
-	CHECK_KUF("closes, populating", kuf_close(&r.kuf, KUF_CLOSE_POPULATE), 0);
+	CHECK_KUF("closes, populating", kuf_close(&r.kuf, KUF_END_POPULATE), 0);
 	CHECK("all of it is there", reads(&r, 0, TEST_GPA + 199 * PAGE, 0, &exits) && exits == 0);
 	rig_end(&r, 0);
 	free(buffer);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Pages that go: discarded, to be filled anew; given back by the guest, to be zero from then on; dropped by the VMM's
- * balloon. Whoever touches them next sees what they are now, and a vCPU gets on, whatever their bits say.
+ * Pages that are discarded and filled again; removed, and zero from then on; dropped by the VMM's balloon. The next
+ * touch must read the new content, and a vCPU must make progress, whatever the bits are.
  */
 #include "bitmap.h"
 
@@ -10,7 +10,7 @@
 
 static struct rig r;
 
-/* With what the test goes on about in front. */
+/* The name of a check, with the name of the test as its prefix. */
 static char what[120];
 #define NAME(text) (snprintf(what, sizeof(what), "%s: %s", kind, text), what)
 
@@ -19,7 +19,7 @@ static uint64_t page(uint64_t n)
 	return TEST_GPA + n * PAGE;
 }
 
-/* Present are the even ones of the first 32 pages. */
+/* Of the first 32 pages, those with even numbers are present. */
 static void start(const char *name, bool shared, enum owner owner, int *fd)
 {
 	bool good = true;
@@ -27,7 +27,7 @@ static void start(const char *name, bool shared, enum owner owner, int *fd)
 	doing(name, 60);
 	*fd = 0;
 	uint8_t *mem = shared ? shared_memory(SIZE, 0, fd) : anon(SIZE);
-	rig_start(&r, mem, SIZE, 2, owner, shared ? KUF_MEMORY_FD : 0, *fd);
+	rig_start(&r, mem, SIZE, 2, owner, 0, *fd);
 	for (uint64_t n = 0; n < 32; n += 2)
 		good = good && reads(&r, 0, page(n), 0, NULL);
 	CHECK("begins", good && r.bitmap[0] == 0xffffffffaaaaaaaa);
@@ -37,7 +37,7 @@ static void end(int fd, enum owner owner)
 {
 	if (owner == HOST)
 		rig_memslot(&r, 0);
-	rig_end(&r, KUF_CLOSE_POISON);
+	rig_end(&r, KUF_END_POISON);
 	if (fd)
 		close(fd);
 }
@@ -51,7 +51,7 @@ static void discarding(const char *kind, bool shared, enum owner owner)
 	start(kind, shared, owner, &fd);
 	r.source.generation = 1;
 	/* Present and absent ones. */
-	CHECK_KUF(NAME("discard"), kuf_discard(r.kuf, page(0), 8 * PAGE, 0), 0);
+	CHECK_KUF(NAME("discard"), kuf_discard(r.kuf, page(0), 8 * PAGE, KUF_DISCARD_REFILL), 0);
 	CHECK_EQ(NAME("discard: bits"), r.bitmap[0], 0xffffffffaaaaaaff);
 	CHECK(NAME("discard: a vCPU exits, and sees new bytes"), reads(&r, 0, page(0), 1, &exits) && exits == 1);
 	CHECK(NAME("discard: KVM sees new bytes"), kvm_reads(&r, 1, page(2), 16, 1));
@@ -59,7 +59,7 @@ static void discarding(const char *kind, bool shared, enum owner owner)
 	CHECK(NAME("discard: others kept theirs"), reads(&r, 0, page(8), 0, &exits) && exits == 0);
 	CHECK(NAME("discard: what was absent"), reads(&r, 0, page(1), 1, &exits) && exits == 1);
 
-	CHECK_KUF(NAME("give back"), kuf_discard(r.kuf, page(8), 16 * PAGE, KUF_DISCARD_REMOVED), 0);
+	CHECK_KUF(NAME("give back"), kuf_discard(r.kuf, page(8), 16 * PAGE, KUF_DISCARD_ZERO), 0);
 	unsigned int fills = r.source.fills;
 	CHECK(NAME("given back: a vCPU reads zero"), reads_zero(&r, 0, page(8), &exits));
 	CHECK(NAME("given back: by an exit that ends"), exits <= 1);
@@ -86,17 +86,17 @@ static void discarding(const char *kind, bool shared, enum owner owner)
 	      all_bytes(host(&r.vm, page(15)), PAGE, 0));
 	CHECK_KUF(NAME("given back: kuf_ensure"), kuf_ensure(r.kuf, page(16), 8 * PAGE, -1), 0);
 	CHECK(NAME("given back: zero after kuf_ensure"), reads_zero(&r, 0, page(17), &exits) && exits <= 1);
-	CHECK_EQ(NAME("given back: nobody was asked"), r.source.fills, fills);
+	CHECK_EQ(NAME("given back: no fill was requested"), r.source.fills, fills);
 
-	/* Both ways, there and back. */
-	CHECK_KUF(NAME("given back, then discarded"), kuf_discard(r.kuf, page(8), 2 * PAGE, 0), 0);
+	/* Removed after a discard, and discarded after a removal. */
+	CHECK_KUF(NAME("given back, then discarded"), kuf_discard(r.kuf, page(8), 2 * PAGE, KUF_DISCARD_REFILL), 0);
 	CHECK(NAME("filled anew"), reads(&r, 0, page(8), 1, &exits) && exits == 1);
-	CHECK_KUF(NAME("discarded, then given back"), kuf_discard(r.kuf, page(8), 2 * PAGE, KUF_DISCARD_REMOVED), 0);
+	CHECK_KUF(NAME("discarded, then given back"), kuf_discard(r.kuf, page(8), 2 * PAGE, KUF_DISCARD_ZERO), 0);
 	CHECK(NAME("zero"), reads_zero(&r, 0, page(8), &exits) && reads_zero(&r, 1, page(9), &exits));
 	end(fd, owner);
 }
 
-/* The VMM drops pages as its balloon does, and does not tell: the kernel does. */
+/* The VMM drops pages as its balloon does, without a call of the library; the kernel's event reports it. */
 static void balloon(const char *kind, bool shared, enum owner owner)
 {
 	unsigned int exits;
@@ -108,7 +108,7 @@ static void balloon(const char *kind, bool shared, enum owner owner)
 	AWAIT(progress(&r, TEST_GPA).removed == 4 * PAGE);
 	unsigned int fills = r.source.fills;
 	CHECK(NAME("balloon: a vCPU reads zero, present before"), reads_zero(&r, 0, page(0), &exits) && exits <= 1);
-	/* Its bit was set, and still is. */
+	/* The bit was set and stays set. */
 	CHECK(NAME("balloon: a vCPU reads zero, absent before"), reads_zero(&r, 0, page(1), &exits) && exits <= 1);
 	struct vcpu v = { .rig = &r, .cpu = 1 };
 	set_guest(&r.vm, 1, guest_outsb, page(2), 16, 0);
@@ -117,14 +117,14 @@ static void balloon(const char *kind, bool shared, enum owner owner)
 	set_guest(&r.vm, 1, guest_outsb, page(3), 16, 0);
 	CHECK(NAME("balloon: KVM reads zero, absent before"),
 	      drive(&v) == KVM_EXIT_HLT && v.out_len == 16 && all_bytes(v.out, 16, 0));
-	CHECK_EQ(NAME("balloon: nobody was asked"), r.source.fills, fills);
-	/* KVM had it first, and left the bit alone or not: a vCPU gets on. */
+	CHECK_EQ(NAME("balloon: no fill was requested"), r.source.fills, fills);
+	/* KVM touched the page first, and the bit may be set or clear: a vCPU must make progress. */
 	CHECK(NAME("balloon: a vCPU after KVM"), reads_zero(&r, 0, page(3), &exits) && exits <= 1);
 	CHECK(NAME("balloon: others kept theirs"), reads(&r, 0, page(4), 0, &exits) && exits == 0);
 	end(fd, owner);
 }
 
-/* Whole pages that a vCPU has mapped are dropped under it while it runs. */
+/* Pages that a vCPU has mapped are dropped while it runs. */
 static _Atomic bool stop;
 static _Atomic unsigned int touches;
 static _Atomic bool bad;
@@ -135,7 +135,7 @@ static void *toucher(void *arg)
 
 	(void)arg;
 	while (!stop) {
-		/* Its bytes, or zero when it has just been given back. */
+		/* The page's bytes, or zero right after the removal. */
 		struct vcpu v = { .rig = &r, .cpu = 1 };
 		set_guest(&r.vm, 1, guest_read, page(n % 32), 0, 1);
 		uint64_t rax;
@@ -164,9 +164,9 @@ static void under_touches(enum owner owner)
 		if (i % 3 == 0)
 			MUST(madvise(host(&r.vm, page(i % 29)), 3 * PAGE, MADV_DONTNEED));
 		else if (i % 3 == 1)
-			MUST_KUF(kuf_discard(r.kuf, page(i % 31), PAGE, KUF_DISCARD_REMOVED));
+			MUST_KUF(kuf_discard(r.kuf, page(i % 31), PAGE, KUF_DISCARD_ZERO));
 		else
-			MUST_KUF(kuf_discard(r.kuf, page(i % 28), 4 * PAGE, 0));
+			MUST_KUF(kuf_discard(r.kuf, page(i % 28), 4 * PAGE, KUF_DISCARD_REFILL));
 		sleep_ms(1);
 	}
 	stop = true;
@@ -176,27 +176,27 @@ static void under_touches(enum owner owner)
 	end(fd, owner);
 }
 
-/* Memory that is locked is dropped as any other. */
+/* Locked memory is dropped as any other. */
 static void locked(void)
 {
 	unsigned int exits;
 	int fd;
 
 	start("locked", false, LIBRARY, &fd);
-	/* On fault: else locking would touch them. */
+	/* MLOCK_ONFAULT, because mlock would touch the pages. */
 	if (mlock2(host(&r.vm, page(0)), 8 * PAGE, MLOCK_ONFAULT))
 		DIE("mlock2: %s", strerror(errno));
 	r.source.generation = 1;
-	CHECK_KUF("locked: discard", kuf_discard(r.kuf, page(0), 8 * PAGE, 0), 0);
+	CHECK_KUF("locked: discard", kuf_discard(r.kuf, page(0), 8 * PAGE, KUF_DISCARD_REFILL), 0);
 	CHECK("locked: filled anew", reads(&r, 0, page(0), 1, &exits) && exits == 1);
-	CHECK_KUF("locked: give back", kuf_discard(r.kuf, page(0), 4 * PAGE, KUF_DISCARD_REMOVED), 0);
+	CHECK_KUF("locked: give back", kuf_discard(r.kuf, page(0), 4 * PAGE, KUF_DISCARD_ZERO), 0);
 	CHECK("locked: zero", reads_zero(&r, 0, page(0), &exits) && reads_zero(&r, 0, page(1), &exits));
 	end(fd, LIBRARY);
 }
 
 /*
- * A discard that the kernel refuses (no holes can be punched into a file that is sealed) leaves pages as they were,
- * and the vCPUs that touch them going: what was present is present, whatever has become of its bit.
+ * A discard that the kernel refuses, here because a sealed file cannot get holes, leaves the pages as they were: a
+ * present page stays present, whatever its bit is, and vCPUs that touch it make progress.
  */
 static void refused(enum owner owner)
 {
@@ -207,14 +207,14 @@ static void refused(enum owner owner)
 
 	doing("refused", 60);
 	uint8_t *mem = shared_memory(SIZE, MFD_ALLOW_SEALING, &fd);
-	rig_start(&r, mem, SIZE, 2, owner, KUF_MEMORY_FD, fd);
+	rig_start(&r, mem, SIZE, 2, owner, 0, fd);
 	for (uint64_t n = 0; n < 32; n += 2)
 		good = good && reads(&r, 0, page(n), 0, NULL);
 	CHECK("refused: begins", good);
 	MUST(fcntl(fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE));
-	CHECK_KUF("refused: discard", kuf_discard(r.kuf, page(0), 8 * PAGE, 0), -EPERM);
+	CHECK_KUF("refused: discard", kuf_discard(r.kuf, page(0), 8 * PAGE, KUF_DISCARD_REFILL), -EPERM);
 	CHECK("refused: present pages are", page_is(&r, page(2), 0));
-	/* KVM drops what it has mapped at many an occasion; then only the bit counts. */
+	/* KVM may drop its mappings at any time; then only the bit counts. */
 	if (owner == HOST) {
 		rig_memslot(&r, 0);
 		rig_memslot(&r, UF_MEM_USERFAULT);
@@ -227,7 +227,7 @@ static void refused(enum owner owner)
 	CHECK("refused: what was absent exits", reads(&r, 0, page(1), 0, &exits) && exits == 1);
 	CHECK("refused: KVM, too", kvm_reads(&r, 0, page(3), 8, 0));
 
-	/* Nor does a bit that somebody else has set keep a vCPU from a page that is there. */
+	/* A bit set by other code does not stop a vCPU at a present page either. */
 	bitmap = (uint64_t *)(uintptr_t)r.bitmap;
 	__atomic_fetch_or(bitmap, 1UL << 4, __ATOMIC_SEQ_CST);
 	MUST(mprotect(host(&r.vm, page(4)), PAGE, PROT_READ));

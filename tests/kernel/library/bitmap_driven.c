@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Handles without a fill callback: faults and exits are read by the host's own loop, which resolves them. */
+/* Handles without a fill callback: the caller's own loop reads faults and exits and resolves them. */
 #include "bitmap.h"
 
 #define PAGES 32UL
@@ -10,7 +10,7 @@ static char what[120];
 static const char *kind;
 #define NAME(text) (snprintf(what, sizeof(what), "%s: %s", kind, text), what)
 
-/* The host's loop, as a VMM might have it on its main thread. */
+/* The caller's loop, as on a VMM's main thread. */
 static struct {
 	pthread_t thread;
 	_Atomic bool stop, bad;
@@ -72,14 +72,13 @@ static void driven(const char *name, bool direct, enum owner owner, bool shared)
 	if (direct)
 		o.flags |= KUF_OPEN_DIRECT;
 	rig_open(&r, o);
-	struct kuf_memory slot =
-		rig_slot(&r, (owner == LIBRARY ? KUF_MEMORY_MEMSLOT : 0) | (shared ? KUF_MEMORY_FD : 0));
+	struct kuf_memory slot = rig_slot(&r, owner == LIBRARY ? BY_LIBRARY : 0);
 	slot.fd = fd;
 	rig_add(&r, slot);
 	if (owner == HOST)
 		rig_memslot(&r, UF_MEM_USERFAULT);
 
-	/* By hand first: one exit, one fault to read. */
+	/* First without the loop: one exit, one fault to read. */
 	struct vcpu v = { 0 };
 	struct kuf_fault f = { 0 };
 	static uint8_t page[PAGE];
@@ -88,7 +87,7 @@ static void driven(const char *name, bool direct, enum owner owner, bool shared)
 	CHECK_KUF(NAME("an exit is to be read"), kuf_poll(r.kuf, 10000), 1);
 	CHECK_KUF(NAME("read"), kuf_read(r.kuf, &f, 1), 1);
 	CHECK(NAME("what it says"), f.gpa == a && f.len == PAGE && f.flags & KUF_FAULT_DEMAND &&
-	      !(f.flags & KUF_FAULT_KVM) && f.memory_offset == a - TEST_GPA);
+	      !(f.flags & KUF_KVM_FAULT) && f.memory_offset == a - TEST_GPA);
 	sleep_ms(20);
 	CHECK(NAME("the vCPU waits, bit set"), !v.done && bit(&r, a));
 	write_pages(page, a, PAGE, 0);
@@ -116,7 +115,7 @@ static void driven(const char *name, bool direct, enum owner owner, bool shared)
 	CHECK(NAME("both go on"), vcpu_join(&v) == KVM_EXIT_HLT && vcpu_join(&k) == KVM_EXIT_HLT);
 	CHECK(NAME("content"), guest_rax(&r.vm, 0) == pattern64(b) && is_pattern(k.out, b, 16));
 
-	/* And now by a loop. */
+	/* Now with the loop. */
 	loop_start();
 	CHECK(NAME("loop: vCPU"), reads(&r, 0, c, 0, &exits) && exits == 1);
 	CHECK(NAME("loop: KVM"), kvm_reads(&r, 1, c + PAGE, 16, 0));
@@ -130,19 +129,19 @@ static void driven(const char *name, bool direct, enum owner owner, bool shared)
 	CHECK(NAME("loop: poisoned"), v.result == UF_EXIT_MEMORY_FAULT && v.error == -EHWPOISON);
 	loop.poison = false;
 	loop.generation = 1;
-	CHECK_KUF(NAME("loop: discard"), kuf_discard(r.kuf, d, PAGE, 0), 0);
+	CHECK_KUF(NAME("loop: discard"), kuf_discard(r.kuf, d, PAGE, KUF_DISCARD_REFILL), 0);
 	CHECK(NAME("loop: discard, and filled"), reads(&r, 0, d, 1, &exits) && exits == 1);
 	unsigned int given = loop.given;
-	CHECK_KUF(NAME("loop: given back"), kuf_discard(r.kuf, c, 4 * PAGE, KUF_DISCARD_REMOVED), 0);
+	CHECK_KUF(NAME("loop: given back"), kuf_discard(r.kuf, c, 4 * PAGE, KUF_DISCARD_ZERO), 0);
 	CHECK(NAME("loop: given back, a vCPU reads zero"), reads_zero(&r, 0, c, &exits) && exits <= 1);
 	struct vcpu z = { .rig = &r, .cpu = 1 };
 	set_guest(&r.vm, 1, guest_outsb, c + PAGE, 16, 0);
 	CHECK(NAME("loop: given back, KVM reads zero"),
 	      drive(&z) == KVM_EXIT_HLT && z.out_len == 16 && all_bytes(z.out, 16, 0));
 	CHECK(NAME("loop: given back, the VMM reads zero"), all_bytes(host(&r.vm, c + 2 * PAGE), PAGE, 0));
-	CHECK_EQ(NAME("loop: nobody was asked"), loop.given, given);
+	CHECK_EQ(NAME("loop: no fill was requested"), loop.given, given);
 
-	/* All of it: complete, flag off where it is the library's. */
+	/* All pages: the slot is complete, and the library clears the flag if it owns the memslot. */
 	set_guest(&r.vm, 2, guest_nop, 0, 0, 0);
 	loop.generation = 0;
 	bool good = true;
@@ -165,7 +164,7 @@ static void driven(const char *name, bool direct, enum owner owner, bool shared)
 		close(fd);
 }
 
-/* kuf_close while a vCPU and KVM wait for what nobody will resolve. */
+/* kuf_close while a vCPU and KVM wait for pages that are never resolved. */
 static void close_under(bool direct, enum owner owner)
 {
 	struct vcpu v = { 0 }, k = { 0 };
@@ -178,7 +177,7 @@ static void close_under(bool direct, enum owner owner)
 	if (direct)
 		o.flags |= KUF_OPEN_DIRECT;
 	rig_open(&r, o);
-	rig_add(&r, rig_slot(&r, owner == LIBRARY ? KUF_MEMORY_MEMSLOT : 0));
+	rig_add(&r, rig_slot(&r, owner == LIBRARY ? BY_LIBRARY : 0));
 	if (owner == HOST)
 		rig_memslot(&r, UF_MEM_USERFAULT);
 	set_guest(&r.vm, 0, guest_read, TEST_GPA, 0, 0xdead);
@@ -189,7 +188,7 @@ static void close_under(bool direct, enum owner owner)
 	sleep_ms(50);
 	CHECK_KUF(NAME("refused with pages left"), kuf_close(&r.kuf, 0), -EBUSY);
 	CHECK(NAME("both still wait"), !v.done && !k.done);
-	CHECK_KUF(NAME("poisons"), kuf_close(&r.kuf, KUF_CLOSE_POISON), 0);
+	CHECK_KUF(NAME("poisons"), kuf_close(&r.kuf, KUF_END_POISON), 0);
 	vcpu_join(&v);
 	vcpu_join(&k);
 	CHECK(NAME("the vCPU is told"), v.result == UF_EXIT_MEMORY_FAULT &&

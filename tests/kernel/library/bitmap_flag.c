@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * KVM_MEM_USERFAULT on and off: what KVM maps while it is on is small; off, it is huge again. On again, what was
- * mapped before exits where a bit is set, and nowhere else.
+ * KVM_MEM_USERFAULT on and off: while it is on, KVM maps small pages; when it is off, huge ones. When it is on again,
+ * vCPUs exit at pages whose bit is set, even if they were mapped before, and at no others.
  */
 #include "bitmap.h"
 
@@ -18,7 +18,7 @@ static uint8_t *huge_memory(void)
 	return p == MAP_FAILED ? NULL : p;
 }
 
-/* The low memory has mappings, too: count from where that is settled. */
+/* The low memory has mappings too, so count from their number. */
 static void base(void)
 {
 	set_guest(&r.vm, 0, guest_nop, 0, 0, 0);
@@ -33,7 +33,7 @@ static int64_t huge(void)
 	return vm_stat(&r.vm, "pages_2m") - huge_before;
 }
 
-/* Shadow paging keeps small mappings that a huge one has replaced, and counts them. */
+/* Shadow paging keeps and counts small mappings that a huge one has replaced. */
 #define CHECK_SMALL(name, n)                                                                \
 	do {                                                                                \
 		if (has_tdp(&r.vm))                                                         \
@@ -42,7 +42,7 @@ static int64_t huge(void)
 			skip(name, "shadow paging");                                        \
 	} while (0)
 
-/* Every 4 KiB page of it is touched by the vCPU. */
+/* The vCPU touches each 4 KiB page. */
 static bool touch(uint64_t gpa, uint64_t pages, uint64_t generation, unsigned int *exits)
 {
 	uint64_t sum = 0;
@@ -53,7 +53,7 @@ static bool touch(uint64_t gpa, uint64_t pages, uint64_t generation, unsigned in
 	return run_to(&r, 0, sum, exits);
 }
 
-/* Until the library has taken the flag off: it does so in the background, and says nothing. */
+/* Waits until the library has cleared the flag, which it does in the background without an event. */
 static void await_off(void)
 {
 	for (int i = 0; vm_stat(&r.vm, "pages_4k") > small_before && i < 5000; i++)
@@ -68,8 +68,9 @@ static void on_and_off(enum owner owner, uint32_t extra)
 	rig_vm(&r, huge_memory(), SIZE, 1);
 	base();
 	rig_open(&r, rig_options(&r));
-	struct kuf_memory slot = rig_slot(&r, owner == LIBRARY ? KUF_MEMORY_MEMSLOT : 0);
-	slot.memslot_flags = owner == LIBRARY ? extra : 0;
+	struct kuf_memory slot = rig_slot(&r, owner == LIBRARY ? BY_LIBRARY : 0);
+	if (owner == LIBRARY)
+		slot.kvm = memslot_of(TEST_SLOT, extra);
 	rig_add(&r, slot);
 	if (owner == HOST)
 		rig_memslot(&r, UF_MEM_USERFAULT | extra);
@@ -87,18 +88,18 @@ static void on_and_off(enum owner owner, uint32_t extra)
 	} else if (!(extra & UF_MEM_LOG_DIRTY)) {
 		await_off();
 	}
-	/* With a dirty log there are no huge mappings to make room for. */
+	/* With a dirty log KVM makes no huge mappings. */
 	if (!(extra & UF_MEM_LOG_DIRTY))
 		CHECK_SMALL("off: dropped", 0);
 	CHECK("off: touches", touch(TEST_GPA, SIZE / PAGE, 0, &exits));
 	CHECK_EQ("off: no exits", exits, 0);
 	CHECK_EQ("off: huge", huge(), extra & UF_MEM_LOG_DIRTY ? 0 : (int64_t)PAGES);
 
-	/* On again, for a page that is mapped huge. */
+	/* Set the flag again for a page with a huge mapping. */
 	if (owner == HOST)
 		rig_memslot(&r, UF_MEM_USERFAULT | extra);
 	r.source.generation = 1;
-	CHECK_KUF("discard", kuf_discard(r.kuf, second, HUGE, 0), 0);
+	CHECK_KUF("discard", kuf_discard(r.kuf, second, HUGE, KUF_DISCARD_REFILL), 0);
 	CHECK("discard: its 512 bits, and no others",
 	      bits(&r, second, 512) == 512 && bits(&r, TEST_GPA, SIZE / PAGE) == 512);
 	CHECK("discard: the page in front kept its bytes", touch(TEST_GPA, 512, 0, &exits));
@@ -122,7 +123,7 @@ static void on_and_off(enum owner owner, uint32_t extra)
 		static uint64_t dirty[SIZE / PAGE / 64];
 		struct kvm_dirty_log log = { .slot = TEST_SLOT, .dirty_bitmap = dirty };
 
-		/* The first one is of what happened up to here. */
+		/* The first log has the writes so far. */
 		CHECK_ERRNO("dirty log: it is one", ioctl(r.vm.fd, KVM_GET_DIRTY_LOG, &log), 0);
 		set_guest(&r.vm, 0, guest_write, second + 5 * PAGE, 0, 0x42);
 		CHECK("dirty log: write", run_to(&r, 0, 0x42, &exits) && exits == 0);
@@ -135,7 +136,7 @@ static void on_and_off(enum owner owner, uint32_t extra)
 	rig_end(&r, 0);
 }
 
-/* The memslot is there already, in use, when the library is to set it. */
+/* The memslot exists and is in use when the library sets it. */
 static void existing(void)
 {
 	const uint64_t size = 16 * PAGE;
@@ -146,15 +147,15 @@ static void existing(void)
 	rig_vm(&r, mem, size, 1);
 	MUST(set_slot(&r.vm, TEST_SLOT, 0, TEST_GPA, size, mem, NULL));
 	/*
-	 * Zeroes that the guest has seen, and that are dropped before the library comes: KVM knows of none of them.
+	 * The guest has read zeroes here, and the pages are dropped before kuf_add_memory: KVM must not use its mappings.
 	 */
 	CHECK("existing: zeroes before", reads_zero(&r, 0, TEST_GPA + PAGE, &exits));
 	MUST(madvise(mem, size, MADV_DONTNEED));
 	rig_open(&r, rig_options(&r));
-	rig_add(&r, rig_slot(&r, KUF_MEMORY_MEMSLOT));
+	rig_add(&r, rig_slot(&r, BY_LIBRARY));
 	CHECK("existing: an exit and the right bytes", reads(&r, 0, TEST_GPA + PAGE, 0, &exits) && exits == 1);
-	/* Flags that the host's memslot has and the library was not told of: the host was to say so. */
-	CHECK_KUF("existing: removed", kuf_remove_memory(r.kuf, TEST_GPA, KUF_CLOSE_POPULATE), 0);
+	/* The library keeps only those other flags of the memslot that the caller passed to it; here it has none. */
+	CHECK_KUF("existing: removed", kuf_remove_memory(r.kuf, TEST_GPA, KUF_END_POPULATE), 0);
 	CHECK("existing: the memslot stays, without its flag",
 	      reads(&r, 0, TEST_GPA + 15 * PAGE, 0, &exits) && exits == 0);
 	MUST(set_slot(&r.vm, TEST_SLOT, 0, 0, 0, NULL, NULL));
@@ -169,8 +170,8 @@ static void read_only(void)
 	doing("read-only", 30);
 	rig_vm(&r, anon(size), size, 1);
 	rig_open(&r, rig_options(&r));
-	struct kuf_memory slot = rig_slot(&r, KUF_MEMORY_MEMSLOT);
-	slot.memslot_flags = UF_MEM_READONLY;
+	struct kuf_memory slot = rig_slot(&r, BY_LIBRARY);
+	slot.kvm = memslot_of(TEST_SLOT, UF_MEM_READONLY);
 	rig_add(&r, slot);
 	CHECK("read-only: read", reads(&r, 0, TEST_GPA + PAGE, 0, &exits) && exits == 1);
 	CHECK("read-only: KVM reads", kvm_reads(&r, 0, TEST_GPA + 2 * PAGE, 8, 0));
@@ -178,10 +179,10 @@ static void read_only(void)
 	struct vcpu v = { .rig = &r };
 	CHECK_EQ("read-only: a write is the host's to handle", drive(&v), KVM_EXIT_MMIO);
 	CHECK("read-only: nothing was written", page_is(&r, TEST_GPA + PAGE, 0));
-	rig_end(&r, KUF_CLOSE_POPULATE);
+	rig_end(&r, KUF_END_POPULATE);
 }
 
-/* The host does not put the flag on before it discards: userfaultfd has the page, and nothing is wrong. */
+/* The caller discards without setting the flag first: userfaultfd catches the touch, and the bytes are right. */
 static void off_and_discarded(void)
 {
 	const uint64_t size = 16 * PAGE;
@@ -196,7 +197,7 @@ static void off_and_discarded(void)
 	AWAIT(r.source.events[KUF_EVENT_COMPLETE] == 1);
 	rig_memslot(&r, 0);
 	r.source.generation = 2;
-	CHECK_KUF("off: discard", kuf_discard(r.kuf, TEST_GPA + 4 * PAGE, PAGE, 0), 0);
+	CHECK_KUF("off: discard", kuf_discard(r.kuf, TEST_GPA + 4 * PAGE, PAGE, KUF_DISCARD_REFILL), 0);
 	CHECK("off: bit set all the same", r.bitmap[0] == 1 << 4);
 	CHECK("off: filled anew", reads(&r, 0, TEST_GPA + 4 * PAGE, 2, &exits));
 	CHECK_EQ("off: with no exit", exits, 0);
@@ -209,8 +210,8 @@ static void off_and_discarded(void)
 }
 
 /*
- * The end of a slot that is not whole: the library takes its flag off, for the bitmap goes. KVM looks at a bitmap
- * where it has nothing mapped, so what it has is dropped first.
+ * The end of an incomplete slot: the library clears the flag, because it frees the bitmap. KVM reads the bitmap only
+ * where it has no mapping, so the mappings are dropped first.
  */
 static void ended(bool close_it)
 {
@@ -224,13 +225,13 @@ static void ended(bool close_it)
 	snprintf(what, sizeof(what), "%s: fill one", name);
 	CHECK(what, reads(&r, 0, TEST_GPA + 4 * PAGE, 0, &exits) && exits == 1);
 	snprintf(what, sizeof(what), "%s: ends", name);
-	CHECK_KUF(what, close_it ? kuf_close(&r.kuf, KUF_CLOSE_POISON) :
-				   kuf_remove_memory(r.kuf, TEST_GPA, KUF_CLOSE_POISON), 0);
+	CHECK_KUF(what, close_it ? kuf_close(&r.kuf, KUF_END_POISON) :
+				   kuf_remove_memory(r.kuf, TEST_GPA, KUF_END_POISON), 0);
 	MUST(mprotect(r.vm.mem, size, PROT_READ));
 	MUST(mprotect(r.vm.mem, size, PROT_READ | PROT_WRITE));
 	snprintf(what, sizeof(what), "%s: no flag", name);
 	CHECK(what, reads(&r, 0, TEST_GPA + 4 * PAGE, 0, &exits) && exits == 0);
-	rig_end(&r, KUF_CLOSE_POISON);
+	rig_end(&r, KUF_END_POISON);
 }
 
 int main(void)

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A change of a memslot waits for everybody inside KVM. Who is inside KVM may be waiting for a page, of this slot or
- * of another one. So wherever the library sets a memslot, pages must go on being served; here, with as few threads
- * as there can be, and KVM waiting for a page at each of these moments.
+ * A change of a memslot waits for all threads inside KVM, and these may wait for a page of this slot or another. So
+ * the library must continue to serve pages while it sets a memslot. These tests use as few threads as possible and
+ * make KVM wait for a page at each such moment.
  */
 #include "bitmap.h"
 
 #define PAGES 16UL
 #define SIZE (PAGES * PAGE)
-/* A second slot of the library's. */
+/* A second slot of the handle. */
 #define OTHER_GPA (TEST_GPA + 32 * HUGE)
 #define OTHER_SLOT 5
 
@@ -19,15 +19,15 @@ static struct kuf_memory other_slot(uint32_t flags)
 {
 	return (struct kuf_memory){
 		.size = sizeof(struct kuf_memory),
-		.flags = flags,
+		.flags = flags & ~BY_LIBRARY,
 		.gpa = OTHER_GPA,
 		.len = SIZE,
 		.hva = (uintptr_t)other,
-		.memslot = flags & KUF_MEMORY_MEMSLOT ? OTHER_SLOT : 0,
+		.kvm = flags & BY_LIBRARY ? memslot_of(OTHER_SLOT, 0) : NULL,
 	};
 }
 
-/* A handle with one fill thread, and the slot that KVM is to wait for. */
+/* Opens a handle with one fill thread, and adds the slot that KVM will wait for. */
 static void begin(const char *name, uint32_t flags)
 {
 	struct kuf_options o;
@@ -38,12 +38,12 @@ static void begin(const char *name, uint32_t flags)
 	o = rig_options(&r);
 	o.fill_threads = 1;
 	rig_open(&r, o);
-	rig_add(&r, rig_slot(&r, KUF_MEMORY_MEMSLOT | flags));
+	rig_add(&r, rig_slot(&r, BY_LIBRARY | flags));
 }
 
 static void end(void)
 {
-	rig_end(&r, KUF_CLOSE_POISON);
+	rig_end(&r, KUF_END_POISON);
 	munmap(other, SIZE);
 }
 
@@ -86,7 +86,7 @@ static void *call_main(void *arg)
 	return NULL;
 }
 
-/* Starts it and waits until it sleeps in the kernel, or is through. */
+/* Starts the call and waits until it sleeps in the kernel or has returned. */
 static void call_start(struct call *c, int (*what)(struct call *))
 {
 	*c = (struct call){ .what = what };
@@ -108,7 +108,7 @@ static int call_join(struct call *c)
 
 static int add_other(struct call *c)
 {
-	struct kuf_memory slot = other_slot(KUF_MEMORY_MEMSLOT);
+	struct kuf_memory slot = other_slot(BY_LIBRARY);
 
 	(void)c;
 	return kuf_add_memory(r.kuf, &slot);
@@ -141,7 +141,7 @@ static bool fill_all(int cpu, uint64_t gpa)
 	return good;
 }
 
-/* A slot completes, and KVM waits for a page of another one: the flag comes off when it does not any more. */
+/* A slot completes while KVM waits for a page of another: the library clears the flag when that wait ends. */
 static void complete(void)
 {
 	uint64_t a = TEST_GPA + 3 * PAGE;
@@ -163,10 +163,10 @@ static void complete(void)
 static int discard_other(struct call *c)
 {
 	(void)c;
-	return kuf_discard(r.kuf, OTHER_GPA + 2 * PAGE, 3 * PAGE, 0);
+	return kuf_discard(r.kuf, OTHER_GPA + 2 * PAGE, 3 * PAGE, KUF_DISCARD_REFILL);
 }
 
-/* The flag goes on again for a discard, and KVM waits for a page of another slot. */
+/* A discard sets the flag again while KVM waits for a page of another slot. */
 static void discard(void)
 {
 	uint64_t a = TEST_GPA + 3 * PAGE;
@@ -193,10 +193,10 @@ static void discard(void)
 static int remove_other(struct call *c)
 {
 	(void)c;
-	return kuf_remove_memory(r.kuf, OTHER_GPA, KUF_CLOSE_POISON);
+	return kuf_remove_memory(r.kuf, OTHER_GPA, KUF_END_POISON);
 }
 
-/* A slot is removed, flag off and all, and KVM waits for a page of another one. */
+/* A slot is removed and its flag cleared while KVM waits for a page of another. */
 static void remove_slot(void)
 {
 	uint64_t a = TEST_GPA + 3 * PAGE;
@@ -216,22 +216,22 @@ static void remove_slot(void)
 static int close_poison(struct call *c)
 {
 	(void)c;
-	return kuf_close(&r.kuf, KUF_CLOSE_POISON);
+	return kuf_close(&r.kuf, KUF_END_POISON);
 }
 
 static int close_nowait(struct call *c)
 {
 	(void)c;
-	return kuf_close(&r.kuf, KUF_CLOSE_POISON | KUF_CLOSE_NOWAIT);
+	return kuf_close(&r.kuf, KUF_END_POISON | KUF_END_NOWAIT);
 }
 
 static int close_populate(struct call *c)
 {
 	(void)c;
-	return kuf_close(&r.kuf, KUF_CLOSE_POPULATE);
+	return kuf_close(&r.kuf, KUF_END_POPULATE);
 }
 
-/* The end, and KVM waits for a page whose fill is running. */
+/* The handle or slot ends while KVM waits for a page whose fill is running. */
 static void close_while_waiting(const char *name, int (*how)(struct call *), bool poisons)
 {
 	uint64_t a = TEST_GPA + 3 * PAGE;
@@ -244,7 +244,7 @@ static void close_while_waiting(const char *name, int (*how)(struct call *), boo
 	kvm_waits(&v, 0, a);
 	call_start(&c, how);
 	if (poisons) {
-		/* It goes on before the callback has returned: with an error, and never with zeroes. */
+		/* The access ends before the callback returns: with an error, never with zeroes. */
 		int result = vcpu_join(&v);
 		snprintf(what, sizeof(what), "%s: KVM's access fails (%d)", name, result);
 		CHECK(what, result != KVM_EXIT_HLT && v.out_len == 0);
@@ -259,8 +259,8 @@ static void close_while_waiting(const char *name, int (*how)(struct call *), boo
 }
 
 /*
- * vCPUs whose KVM reads pages that need no source any more, but are not mapped here yet: it is inside KVM, page by
- * page, all the while.
+ * vCPUs that make KVM read pages that need no fill but are not mapped in this process yet, so that they are always
+ * inside KVM.
  */
 struct walker {
 	pthread_t thread;
@@ -290,9 +290,9 @@ static void *walker_main(void *arg)
 }
 
 /*
- * The slot that ends has a page left, so that its flag is on; all its others are removed, or in the file and not
- * mapped here. KVM is made to wait for those by the userfaultfd, for as long as there is one, in the very moment in
- * which the flag comes off: its own, and that of a slot in front of it.
+ * The slot that ends has one absent page, so that its flag is set; its other pages are removed, or in the file and not
+ * mapped here. The userfaultfd, while it exists, makes KVM wait for these pages at the moment when the library clears
+ * the flag of this slot and of the slot before it.
  */
 static void end_under_touches(const char *name, bool zero, bool close_it)
 {
@@ -311,7 +311,7 @@ static void end_under_touches(const char *name, bool zero, bool close_it)
 		o = rig_options(&r);
 		o.fill_threads = 1;
 		rig_open(&r, o);
-		rig_add(&r, rig_slot(&r, KUF_MEMORY_MEMSLOT));
+		rig_add(&r, rig_slot(&r, BY_LIBRARY));
 		other = zero ? anon(pages * PAGE) : shared_memory(pages * PAGE, 0, &fd);
 		for (uint64_t n = 0; !zero && n < pages - 1; n++) {
 			uint8_t page[PAGE];
@@ -319,17 +319,17 @@ static void end_under_touches(const char *name, bool zero, bool close_it)
 			write_pages(page, OTHER_GPA + n * PAGE, PAGE, 0);
 			MUST(pwrite(fd, page, PAGE, (off_t)(n * PAGE)));
 		}
-		slot = other_slot(KUF_MEMORY_MEMSLOT | (zero ? 0 : KUF_MEMORY_FD));
+		slot = other_slot(BY_LIBRARY | (zero ? 0 : KUF_MEMORY_POPULATED));
 		slot.len = pages * PAGE;
 		slot.fd = fd;
 		MUST_KUF(kuf_add_memory(r.kuf, &slot));
 		if (zero)
-			MUST_KUF(kuf_discard(r.kuf, OTHER_GPA, (pages - 1) * PAGE, KUF_DISCARD_REMOVED));
+			MUST_KUF(kuf_discard(r.kuf, OTHER_GPA, (pages - 1) * PAGE, KUF_DISCARD_ZERO));
 		CHECK_EQ("a page is left", progress(&r, OTHER_GPA).absent, PAGE);
 		pthread_create(&w.thread, NULL, walker_main, &w);
 		AWAIT(w.rounds >= (unsigned int)(2 + i * 8));
-		result = close_it ? kuf_close(&r.kuf, KUF_CLOSE_POISON) :
-				    kuf_remove_memory(r.kuf, OTHER_GPA, KUF_CLOSE_POISON);
+		result = close_it ? kuf_close(&r.kuf, KUF_END_POISON) :
+				    kuf_remove_memory(r.kuf, OTHER_GPA, KUF_END_POISON);
 		rounds += w.rounds;
 		w.stop = true;
 		pthread_join(w.thread, NULL);
@@ -337,7 +337,7 @@ static void end_under_touches(const char *name, bool zero, bool close_it)
 		CHECK_EQ(what, result, 0);
 		snprintf(what, sizeof(what), "%s: content (round %d)", name, i);
 		CHECK(what, !w.bad);
-		rig_end(&r, KUF_CLOSE_POISON);
+		rig_end(&r, KUF_END_POISON);
 		munmap(other, pages * PAGE);
 		if (fd)
 			close(fd);
@@ -346,8 +346,8 @@ static void end_under_touches(const char *name, bool zero, bool close_it)
 }
 
 /*
- * The end comes while the flag of a slot that has become complete waits to come off: for KVM that waits for a page of
- * another slot, with KVM touching pages that the guest had given back all the time.
+ * The handle is closed while the library waits to clear the flag of a complete slot, because KVM waits for a page of
+ * another slot. Meanwhile KVM touches removed pages.
  */
 static void close_completing(void)
 {
@@ -360,10 +360,10 @@ static void close_completing(void)
 	begin("close completing", 0);
 	munmap(other, SIZE);
 	other = anon(pages * PAGE);
-	slot = other_slot(KUF_MEMORY_MEMSLOT);
+	slot = other_slot(BY_LIBRARY);
 	slot.len = pages * PAGE;
 	MUST_KUF(kuf_add_memory(r.kuf, &slot));
-	MUST_KUF(kuf_discard(r.kuf, OTHER_GPA, (pages - 1) * PAGE, KUF_DISCARD_REMOVED));
+	MUST_KUF(kuf_discard(r.kuf, OTHER_GPA, (pages - 1) * PAGE, KUF_DISCARD_ZERO));
 	kvm_waits(&v, 1, TEST_GPA + 3 * PAGE);
 	pthread_create(&w.thread, NULL, walker_main, &w);
 	MUST_KUF(kuf_ensure(r.kuf, OTHER_GPA + (pages - 1) * PAGE, PAGE, -1));
@@ -384,9 +384,9 @@ static void close_completing(void)
 }
 
 /*
- * A slot that is whole, so that its flag is off: each discard puts it on, each fill of the last page takes it off,
- * while vCPUs and KVM touch these very pages, and wait for them. (What the guest reads may be of before or after: it
- * is to keep off, if it cares.)
+ * A complete slot, whose flag is clear: each discard sets it and each fill of the last page clears it, while vCPUs and
+ * KVM touch these pages and wait for them. (The guest may read the bytes from before or after the discard; a real one
+ * would stay off the pages.)
  */
 static _Atomic bool whole_stop, whole_bad;
 static _Atomic unsigned int whole_touches[2];
@@ -403,7 +403,7 @@ static void *whole_main(void *arg)
 		set_guest(&r.vm, cpu, cpu ? guest_outsb : guest_read, gpa, 8, 0);
 		bool good = drive(&v) == KVM_EXIT_HLT;
 		if (cpu) {
-			/* Byte by byte, and the page may go in between. */
+			/* Check byte by byte, because the page may be dropped between two. */
 			for (uint64_t i = 0; i < 8; i++)
 				good = good && (v.out[i] == 0 || v.out[i] == pattern(gpa + i));
 		} else {
@@ -434,8 +434,8 @@ static void discard_whole(void)
 	while ((whole_touches[0] < 400 || whole_touches[1] < 400) && !whole_bad) {
 		uint64_t first = n * 7 % PAGES, len = 1 + n % (PAGES - first);
 
-		MUST_KUF(kuf_discard(r.kuf, TEST_GPA + first * PAGE, len * PAGE, n % 3 ? 0 : KUF_DISCARD_REMOVED));
-		/* Now and then, whole again. */
+		MUST_KUF(kuf_discard(r.kuf, TEST_GPA + first * PAGE, len * PAGE, n % 3 ? KUF_DISCARD_REFILL : KUF_DISCARD_ZERO));
+		/* Sometimes, complete the slot again. */
 		if (n++ % 4 == 0)
 			MUST_KUF(kuf_ensure(r.kuf, TEST_GPA, SIZE, -1));
 	}
@@ -455,12 +455,12 @@ static void call_back(const struct kuf_event *event)
 {
 	if (event->kind != KUF_EVENT_COMPLETE)
 		return;
-	in_callback[0] = kuf_discard(r.kuf, TEST_GPA, PAGE, 0);
+	in_callback[0] = kuf_discard(r.kuf, TEST_GPA, PAGE, KUF_DISCARD_REFILL);
 	in_callback[1] = kuf_remove_memory(r.kuf, TEST_GPA, 0);
 	in_callback[2] = 1;
 }
 
-/* A thread that serves faults may be the one that KVM waits for: it changes no memslot. */
+/* KVM may wait for a thread that serves faults, so such a thread must change no memslot. */
 static void callbacks(void)
 {
 	begin("callbacks", 0);
@@ -471,7 +471,7 @@ static void callbacks(void)
 	CHECK_EQ("callbacks: kuf_remove_memory", (int64_t)in_callback[1], (int64_t)-EDEADLK);
 	r.source.on_event = NULL;
 	CHECK("callbacks: nothing changed", reads(&r, 0, TEST_GPA, 0, NULL));
-	CHECK_KUF("callbacks: outside of them it may", kuf_discard(r.kuf, TEST_GPA, PAGE, 0), 0);
+	CHECK_KUF("callbacks: outside of them it may", kuf_discard(r.kuf, TEST_GPA, PAGE, KUF_DISCARD_REFILL), 0);
 	end();
 }
 

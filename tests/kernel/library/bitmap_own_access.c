@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The bitmap is for vCPUs. KVM's own accesses and the VMM's threads meet the userfaultfd underneath, in the same
- * service: one fill, whoever comes, and all go on.
+ * The bitmap stops only vCPUs. The userfaultfd catches KVM's own accesses and the VMM's threads. One service handles
+ * both: one fill for all of them, and all continue.
  */
 #include "bitmap.h"
 
@@ -38,7 +38,7 @@ static void kvm(void)
 	CHECK_EQ("no exits", stats(&r).vcpu_faults, 0);
 }
 
-/* Pages that KVM writes on its way into the guest. */
+/* Pages that KVM writes when it enters the guest. */
 static void clocks(void)
 {
 	static const struct {
@@ -93,7 +93,7 @@ static void vmm(void)
 	CHECK("kuf_ensure: content", page_is(&r, TEST_GPA + 35 * PAGE, 0));
 }
 
-/* ---- the same page by all of them at once ---- */
+/* ---- all of them access the same page at once ---- */
 
 static pthread_barrier_t line;
 static _Atomic uint64_t at;
@@ -138,21 +138,21 @@ static void together(void)
 	memset((void *)asked, 0, sizeof(asked));
 	rig_vm(&r, anon(SIZE), SIZE, 3);
 	struct kuf_options o = rig_options(&r);
-	o.demand_run = PAGE; /* nothing ahead of it */
+	o.demand_run = PAGE; /* no readahead */
 	rig_open(&r, o);
-	rig_add(&r, rig_slot(&r, KUF_MEMORY_MEMSLOT));
+	rig_add(&r, rig_slot(&r, BY_LIBRARY));
 	r.source.asked = asked;
 	pthread_barrier_init(&line, NULL, 5);
 	for (intptr_t i = 0; i < 3; i++)
 		pthread_create(&t[i], NULL, by_vcpu, (void *)i);
 	pthread_create(&t[3], NULL, by_vmm, NULL);
 	for (uint64_t i = 0; i < PAGES; i++) {
-		struct kuf_populate p = { .size = sizeof(p), .gpa = TEST_GPA + i * PAGE, .len = PAGE };
+		struct kuf_populate_request p = { .size = sizeof(p), .gpa = TEST_GPA + i * PAGE, .len = PAGE };
 
-		struct kuf_stats was = stats(&r);
+		struct kuf_stats_info was = stats(&r);
 
 		at = p.gpa;
-		/* In every order: populate before the others in every other round. Half of them wait until all have come. */
+		/* Vary the order: populate is first in each other round, and half of the rounds hold the fill until all wait. */
 		r.source.held_gpa = i % 4 < 2 ? p.gpa : UINT64_MAX;
 		if (i % 2 == 0)
 			MUST_KUF(kuf_populate(r.kuf, &p));
@@ -175,11 +175,11 @@ static void together(void)
 	pthread_barrier_wait(&line);
 	for (int i = 0; i < 4; i++)
 		pthread_join(t[i], NULL);
-	CHECK("at once: everybody has the right content", good);
+	CHECK("at once: all have the right content", good);
 	CHECK("at once: every page was asked for once", once);
-	/* Who waited for a page may be here before who filled it has counted it. */
+	/* The waiting thread may get here before the thread that filled the page has counted it. */
 	AWAIT(r.source.events[KUF_EVENT_COMPLETE] == 1);
-	struct kuf_stats s = stats(&r);
+	struct kuf_stats_info s = stats(&r);
 	dprintf(1, "# at once: %llu exits, %llu faults (%llu joined, %llu late), %llu bytes by populate\n",
 		(unsigned long long)s.vcpu_faults, (unsigned long long)s.faults, (unsigned long long)s.faults_joined,
 		(unsigned long long)s.faults_late, (unsigned long long)s.bytes_populated);
@@ -189,7 +189,7 @@ static void together(void)
 	rig_end(&r, 0);
 }
 
-/* KVM waits in the userfaultfd, then a vCPU comes for the page: it waits for that fill, and both go on. */
+/* KVM waits in the userfaultfd; then a vCPU exits for the page, waits for the same fill, and both continue. */
 static void after(void)
 {
 	uint64_t a = TEST_GPA + 3 * PAGE;
@@ -212,7 +212,7 @@ static void after(void)
 	CHECK("content", is_pattern(k.out, a, 8) && guest_rax(&r.vm, 1) == pattern64(a));
 	CHECK_EQ("one fill", r.source.fills, 1);
 
-	/* The other way round. */
+	/* In the opposite order. */
 	a += PAGE;
 	r.source.held_gpa = a;
 	set_guest(&r.vm, 1, guest_read, a, 0, 0);
@@ -229,10 +229,10 @@ static void after(void)
 	CHECK("content again", is_pattern(k.out, a, 8) && guest_rax(&r.vm, 1) == pattern64(a));
 	CHECK_EQ("one fill again", r.source.fills, 2);
 	rig_memslot(&r, 0);
-	rig_end(&r, KUF_CLOSE_POISON);
+	rig_end(&r, KUF_END_POISON);
 }
 
-/* The library's own userfaultfd, as something else in this process might have it. */
+/* Finds the library's userfaultfd, as other code of this process could. */
 static int librarys_uffd(void)
 {
 	for (int fd = 3; fd < 1024; fd++) {
@@ -245,7 +245,7 @@ static int librarys_uffd(void)
 	return -1;
 }
 
-/* A page that is there already when the library comes to place it: nobody is woken by that, so it has to do it. */
+/* A page that is already present when the library installs it: EEXIST wakes no thread, so the library must. */
 static void placed_by_another(void)
 {
 	uint64_t a = TEST_GPA + 3 * PAGE, b = TEST_GPA + 5 * PAGE;
@@ -254,7 +254,7 @@ static void placed_by_another(void)
 	unsigned int exits;
 
 	doing("placed by another", 30);
-	rig_start(&r, anon(SIZE), SIZE, 2, LIBRARY, 0, 0);
+	rig_start(&r, anon(SIZE), SIZE, 2, LIBRARY, KUF_MEMORY_POPULATED, 0);
 	int uffd = librarys_uffd();
 	if (uffd < 0)
 		DIE("no userfaultfd to be found");
@@ -273,16 +273,16 @@ static void placed_by_another(void)
 		write_pages(page, gpa, PAGE, 7);
 		MUST(ioctl(uffd, UFFDIO_COPY, &copy));
 		sleep_ms(20);
-		CHECK("somebody else has placed it: still waits", !(i ? &v : &k)->done);
+		CHECK("placed by other code: still waits", !(i ? &v : &k)->done);
 		r.source.held_gpa = UINT64_MAX;
-		CHECK_EQ("somebody else has placed it: goes on", vcpu_join(i ? &v : &k), KVM_EXIT_HLT);
+		CHECK_EQ("placed by other code: continues", vcpu_join(i ? &v : &k), KVM_EXIT_HLT);
 	}
 	CHECK("KVM sees what is there", k.out_len == 8 && is_pattern(k.out, key(a, 7), 8));
 	CHECK("the vCPU sees what is there", guest_rax(&r.vm, 1) == pattern64(key(b, 7)));
 	CHECK_EQ("found there", stats(&r).install_exists, 2);
 	CHECK("bits clear", !bit(&r, a) && !bit(&r, b));
 	CHECK("and no exits any more", reads(&r, 1, a, 7, &exits) && exits == 0);
-	rig_end(&r, KUF_CLOSE_POISON);
+	rig_end(&r, KUF_END_POISON);
 }
 
 int main(void)
@@ -290,12 +290,12 @@ int main(void)
 	doing("start", 30);
 	rig_start(&r, anon(SIZE), SIZE, 2, LIBRARY, 0, 0);
 	kvm();
-	rig_end(&r, KUF_CLOSE_POISON);
+	rig_end(&r, KUF_END_POISON);
 	rig_start(&r, anon(SIZE), SIZE, 2, HOST, 0, 0);
 	clocks();
 	vmm();
 	rig_memslot(&r, 0);
-	rig_end(&r, KUF_CLOSE_POISON);
+	rig_end(&r, KUF_END_POISON);
 	together();
 	after();
 	placed_by_another();

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A page that could not be filled stays closed, to the vCPU, to KVM and to the VMM, until it is discarded and
- * filled. And nobody ever sees zeroes in its place.
+ * A page that could not be filled stays inaccessible to the vCPU, to KVM and to the VMM until it is discarded and
+ * filled. None of them ever reads zeroes in its place.
  */
 #include "bitmap.h"
 
@@ -32,7 +32,7 @@ static void jump(int sig)
 	siglongjmp(out, 1);
 }
 
-/* Whether touching it raises SIGBUS. */
+/* Whether a touch raises SIGBUS. */
 static bool raises(uint64_t gpa)
 {
 	struct sigaction a = { .sa_handler = jump }, old;
@@ -47,7 +47,7 @@ static bool raises(uint64_t gpa)
 	return raised;
 }
 
-/* The vCPU does not get on, and is told so time and again. */
+/* The vCPU makes no progress, and each kuf_vcpu_fault fails. */
 static bool stays_closed(int cpu, uint64_t gpa)
 {
 	struct vcpu v = { .rig = &r, .cpu = cpu };
@@ -63,8 +63,8 @@ static bool stays_closed(int cpu, uint64_t gpa)
 }
 
 /*
- * KVM's emulator takes memory that it cannot read for a device's: it asks the VMM for these bytes. The VMM sees by
- * the address that it is memory, and stops the guest or gives it a machine check; what it must not do is answer.
+ * KVM's emulator treats memory that it cannot read as a device and asks the VMM for these bytes. The VMM knows from
+ * the address that it is memory; it must stop the guest or inject a machine check, but not answer.
  */
 static bool kvm_fails(int cpu, uint64_t gpa)
 {
@@ -97,9 +97,9 @@ static void poison(const char *kind, bool shared, bool huge, enum owner owner)
 		skip(kind, "no such memory here");
 		return;
 	}
-	rig_start(&r, mem, size, 3, owner, shared ? KUF_MEMORY_FD : 0, fd);
+	rig_start(&r, mem, size, 3, owner, 0, fd);
 
-	/* A vCPU is the first to come. */
+	/* A vCPU is first. */
 	r.source.bad_gpa = a;
 	r.source.bad_answer = -EIO;
 	CHECK(NAME("the vCPU is told, each time"), stays_closed(0, a + 0x18));
@@ -109,16 +109,16 @@ static void poison(const char *kind, bool shared, bool huge, enum owner owner)
 	      r.source.event_gpa[KUF_EVENT_POISONED] == a);
 	CHECK(NAME("KVM's own access fails"), kvm_fails(1, a + 0x20));
 	CHECK(NAME("the VMM's raises SIGBUS"), raises(a + 0x30));
-	/* Which is how a VMM tells, when KVM asks it about an address in memory. */
+	/* A VMM detects this by kuf_ensure, when KVM reports MMIO at an address in memory. */
 	CHECK_KUF(NAME("kuf_ensure says so"), kuf_ensure(r.kuf, a, 8, -1), -EHWPOISON);
 
-	/* KVM is the first to come. */
+	/* KVM is first. */
 	r.source.bad_gpa = b;
 	CHECK(NAME("KVM first: its access fails"), kvm_fails(2, b + 0x20));
 	CHECK(NAME("KVM first: then the vCPU is told"), stays_closed(0, b));
 	AWAIT(r.source.events[KUF_EVENT_POISONED] == 2);
 
-	/* By the host, and for a page that is not asked for yet. */
+	/* The caller poisons a page that was not requested yet. */
 	r.source.bad_gpa = UINT64_MAX;
 	if (!huge) {
 		uint64_t c = TEST_GPA + 5 * PAGE;
@@ -126,24 +126,24 @@ static void poison(const char *kind, bool shared, bool huge, enum owner owner)
 		CHECK(NAME("kuf_resolve poisons: the vCPU is told"), stays_closed(0, c));
 	}
 	CHECK(NAME("others are served"), reads(&r, 0, other, 0, &exits) && exits == 1);
-	struct kuf_progress p = progress(&r, TEST_GPA);
+	struct kuf_progress_info p = progress(&r, TEST_GPA);
 	CHECK_EQ(NAME("counted"), p.poisoned, (huge ? 2 : 3) * granule);
 
-	/* And back. */
+	/* Discard and fill again. */
 	r.source.generation = 1;
-	CHECK_KUF(NAME("discard"), kuf_discard(r.kuf, a, granule, 0), 0);
+	CHECK_KUF(NAME("discard"), kuf_discard(r.kuf, a, granule, KUF_DISCARD_REFILL), 0);
 	CHECK(NAME("discard: the vCPU gets on"), reads(&r, 0, a + 0x18, 1, &exits) && exits == 1);
-	CHECK_KUF(NAME("discard, given back"), kuf_discard(r.kuf, b, granule, KUF_DISCARD_REMOVED), 0);
+	CHECK_KUF(NAME("discard, given back"), kuf_discard(r.kuf, b, granule, KUF_DISCARD_ZERO), 0);
 	CHECK(NAME("discard, given back: the vCPU gets on"), reads_zero(&r, 0, b, &exits) && exits <= 1);
 	CHECK(NAME("discard: KVM, too"), kvm_reads(&r, 0, a + 0x20, 16, 1));
 
-	/* What is left at the end: poisoned, and no flag is there to make a vCPU leave. */
+	/* At the end the absent pages are poisoned, and no flag makes a vCPU exit. */
 	uint64_t left = huge ? TEST_GPA : TEST_GPA + 9 * PAGE;
 	if (owner == HOST) {
 		rig_memslot(&r, 0);
-		CHECK_KUF(NAME("closes, poisoning"), kuf_close(&r.kuf, KUF_CLOSE_POISON), 0);
+		CHECK_KUF(NAME("closes, poisoning"), kuf_close(&r.kuf, KUF_END_POISON), 0);
 	} else {
-		CHECK_KUF(NAME("closes, poisoning"), kuf_close(&r.kuf, KUF_CLOSE_POISON), 0);
+		CHECK_KUF(NAME("closes, poisoning"), kuf_close(&r.kuf, KUF_END_POISON), 0);
 	}
 	struct sigaction sa = { .sa_sigaction = on_bus, .sa_flags = SA_SIGINFO };
 	sigaction(SIGBUS, &sa, NULL);
@@ -166,7 +166,7 @@ static void poison(const char *kind, bool shared, bool huge, enum owner owner)
 		close(fd);
 }
 
-/* A poisoned slot is whole in no sense: its flag stays on, and it can be removed all the same. */
+/* A slot with poisoned pages is not complete: its flag stays set, but it can be removed. */
 static void slot(void)
 {
 	const char *kind = "slot";
@@ -185,7 +185,7 @@ static void slot(void)
 	CHECK_EQ(NAME("not complete"), r.source.events[KUF_EVENT_COMPLETE], 0);
 	CHECK(NAME("the flag is on: the vCPU leaves"), stays_closed(0, TEST_GPA + 7 * PAGE));
 	r.source.bad_gpa = UINT64_MAX;
-	CHECK_KUF(NAME("discard"), kuf_discard(r.kuf, TEST_GPA + 7 * PAGE, PAGE, 0), 0);
+	CHECK_KUF(NAME("discard"), kuf_discard(r.kuf, TEST_GPA + 7 * PAGE, PAGE, KUF_DISCARD_REFILL), 0);
 	CHECK(NAME("filled"), reads(&r, 0, TEST_GPA + 7 * PAGE, 0, &exits) && exits == 1);
 	AWAIT(r.source.events[KUF_EVENT_COMPLETE] == 1);
 	CHECK_KUF(NAME("removed"), kuf_remove_memory(r.kuf, TEST_GPA, 0), 0);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Several vCPUs over several slots in random order, by touches of their own and by KVM's, against populate, discard,
- * pages given back, slots that are removed and added, and memslots that the host changes. What each page holds is
- * known at all times. Arguments: seconds, seed.
+ * Several vCPUs access several slots in random order, directly and through KVM, during populate, discards, removals of
+ * pages, removals and additions of slots, and memslot changes by the caller. The test always knows the content of each
+ * page. Arguments: seconds, seed.
  */
 #include "bitmap.h"
 
@@ -10,14 +10,14 @@
 #define CHUNKS 12UL
 #define PAGES (CHUNK * CHUNKS)
 #define SIZE (PAGES * PAGE)
-#define SLOTS 3			/* the host's memslot, the library's, the library's over a shared file */
+#define SLOTS 3			/* a memslot of the caller, one of the library, one of the library over a shared file */
 #define CPUS 4
 
 static struct rig r;
 
 /*
- * The host sees to it that the guest does not use what is being discarded: who touches a chunk holds its lock for
- * reading, who changes what it is to hold, for writing.
+ * The caller must keep the guest off pages that it discards: a thread that touches a chunk holds its lock for reading,
+ * a thread that changes its content holds it for writing.
  */
 struct chunk {
 	pthread_rwlock_t lock;
@@ -31,7 +31,7 @@ static struct slot {
 	int fd;
 	uint32_t flags;
 	struct chunk chunks[CHUNKS];
-	/* Held for reading by who uses the slot. */
+	/* Users of the slot hold it for reading. */
 	pthread_rwlock_t there;
 	_Atomic uint64_t *bitmap;
 } slots[SLOTS];
@@ -65,7 +65,7 @@ static int fill_chunks(void *opaque, struct kuf_fill *run)
 	(void)opaque;
 	for (uint64_t at = 0; at < run->len; at += PAGE)
 		write_pages((uint8_t *)run->buf + at, run->gpa + at, PAGE, chunk_of(s, run->gpa + at)->generation);
-	return KUF_FILLED;
+	return KUF_FILL_DONE;
 }
 
 static int host_memslot(struct slot *s, bool on)
@@ -77,15 +77,15 @@ static int host_memslot(struct slot *s, bool on)
 static void add(struct slot *s)
 {
 	struct kuf_memory m = {
-		.size = sizeof(m), .flags = s->flags, .gpa = s->gpa, .len = SIZE, .hva = (uintptr_t)s->mem, .fd = s->fd,
-		.memslot = s->flags & KUF_MEMORY_MEMSLOT ? 10 + (uint32_t)(s - slots) : 0,
+		.size = sizeof(m), .gpa = s->gpa, .len = SIZE, .hva = (uintptr_t)s->mem, .fd = s->fd,
+		.kvm = s->flags & BY_LIBRARY ? memslot_of(10 + (uint32_t)(s - slots), 0) : NULL,
 	};
 	uint64_t address;
 
 	MUST_KUF(kuf_add_memory(r.kuf, &m));
 	MUST_KUF(kuf_kvm_bitmap(r.kuf, s->gpa, &address));
 	s->bitmap = (_Atomic uint64_t *)(uintptr_t)address;
-	if (!(s->flags & KUF_MEMORY_MEMSLOT))
+	if (!(s->flags & BY_LIBRARY))
 		MUST(host_memslot(s, true));
 }
 
@@ -104,7 +104,7 @@ static void *vcpu_thread(void *arg)
 		pthread_rwlock_rdlock(&s->there);
 		pthread_rwlock_rdlock(&c->lock);
 		uint64_t want = c->zero ? 0 : pattern64(key(gpa, c->generation));
-		/* What is written is what is there. */
+		/* Writes the value that the page already has. */
 		set_guest(&r.vm, cpu, how == 0 ? guest_outsb : how == 1 ? guest_read : guest_write, gpa, 8,
 			  how == 1 ? ~want : want);
 		int result = drive(&v);
@@ -121,7 +121,7 @@ static void *vcpu_thread(void *arg)
 	return NULL;
 }
 
-/* A device model, which reads guest memory as it likes. */
+/* A device model that reads guest memory at any time. */
 static void *device_thread(void *arg)
 {
 	unsigned int seed = (unsigned int)(intptr_t)arg + 77;
@@ -157,7 +157,7 @@ static void *discard_thread(void *arg)
 		pthread_rwlock_rdlock(&s->there);
 		pthread_rwlock_wrlock(&c->lock);
 		c->generation++;
-		MUST_KUF(kuf_discard(r.kuf, gpa, CHUNK * PAGE, remove ? KUF_DISCARD_REMOVED : 0));
+		MUST_KUF(kuf_discard(r.kuf, gpa, CHUNK * PAGE, remove ? KUF_DISCARD_ZERO : KUF_DISCARD_REFILL));
 		c->zero = remove;
 		pthread_rwlock_unlock(&c->lock);
 		pthread_rwlock_unlock(&s->there);
@@ -172,7 +172,7 @@ static void *populate_thread(void *arg)
 	unsigned int seed = (unsigned int)(intptr_t)arg + 277;
 
 	while (!stop) {
-		struct kuf_populate p = { .size = sizeof(p), .gpa = KUF_ALL };
+		struct kuf_populate_request p = { .size = sizeof(p), .gpa = KUF_ALL };
 		int result = kuf_populate(r.kuf, &p);
 
 		if (result && result != -ENOENT)
@@ -183,7 +183,7 @@ static void *populate_thread(void *arg)
 	return NULL;
 }
 
-/* Slots come and go; the memory is fresh each time, for what was poisoned stays so. */
+/* Removes and adds slots, each time with new memory, because poisoned memory stays poisoned. */
 static void *removal_thread(void *arg)
 {
 	unsigned int seed = (unsigned int)(intptr_t)arg + 377;
@@ -194,9 +194,9 @@ static void *removal_thread(void *arg)
 
 		sleep_ms(100 + rnd(&seed) % 100);
 		pthread_rwlock_wrlock(&s->there);
-		if (!(s->flags & KUF_MEMORY_MEMSLOT))
+		if (!(s->flags & BY_LIBRARY))
 			MUST(host_memslot(s, false));
-		while ((result = kuf_remove_memory(r.kuf, s->gpa, KUF_CLOSE_POISON)) == -EBUSY)
+		while ((result = kuf_remove_memory(r.kuf, s->gpa, KUF_END_POISON)) == -EBUSY)
 			sched_yield();
 		MUST_KUF(result);
 		MUST(set_slot(&r.vm, 10 + (uint32_t)(s - slots), 0, s->gpa, 0, NULL, NULL));
@@ -216,7 +216,7 @@ static void *removal_thread(void *arg)
 	return NULL;
 }
 
-/* The host's memslot, on and off whenever it likes; bits that are set count again when it is on. */
+/* Sets and clears the flag of the caller's memslot at any time; set bits count again when it is set. */
 static void *flip_thread(void *arg)
 {
 	struct slot *s = &slots[0];
@@ -256,7 +256,7 @@ int main(int argc, char **argv)
 		struct slot *s = &slots[i];
 
 		s->gpa = TEST_GPA + (uint64_t)i * 16 * HUGE;
-		s->flags = (i > 0 ? KUF_MEMORY_MEMSLOT : 0) | (i == 2 ? KUF_MEMORY_FD : 0);
+		s->flags = (i > 0 ? BY_LIBRARY : 0);
 		s->mem = i == 2 ? shared_memory(SIZE, 0, &s->fd) : anon(SIZE);
 		pthread_rwlock_init(&s->there, NULL);
 		for (uint64_t c = 0; c < CHUNKS; c++)
@@ -276,14 +276,14 @@ int main(int argc, char **argv)
 		   "%lu removals, %lu flags, %lu populates\n", (unsigned long)touches, (unsigned long)writes,
 		(unsigned long)accesses, (unsigned long)host_touches, (unsigned long)discards,
 		(unsigned long)removals, (unsigned long)flips, (unsigned long)populates);
-	struct kuf_stats s = stats(&r);
+	struct kuf_stats_info s = stats(&r);
 	dprintf(1, "# %llu exits, %llu faults, %llu fills\n", (unsigned long long)s.vcpu_faults,
 		(unsigned long long)s.faults, (unsigned long long)s.fills);
 	CHECK("everything was going on", touches && writes && accesses && host_touches && discards && removals &&
 	      flips && populates && s.vcpu_faults && s.faults);
-	if (!(slots[0].flags & KUF_MEMORY_MEMSLOT))
+	if (!(slots[0].flags & BY_LIBRARY))
 		MUST(host_memslot(&slots[0], false));
-	CHECK_KUF("closes", kuf_close(&r.kuf, seed & 1 ? KUF_CLOSE_POISON : KUF_CLOSE_POPULATE), 0);
+	CHECK_KUF("closes", kuf_close(&r.kuf, seed & 1 ? KUF_END_POISON : KUF_END_POPULATE), 0);
 	doing("destroy", 20);
 	rig_end(&r, 0);
 	return finish();

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A vCPU's first touch of a page: it leaves KVM_RUN, its page is filled on its own thread, and it goes on. Nothing
- * of it goes by the userfaultfd underneath, whoever owns the memslot.
+ * A vCPU's first touch of a page: KVM_RUN returns, the vCPU's thread fills the page, and the vCPU continues. None of
+ * this uses the userfaultfd, whether the caller or the library owns the memslot.
  */
 #include "bitmap.h"
 
@@ -21,7 +21,7 @@ static void touches(enum owner owner)
 	r.source.code_gpa = c;
 	CHECK_EQ("all bits set at first", bits(&r, TEST_GPA, PAGES), PAGES);
 
-	/* By hand at first: the exit as KVM makes it, and what it takes to go on. */
+	/* First step by step: KVM's exit, and the call that lets the vCPU continue. */
 	set_guest(&r.vm, 0, guest_read, a, 0, 0);
 	CHECK("read: the vCPU leaves", faults_at(&r.vm, 0, a & -PAGE));
 	CHECK("read: it would leave again", faults_at(&r.vm, 0, a & -PAGE));
@@ -62,7 +62,7 @@ static void touches(enum owner owner)
 	CHECK("every page: exits", exits > 0 && exits <= PAGES - 5);
 	CHECK_EQ("every page: no bit left", bits(&r, TEST_GPA, PAGES), 0);
 
-	struct kuf_stats s = stats(&r);
+	struct kuf_stats_info s = stats(&r);
 	CHECK_EQ("no fault went by userfaultfd", s.faults, 0);
 	CHECK_EQ("exits are counted", s.vcpu_faults, 1 + 1 + 1 + 2 + exits);
 	CHECK_EQ("every byte filled once", s.bytes_copied, SIZE);
@@ -75,7 +75,7 @@ static void touches(enum owner owner)
 	rig_end(&r, 0);
 }
 
-/* What is not the library's comes back untouched. */
+/* The library refuses exits that are not its own. */
 static void not_ours(void)
 {
 	doing("not ours", 30);
@@ -89,7 +89,7 @@ static void not_ours(void)
 	CHECK_EQ("no bit was cleared", bits(&r, TEST_GPA, PAGES), PAGES);
 	CHECK_KUF("flags are bits", kuf_vcpu_fault(r.kuf, TEST_GPA + 0x123, 8, UF_EXIT_FLAG_USERFAULT | 1ULL << 40), 0);
 	CHECK_EQ("that one was", bits(&r, TEST_GPA, PAGES), PAGES - 1);
-	rig_end(&r, KUF_CLOSE_POISON);
+	rig_end(&r, KUF_END_POISON);
 }
 
 int main(void)

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * How fast first touches are served, by each mechanism, side by side: the same guest touches the same pages, each
- * once, with its own instruction (a vCPU exit, or a fault in KVM_RUN) or by KVM's emulator (one byte by rep outsb,
- * which also has an exit for the byte, whatever the mechanism). What fills a page is a copy from memory. One after
- * the other, round by round, so that a noisy machine is noisy to all of them; the first round is not counted.
+ * Compares how fast each mechanism serves first touches: the same guest touches the same pages, each once, with its
+ * own instruction (a vCPU exit, or a fault in KVM_RUN) or through KVM's emulator (one byte by rep outsb, which always
+ * has an exit for the byte too). A fill is a copy from memory. The rounds interleave the mechanisms, so that noise of
+ * the machine affects all of them; the first round does not count.
  *
- * It passes if every page was served in the way it was to be, with the right bytes. How long that took is printed
- * and decides nothing. Arguments: pages, rounds.
+ * It passes if each page was served in the intended way with the right bytes. It prints the times but does not judge
+ * them. Arguments: pages, rounds.
  */
 #include "bitmap.h"
 
@@ -14,7 +14,7 @@
 
 extern char rate_outsb[], rate_end[];
 
-/* A byte of each page by the string instruction: rsi where, rbx how many. */
+/* Puts out a byte of each page by the string instruction: rsi is the address, rbx the number of pages. */
 __asm__(".pushsection .rodata\n"
 	"rate_outsb:\n"
 	"	cld\n"
@@ -34,8 +34,8 @@ enum touch { VCPU, KVM };
 static const struct way {
 	const char *name;
 	enum touch touch;
-	uint32_t mechanism; /* 0: the memory is there, what is left is KVM's own work */
-	unsigned int against; /* which one it is compared with */
+	uint32_t mechanism; /* 0: the memory is present, which leaves KVM's own work */
+	unsigned int against; /* the one to compare with */
 } ways[] = {
 	{ "vCPU, memory present", VCPU, 0, 1 },
 	{ "vCPU, userfaultfd", VCPU, KUF_MECHANISM_USERFAULTFD, 1 },
@@ -57,10 +57,10 @@ static int fill_from_image(void *opaque, struct kuf_fill *run)
 {
 	(void)opaque;
 	memcpy(run->buf, image + run->memory_offset, run->len);
-	return KUF_FILLED;
+	return KUF_FILL_DONE;
 }
 
-/* The vCPU's loop, without what a test wants to know of it. */
+/* The vCPU's loop without the counters of the tests. */
 static bool run(struct rig *r, const struct way *w)
 {
 	struct kvm_run *run = r->vm.run[0];
@@ -100,7 +100,7 @@ static void measure(unsigned int way, int round)
 
 		o.mechanism = w->mechanism;
 		o.fill = fill_from_image;
-		/* Page by page, as a random order would have it. */
+		/* One page for each fault, as with a random order. */
 		o.demand_run = PAGE;
 		rig_open(&r, o);
 		struct kuf_memory slot = rig_slot(&r, 0);
@@ -133,7 +133,7 @@ static void measure(unsigned int way, int round)
 	snprintf(what, sizeof(what), "%s: the guest's bytes (round %d)", w->name, round);
 	CHECK(what, good);
 	if (w->mechanism) {
-		struct kuf_stats s = stats(&r);
+		struct kuf_stats_info s = stats(&r);
 		bool exits = w->touch == VCPU && w->mechanism != KUF_MECHANISM_USERFAULTFD;
 
 		snprintf(what, sizeof(what), "%s: each page in the way it was to be (round %d)", w->name, round);
@@ -142,7 +142,7 @@ static void measure(unsigned int way, int round)
 		       s.vcpu_faults, s.faults, s.fills, pages);
 		if (w->mechanism == KUF_MECHANISM_KVM_BITMAP)
 			rig_memslot(&r, 0);
-		rig_close(&r, KUF_CLOSE_POPULATE);
+		rig_close(&r, KUF_END_POPULATE);
 	}
 	snprintf(what, sizeof(what), "%s: every byte (round %d)", w->name, round);
 	CHECK(what, !memcmp(r.vm.mem, image, pages * PAGE));
@@ -175,7 +175,7 @@ int main(int argc, char **argv)
 		DIE("pages, rounds");
 	image = anon(pages * PAGE);
 	write_pages(image, TEST_GPA, pages * PAGE, 0);
-	/* Round 0 warms up. Each round begins with another one, so that none is always behind the same one. */
+	/* Round 0 warms up. Each round starts with another mechanism, so that none always follows the same one. */
 	for (int round = 0; round <= rounds; round++)
 		for (unsigned int i = 0; i < WAYS; i++)
 			measure((i * 3 + (unsigned int)round) % WAYS, round);

@@ -65,7 +65,7 @@ static void first_touch(void)
 	CHECK("instruction fetch goes on", halts(&vm, 0));
 	CHECK_EQ("instruction fetch content", guest_rax(&vm, 0), 0x12345678);
 
-	/* No effect on what is mapped, until it is turned off and on. */
+	/* Setting a bit has no effect on mapped pages until the flag is cleared and set. */
 	set_bit(63);
 	set_guest(&vm, 0, guest_read, a, 0, 0);
 	CHECK("setting a bit of a mapped page does nothing", halts(&vm, 0));
@@ -80,7 +80,7 @@ static void first_touch(void)
 	set_guest(&vm, 0, guest_read, b, 0, 0);
 	CHECK("others are mapped anew", halts(&vm, 0));
 
-	/* With other flags in the same call. */
+	/* The same call may change other flags. */
 	set_bit(63);
 	CHECK_ERRNO("off, with dirty logging on", toggle(UF_MEM_LOG_DIRTY), 0);
 	CHECK_ERRNO("on, with dirty logging off", toggle(UF_MEM_USERFAULT), 0);
@@ -96,7 +96,7 @@ static void first_touch(void)
 	CHECK_EQ("and is logged", dirty[0], 1UL << 63);
 	CHECK_ERRNO("both off", toggle(0), 0);
 
-	/* Another bitmap at once, with bits for what is mapped. */
+	/* Switch directly to another bitmap, with bits set for mapped pages. */
 	CHECK_ERRNO("on", toggle(UF_MEM_USERFAULT), 0);
 	_Atomic uint64_t *old = bitmap;
 	bitmap = anon(PAGE);
@@ -136,7 +136,7 @@ static void refused(void)
 		.slot = TEST_SLOT, .flags = UF_MEM_USERFAULT, .guest_phys_addr = TEST_GPA,
 		.memory_size = SIZE, .userspace_addr = (uintptr_t)vm.mem,
 	};
-	/* Where userspace can end at most: the bitmap may reach up to there. */
+	/* The highest possible end of userspace: the bitmap may reach up to it. */
 	uint64_t end = (cpu_has("la57") ? 1UL << 56 : 1UL << 47) - PAGE;
 	uint64_t beyond = 0x8000000000000000UL;
 
@@ -204,7 +204,7 @@ static void bad_pointer(void)
 	CHECK_ERRNO("off", toggle(0), 0);
 }
 
-/* KVM's own access does not look at the bitmap; userfaultfd catches it. */
+/* KVM's own access ignores the bitmap; userfaultfd catches it. */
 static int uffd;
 static _Atomic int uffd_faults;
 
@@ -261,7 +261,7 @@ static void with_userfaultfd(void)
 	CHECK("with the right content", r.io_len == 16 && is_pattern(out, a, 16));
 	CHECK_EQ("by userfaultfd", uffd_faults, 1);
 
-	/* A vCPU leaves instead, and its page is put in by its own thread. */
+	/* A vCPU exits instead, and its own thread installs the page. */
 	set_guest(&vm, 0, guest_read, a + PAGE, 0, 0);
 	CHECK("a vCPU leaves", faults_at(&vm, 0, a + PAGE));
 	struct uffdio_copy copy = {
@@ -276,7 +276,7 @@ static void with_userfaultfd(void)
 	CHECK_EQ("with the right content", guest_rax(&vm, 0), pattern64(a + PAGE));
 	CHECK_EQ("without userfaultfd", uffd_faults, 1);
 
-	/* Bit cleared and no page yet: userfaultfd has the last word. */
+	/* The bit is clear but the page is absent: userfaultfd catches the access. */
 	clear_bit(12);
 	set_guest(&vm, 0, guest_read, a + 2 * PAGE, 0, 0);
 	CHECK("bit cleared too early", halts(&vm, 0));
@@ -285,7 +285,7 @@ static void with_userfaultfd(void)
 	MUST(toggle(0));
 }
 
-/* Several vCPUs fault on the same and on different pages, at their own pace. */
+/* Several vCPUs fault on the same and on different pages, without synchronisation. */
 struct worker {
 	pthread_t t;
 	int cpu;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* More pages that KVM keeps a translation of: the local APIC's, and Xen's. */
+/* More pages whose translations KVM caches: the local APIC's and Xen's. */
 #include "test.h"
 
 static struct vm vm;
@@ -50,13 +50,13 @@ static void expect_wait(const char *name, uint64_t gpa)
 	pthread_join(t, NULL);
 	snprintf(what, sizeof(what), "%s: goes on", name);
 	CHECK_EQ(what, r.result, KVM_EXIT_IO);
-	/* The output is to be completed before the next one. */
+	/* KVM must complete the output before the next one. */
 	vm.run[0]->immediate_exit = 1;
 	ioctl(vm.vcpu[0], KVM_RUN, 0);
 	vm.run[0]->immediate_exit = 0;
 }
 
-/* By gfn_to_hva_cache, and in places other than those of the clocks. */
+/* Uses gfn_to_hva_cache in other places than the clocks do. */
 static void vapic(void)
 {
 	struct kvm_vapic_addr va = { .vapic_addr = TEST_GPA + 3 * PAGE + 0x40 };
@@ -107,7 +107,7 @@ static void xen(void)
 	longmode.u.long_mode = 1;
 	MUST(ioctl(vm.fd, KVM_XEN_HVM_SET_ATTR, &longmode));
 
-	/* Ioctls that hold what a waiter must not hold: they fail, for now. */
+	/* Ioctls that hold locks with which they must not wait: they fail. */
 	discard(shared);
 	CHECK_ERRNO("shared_info on a marked page",
 		    xen_vm_attr(KVM_XEN_ATTR_TYPE_SHARED_INFO, shared / PAGE), EFAULT);
@@ -121,7 +121,7 @@ static void xen(void)
 	CHECK_ERRNO("vcpu_info on the page when it is there",
 		    xen_vcpu_attr(KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, info), 0);
 
-	/* Delivering an event, as userspace does it. */
+	/* Deliver an event from userspace. */
 	CHECK("event", ioctl(vm.fd, KVM_XEN_HVM_EVTCHN_SEND, &send) >= 0);
 	CHECK("event is pending", *(uint64_t *)host(&vm, shared + 64 * 32) == 1 << 3 ||
 				  !zero(shared, PAGE));
@@ -133,7 +133,7 @@ static void xen(void)
 	CHECK("event when it is there again",
 	      ioctl(vm.fd, KVM_XEN_HVM_EVTCHN_SEND, &send) >= 0);
 
-	/* The vCPU waits, in KVM_RUN, for what it writes itself. */
+	/* The vCPU waits in KVM_RUN for a page that it writes itself. */
 	MUST(xen_vcpu_attr(KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO, time));
 	discard(time);
 	struct kvm_clock_data c = { 0 };
@@ -143,11 +143,11 @@ static void xen(void)
 	if (flags & KVM_XEN_HVM_CONFIG_RUNSTATE) {
 		MUST(xen_vcpu_attr(KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR, runstate));
 		discard(runstate);
-		/* Loading the vCPU makes it record what it has been doing. */
+		/* Loading the vCPU makes KVM record its run state. */
 		expect_wait("runstate", runstate);
 		CHECK("runstate is written", !zero(runstate, PAGE));
 
-		/* On two pages, there are two translations. */
+		/* Data on two pages has two translations. */
 		uint64_t two = TEST_GPA + 11 * PAGE - 16;
 		MUST(xen_vcpu_attr(KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR, two));
 		discard(two + PAGE);

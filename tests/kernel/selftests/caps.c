@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* What can be asked for, and what is refused. */
+/* Accepted and refused arguments of the capability. */
 #include "test.h"
 
 static long check_extension(int fd, long cap)
@@ -77,7 +77,7 @@ int main(void)
 		    set_attr(&vm, TEST_GPA, PAGE, UF_ATTR_USERFAULT), EINVAL);
 	CHECK_ERRNO("read after disabling", read_fault(&vm, &gfn), ENOENT);
 
-	/* What was marked when it was disabled is not any more. */
+	/* Disabling has removed all marks. */
 	CHECK_ERRNO("enable anew", userfault_cap(&vm, UF_ENABLE, fd, 0), 0);
 	fill(&vm, TEST_GPA, PAGE);
 	set_guest(&vm, 0, guest_read, TEST_GPA, 0, 0);
@@ -89,7 +89,7 @@ int main(void)
 	close(fd);
 	CHECK_ERRNO("disable with the eventfd closed", userfault_cap(&vm, UF_DISABLE, 0, 0), 0);
 
-	/* With an eventfd that only the kernel still has, go down as a whole. */
+	/* Destroy the VM while only the kernel still has the eventfd. */
 	fd = MUST(eventfd(0, 0));
 	MUST(userfault_cap(&vm, UF_ENABLE, fd, 0));
 	close(fd);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Pages that KVM writes on its own account: it keeps translations of them,
- * and needs some where it cannot sleep.
+ * Pages that KVM itself writes: it caches their translations, and needs some of
+ * the pages where it cannot sleep.
  */
 #include "test.h"
 
@@ -31,9 +31,8 @@ static bool all_bytes(const uint8_t *p, size_t n, uint8_t v)
 }
 
 /*
- * The vCPU runs up to where KVM needs the page at @gpa, and there it waits.
- * Fills it with 0x11, so that what KVM writes can be told from what was there,
- * and lets it go on.
+ * Runs the vCPU until KVM waits for the page at @gpa.  Fills the page with 0x11,
+ * so that KVM's writes are visible, and lets KVM continue.
  */
 static void expect_wait(const char *name, uint64_t gpa, size_t size)
 {
@@ -70,7 +69,7 @@ static void discard(uint64_t gpa)
 	MUST(madvise(host(&vm, gpa & -PAGE), PAGE, MADV_DONTNEED));
 }
 
-/* Any of this has the vCPU update its clock, on its next way into the guest. */
+/* Makes the vCPU update its clock at the next entry into the guest. */
 static void want_clock_update(void)
 {
 	struct kvm_clock_data c = { 0 };
@@ -107,7 +106,7 @@ static void *write_msr(void *arg)
 	return NULL;
 }
 
-/* The guest itself writes the MSR: same thing, in KVM_RUN from the start. */
+/* The guest itself writes the MSR, so that all of it happens in KVM_RUN. */
 static void kvmclock_by_guest(void)
 {
 	uint64_t gpa = TEST_GPA + 4 * PAGE + 0x80, gfn;
@@ -142,7 +141,7 @@ static void steal_time(void)
 	CHECK_EQ("setting the MSR does not wait", set_msr(MSR_STEAL_TIME, gpa | 1), 1);
 	expect_wait("steal time", gpa, 64);
 	discard(gpa);
-	/* Set anew, it is recorded anew. */
+	/* Setting the MSR again starts a new recording. */
 	MUST(set_msr(MSR_STEAL_TIME, gpa | 1));
 	expect_wait("steal time again", gpa, 64);
 	set_msr(MSR_STEAL_TIME, 0);
@@ -162,7 +161,7 @@ static void *msr_setter(void *arg)
 	return NULL;
 }
 
-/* Written at once, by KVM_SET_MSRS: that waits. */
+/* KVM_SET_MSRS writes this page at once, so the ioctl waits. */
 static void wall_clock(void)
 {
 	struct msr_setter s = { MSR_WALL_CLOCK, TEST_GPA + 8 * PAGE, 0 };
@@ -180,7 +179,7 @@ static void wall_clock(void)
 	CHECK("wall clock: written", !all_bytes(host(&vm, s.value), 12, 0));
 }
 
-/* Going on while all of them are marked, time and again. */
+/* The vCPU runs while all these pages are marked again and again. */
 static void *marker(void *arg)
 {
 	_Atomic bool *stop = arg;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Small mappings while pages are marked, huge ones when they are not.  Counted
- * by KVM's own statistics, which say how many mappings of each size there are.
+ * KVM maps small pages while pages are marked, and huge ones when they are not.
+ * KVM's own statistics count the mappings of each size.
  */
 #include "test.h"
 
@@ -18,7 +18,7 @@ static void *huge_memory(void)
 	return p == MAP_FAILED ? NULL : p;
 }
 
-/* The low memory has mappings, too: count from where that is settled. */
+/* The low memory has mappings too, so count from their number. */
 static void base(void)
 {
 	set_guest(&vm, 0, guest_nop, 0, 0, 0);
@@ -34,8 +34,8 @@ static int64_t small(void)
 }
 
 /*
- * Shadow paging keeps small mappings that a huge one has taken the place of,
- * for when they may be wanted again, and they are counted.
+ * Shadow paging keeps and counts small mappings that a huge one has replaced,
+ * because it may need them again.
  */
 #define CHECK_SMALL(name, n)                                  \
 	do {                                                  \
@@ -96,7 +96,7 @@ static void attribute(void)
 	CHECK_EQ("huge again at the first touch of the last page", huge(), 4);
 	CHECK_SMALL("and nothing small", 0);
 
-	/* As a restore goes: all marked, then one by one. */
+	/* As in a restore: mark all pages, then unmark them one by one. */
 	mark(&vm, TEST_GPA, SIZE);
 	CHECK_EQ("marking all zaps all", huge() + small(), 0);
 	bool good = true;
@@ -113,8 +113,8 @@ static void attribute(void)
 	CHECK_SMALL("and nothing small", 0);
 
 	/*
-	 * The last one is provided in the background and nobody touches it:
-	 * small until it is disabled, for no fault comes.
+	 * The last page is provided in the background and never touched: the
+	 * mappings stay small until disabling, because no fault occurs.
 	 */
 	unmark(&vm, TEST_GPA + HUGE, HUGE - PAGE);
 	CHECK("touch all but the last", touch(TEST_GPA + HUGE, 511));
@@ -126,7 +126,7 @@ static void attribute(void)
 	CHECK("touch", touch(TEST_GPA, SIZE / PAGE));
 	CHECK_EQ("all huge after disabling", huge(), 4);
 
-	/* Disabling with marks that make a mess of every range. */
+	/* Disable while each range has some marks. */
 	MUST(userfault_cap(&vm, UF_ENABLE, vm.event, 0));
 	for (uint64_t gpa = TEST_GPA; gpa < TEST_GPA + SIZE; gpa += 64 * PAGE)
 		mark(&vm, gpa + PAGE, PAGE);
@@ -138,7 +138,7 @@ static void attribute(void)
 	vm_destroy(&vm);
 }
 
-/* A memslot that is made when there are marks already. */
+/* A memslot that is created when marks already exist. */
 static void slot_after_marks(void)
 {
 	doing("slot after marks", 60);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Everything that ends a wait, and everything that must not mind one. */
+/* All operations that end a wait, and all that must work during one. */
 #include "test.h"
 
 static struct vm vm;
@@ -52,7 +52,7 @@ static void disable(void)
 	CHECK_ERRNO("and the queue is gone", read_fault(&vm, &gfn), ENOENT);
 	CHECK("and no event came of it", !wait_event(&vm, 0));
 
-	/* The same with the entry read already, and enabled right again. */
+	/* The same after the entry was read, and with userfaults enabled again at once. */
 	MUST(userfault_cap(&vm, UF_ENABLE, vm.event, 0));
 	mark(&vm, TEST_GPA, vm.size);
 	wait_for(TEST_GPA + PAGE);
@@ -62,7 +62,7 @@ static void disable(void)
 	CHECK("disable and enable", goes_on(TEST_GPA + PAGE));
 }
 
-/* A call that used to wait for kvm->srcu, while a vCPU waits for a page. */
+/* A call that waits for kvm->srcu must work while a vCPU waits for a page. */
 static void memslots(void)
 {
 	void *other = anon(4 * PAGE);
@@ -87,7 +87,7 @@ static void memslots(void)
 	unmark(&vm, TEST_GPA, PAGE);
 	CHECK("goes on", goes_on(TEST_GPA));
 
-	/* The slot goes away under the waiter. */
+	/* The slot is removed while the vCPU waits. */
 	wait_for(TEST_GPA + PAGE);
 	CHECK_ERRNO("delete its memslot", set_slot(&vm, TEST_SLOT, 0, 0, 0, NULL, NULL), 0);
 	int end = runner_join(&r);
@@ -98,7 +98,7 @@ static void memslots(void)
 	while (run_vcpu(&vm, 0) == KVM_EXIT_MMIO)
 		;
 
-	/* ...and comes back, with the marks that it had. */
+	/* ...and added again, with the marks that it had. */
 	MUST(set_slot(&vm, TEST_SLOT, 0, TEST_GPA, vm.size, vm.mem, NULL));
 	wait_for(TEST_GPA + PAGE);
 	CHECK_ERRNO("move its memslot",
@@ -111,7 +111,7 @@ static void memslots(void)
 		;
 	MUST(set_slot(&vm, TEST_SLOT, 0, TEST_GPA, vm.size, vm.mem, NULL));
 
-	/* Replaced by other memory at the same place: a new fault, same page. */
+	/* Other memory replaces it at the same address: a new fault of the same page. */
 	wait_for(TEST_GPA + 2 * PAGE);
 	MUST(read_fault(&vm, &gfn));
 	unmark(&vm, TEST_GPA + 2 * PAGE, PAGE);
@@ -179,9 +179,8 @@ static void signals(void)
 }
 
 /*
- * Run @body in a child that is about to die in some way, while vCPU 0 of its
- * VM waits.  The VM goes down with it; what the kernel would say to an entry
- * that was left behind, it says on the console.
+ * Runs @body in a child, which dies while vCPU 0 of its VM waits.  The VM is
+ * destroyed with it; the kernel would report a remaining entry on the console.
  */
 static bool child(void (*body)(void), int *status)
 {
@@ -228,7 +227,7 @@ static void *do_exec(void *arg)
 	_exit(1);
 }
 
-/* exec kills all other threads, one of which waits, and goes on. */
+/* exec kills all other threads, one of which waits, and continues. */
 static void by_exec(void)
 {
 	do_exec(NULL);
@@ -238,7 +237,7 @@ static void by_disable_and_exit(void)
 {
 	pid_t pid = fork();
 
-	/* Only the process that made the VM may make calls on it. */
+	/* Only the process that created the VM may call its ioctls. */
 	if (!pid) {
 		uint64_t gfn;
 

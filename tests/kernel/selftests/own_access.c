@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* KVM itself waits for a marked page, and userspace gets to know. */
+/* KVM itself waits for a marked page, and userspace can read this. */
 #include "test.h"
 
 static struct vm vm;
@@ -65,7 +65,7 @@ static void insb(void)
 	read_event(&vm);
 	CHECK_ERRNO("rep insb: read", read_fault(&vm, &gfn), 0);
 	CHECK_EQ("rep insb: gfn", gfn, a / PAGE);
-	/* Filling comes last with the page, what KVM writes comes after it. */
+	/* Fill the page now; KVM's write follows. */
 	fill(&vm, a & -PAGE, PAGE);
 	unmark(&vm, a & -PAGE, PAGE);
 	CHECK_EQ("rep insb: goes on", runner_join(&r), KVM_EXIT_HLT);
@@ -93,7 +93,7 @@ static void page_tables(void)
 	pt[0] = a | 0x67;
 	fill(&vm, a, PAGE);
 
-	/* The processor has to get at the code and at nothing else. */
+	/* The processor may access the code but no other memory. */
 	mark(&vm, TEST_GPA, PAGE);
 	mark(&vm, a, PAGE);
 	set_guest(&vm, 0, guest_outsb, va + 0x10, 8, 0);
@@ -122,7 +122,7 @@ static void *translate(void *arg)
 	return NULL;
 }
 
-/* A vCPU ioctl other than KVM_RUN waits as well. */
+/* Another vCPU ioctl than KVM_RUN waits too. */
 static void other_ioctl(void)
 {
 	struct kvm_translation t = { .linear_address = TEST_GPA + 0x1234 };
@@ -143,7 +143,7 @@ static void other_ioctl(void)
 	CHECK_EQ("KVM_TRANSLATE: address", t.physical_address, TEST_GPA + 0x1234);
 }
 
-/* KVM and a vCPU want the same page. */
+/* KVM and a vCPU need the same page. */
 static void both(void)
 {
 	uint64_t a = TEST_GPA + 20 * PAGE, gfn;
@@ -159,7 +159,7 @@ static void both(void)
 	set_guest(&vm, 0, guest_read, a, 0, 0);
 	CHECK("both: the vCPU leaves", faults_at(&vm, 0, a));
 	fill(&vm, a, PAGE);
-	/* resolved before the entry is read: it must be gone then */
+	/* resolved before the entry is read: the entry must be gone */
 	unmark(&vm, a, PAGE);
 	CHECK_EQ("both: KVM goes on", runner_join(&r), KVM_EXIT_HLT);
 	CHECK("both: the vCPU goes on", halts(&vm, 0));

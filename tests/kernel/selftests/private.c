@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* PRIVATE and USERFAULT are two attributes that do not know of each other. */
+/* PRIVATE and USERFAULT are two independent attributes. */
 #include "test.h"
 
 static struct vm vm;
@@ -35,7 +35,7 @@ int main(void)
 	}
 	close(kvm);
 
-	/* Such a VM starts with its memory shared, low memory stays that way. */
+	/* Such a VM starts with shared memory; the low memory stays shared. */
 	vm_create_type(&vm, UF_VM_TYPE_SW_PROTECTED, 0, anon(64 * PAGE), 1);
 	vm.size = 64 * PAGE;
 	slot.userspace_addr = (uintptr_t)vm.mem;
@@ -48,7 +48,7 @@ int main(void)
 	CHECK_EQ("both after enabling",
 		 ioctl(vm.fd, KVM_CHECK_EXTENSION, UF_CAP_MEMORY_ATTRIBUTES), both);
 
-	/* A shared page, as anywhere else. */
+	/* A shared page works as in any VM. */
 	MUST(set_attr(&vm, a, PAGE, UF_ATTR_USERFAULT));
 	set_guest(&vm, 0, guest_read, a, 0, 0);
 	CHECK("shared, marked", exits_with(a, UF_EXIT_FLAG_USERFAULT));
@@ -57,7 +57,7 @@ int main(void)
 	CHECK("shared, goes on", halts(&vm, 0));
 	CHECK_EQ("shared, content", guest_rax(&vm, 0), pattern64(a));
 
-	/* A private one: filled by the guest, for there is no other way here. */
+	/* The guest fills a private page, because no other way exists here. */
 	MUST(set_attr(&vm, b, PAGE, both));
 	set_guest(&vm, 0, guest_write, b, 0, 0x0123456789abcdef);
 	CHECK("private, marked", exits_with(b, UF_EXIT_FLAG_PRIVATE | UF_EXIT_FLAG_USERFAULT));
@@ -68,7 +68,7 @@ int main(void)
 	CHECK_EQ("private, content", guest_rax(&vm, 0), 0x0123456789abcdef);
 	CHECK_EQ("private, not in shared memory", *(uint64_t *)host(&vm, b), 0);
 
-	/* Marked while mapped, and unmarked again: what it was before. */
+	/* Marked while mapped and unmarked again, a page keeps its content. */
 	MUST(set_attr(&vm, b, PAGE, both));
 	CHECK("marked while mapped private",
 	      (set_guest(&vm, 0, guest_read, b, 0, 0),
@@ -77,7 +77,7 @@ int main(void)
 	CHECK("goes on as private", halts(&vm, 0));
 	CHECK_EQ("with what was there", guest_rax(&vm, 0), 0x0123456789abcdef);
 
-	/* Disabling takes the marks and leaves PRIVATE. */
+	/* Disabling removes the marks but not PRIVATE. */
 	MUST(set_attr(&vm, a, PAGE, UF_ATTR_USERFAULT));
 	MUST(set_attr(&vm, b, PAGE, both));
 	MUST(userfault_cap(&vm, UF_DISABLE, 0, 0));
@@ -88,7 +88,7 @@ int main(void)
 	CHECK("shared after disabling", halts(&vm, 0));
 	CHECK_EQ("shared after disabling, content", guest_rax(&vm, 0), pattern64(a));
 
-	/* Unmapped as private, the shared page is what shows. */
+	/* Without PRIVATE the guest reads the shared page. */
 	MUST(userfault_cap(&vm, UF_ENABLE, vm.event, 0));
 	*(uint64_t *)host(&vm, b) = 42;
 	MUST(set_attr(&vm, b, PAGE, UF_ATTR_USERFAULT));
@@ -98,7 +98,7 @@ int main(void)
 	CHECK("then to shared", halts(&vm, 0));
 	CHECK_EQ("shared content", guest_rax(&vm, 0), 42);
 
-	/* The bitmap is something to be born with, for this kind of slot. */
+	/* This kind of slot can get a bitmap only when it is created. */
 	static uint64_t bitmap[1];
 	slot.flags |= UF_MEM_USERFAULT;
 	slot.userfault_bitmap = (uintptr_t)bitmap;

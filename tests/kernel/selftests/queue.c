@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* What is queued, in what order, and what KVM_READ_USERFAULT makes of it. */
+/* The entries of the queue, their order, and KVM_READ_USERFAULT. */
 #include "test.h"
 
 #define N 8
 
 static struct vm vm;
 
-/* vCPU threads, each waiting for the page that it is given. */
+/* Starts vCPU threads that each wait for their page. */
 static void start(struct runner *r, uint8_t (*out)[16], int n, const uint64_t *gpas)
 {
 	for (int i = 0; i < n; i++) {
@@ -15,7 +15,7 @@ static void start(struct runner *r, uint8_t (*out)[16], int n, const uint64_t *g
 		r[i].io_max = sizeof(out[i]);
 		set_guest(&vm, i, guest_outsb, gpas[i], 16, 0);
 		runner_start(&r[i], &vm, i);
-		/* The order in which they come is to be known. */
+		/* Wait for each, so that the order is known. */
 		if (!wait_event(&vm, 20000))
 			DIE("no event for vCPU %d", i);
 		if (read_event(&vm) != 1)
@@ -51,7 +51,7 @@ static void order(void)
 		good = !read_fault(&vm, &gfn) && gfn == gpas[i] / PAGE && good;
 	CHECK("first in, first out", good);
 	CHECK("then nothing", no_fault_queued(&vm));
-	/* and let them go in another order than they came in */
+	/* and release them in another order */
 	for (int i = N - 1; i >= 0; i--)
 		unmark(&vm, gpas[i] & -PAGE, PAGE);
 	CHECK("all go on with what is theirs", join(r, out, N, gpas));
@@ -83,7 +83,7 @@ static void bad_buffer(void)
 		    ioctl(vm.fd, UF_READ_USERFAULT, edge + PAGE - 4), EFAULT);
 	CHECK_ERRNO("good buffer", read_fault(&vm, &gfn), 0);
 	CHECK_EQ("nothing lost, same order", gfn, gpas[0] / PAGE);
-	/* A buffer that has no page yet is as good as any. */
+	/* A buffer without a page must work too. */
 	fresh = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	CHECK_ERRNO("untouched buffer", ioctl(vm.fd, UF_READ_USERFAULT, fresh), 0);
 	CHECK_EQ("the second", fresh->gfn, gpas[1] / PAGE);
@@ -98,7 +98,7 @@ static void bad_buffer(void)
 	munmap(fresh, PAGE);
 }
 
-/* An entry goes when its waiter does, from wherever in the queue it is. */
+/* An entry at any place in the queue is removed when its waiter ends. */
 static void resolved_before_read(void)
 {
 	struct runner r[4];
@@ -147,8 +147,8 @@ static void same_page(void)
 }
 
 /*
- * A page that is marked again before its waiter has got to run is a new fault,
- * which must be told of: the first entry has been read, nobody would know.
+ * A page that is marked again before its waiter has run is a new fault, which
+ * needs a new entry, because the first one has been read.
  */
 static void marked_again(void)
 {
@@ -165,7 +165,7 @@ static void marked_again(void)
 		MUST(read_fault(&vm, &gfn));
 		unmark(&vm, gpa, PAGE);
 		mark(&vm, gpa, PAGE);
-		/* Either it was quick enough or there is a new entry. */
+		/* Either the waiter was quick enough or it has a new entry. */
 		while (!r[0].done && !wait_event(&vm, 1))
 			;
 		if (!read_fault(&vm, &gfn)) {
@@ -205,7 +205,7 @@ static void *reader(void *arg)
 	}
 }
 
-/* Several readers: every entry goes to exactly one of them. */
+/* Several readers: each entry goes to exactly one of them. */
 static void readers(void)
 {
 	struct runner r[N];
@@ -224,7 +224,7 @@ static void readers(void)
 		for (int i = 0; i < N; i++)
 			gpas[i] = TEST_GPA + i * PAGE;
 		start(r, out, N, gpas);
-		/* Whoever is signalled of finds an entry, unless it was read. */
+		/* Each signal has an entry, unless it was already read. */
 		for (int i = 0; i < N; i++)
 			while (!seen[i])
 				sched_yield();
@@ -239,7 +239,7 @@ static void readers(void)
 	CHECK("each entry to one reader", good);
 }
 
-/* As many as there can well be: the queue is as long as there are vCPUs. */
+/* A long queue: one entry for each vCPU. */
 static void long_queue(void)
 {
 	static struct runner r[MAX_VCPUS];

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Everything at once, in no order: vCPUs that touch pages, KVM that does,
- * pages that are provided, discarded, marked again, memslots that come and go,
- * and the whole thing switched off and on.  The content must be right at all
- * times; the kernel must survive; nothing may get stuck.
+ * All operations at once in random order: touches of pages by vCPUs and by KVM,
+ * providing, discarding and marking pages, adding and removing memslots, disabling
+ * and enabling.  The content must be right at all times; the kernel must survive;
+ * no thread may hang.
  */
 #include "test.h"
 
@@ -22,8 +22,8 @@ static unsigned int rnd(unsigned int *seed)
 }
 
 /*
- * Pages always hold their pattern: "discarding" is to mark, and what the guest
- * gets to see is right whichever way a race goes.
+ * Pages always hold their pattern: a "discard" only marks them, so that the guest
+ * reads the right bytes whichever way a race ends.
  */
 static void *vcpu_main(void *arg)
 {
@@ -92,7 +92,7 @@ static void *marker_main(void *arg)
 	while (!stop) {
 		uint64_t first = rnd(&seed) % PAGES, n = 1 + rnd(&seed) % (PAGES - first);
 
-		/* EINVAL: it is switched off right now. */
+		/* EINVAL: userfaults are disabled at the moment. */
 		if (set_attr(&vm, TEST_GPA + first * PAGE, n * PAGE, UF_ATTR_USERFAULT) &&
 		    errno != EINVAL)
 			DIE("mark: %s", strerror(errno));
@@ -139,7 +139,7 @@ static void *memory_main(void *arg)
 
 	(void)arg;
 	while (!stop) {
-		/* Unmaps, and leaves the content. */
+		/* Unmaps the page but keeps its content. */
 		madvise(host(&vm, TEST_GPA) + rnd(&seed) % PAGES * PAGE, PAGE, MADV_PAGEOUT);
 		mprotect(vm.mem, PAGE, PROT_READ | PROT_WRITE);
 		sleep_ms(1);
@@ -174,7 +174,7 @@ static void run_for(const char *name, unsigned int ms, void *(*const *extra)(voi
 	CHECK("nothing is left in the queue", no_fault_queued(&vm));
 }
 
-/* The VM is torn down in the middle of it all, over and over. */
+/* VMs are destroyed under load, again and again. */
 static void torn_down(void)
 {
 	bool good = true;

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Checks that report a line each, a watchdog, and a small virtual machine to
- * try things on.  Everything is in this header, and static: every test is one
- * file, and uses what it needs of this.
+ * Checks that each print a line, a watchdog, and a small virtual machine.  All
+ * functions are static in this header, so that each test is one file.
  */
 #ifndef KUF_TEST_H
 #define KUF_TEST_H
@@ -51,7 +50,7 @@ static UNUSED void report(bool good, const char *name, const char *fmt, ...)
 	vsnprintf(why, sizeof(why), fmt, ap);
 	va_end(ap);
 
-	/* In one piece: threads and children of ours print too. */
+	/* Print with one call, because threads and children print too. */
 	if (good)
 		dprintf(1, "ok %s\n", name);
 	else
@@ -59,7 +58,7 @@ static UNUSED void report(bool good, const char *name, const char *fmt, ...)
 	nr_failed += !good;
 }
 
-/* The test as a whole makes no sense any more. */
+/* Ends a test that cannot continue. */
 #define DIE(...)                                            \
 	do {                                                \
 		report(false, now_doing, __VA_ARGS__);      \
@@ -102,7 +101,7 @@ static UNUSED int finish(void)
 	return nr_failed ? 1 : 0;
 }
 
-/* ---- nothing may hang ---- */
+/* ---- the watchdog ---- */
 
 static void watchdog_bark(int sig)
 {
@@ -111,7 +110,7 @@ static void watchdog_bark(int sig)
 	_exit(1);
 }
 
-/* Says what comes next, and gives it @seconds from now. */
+/* Names the next part of the test, and limits it to @seconds. */
 static UNUSED void doing(const char *what, unsigned int seconds)
 {
 	static bool armed;
@@ -141,7 +140,7 @@ static UNUSED double now_s(void)
 	return (double)ts.tv_sec + (double)ts.tv_nsec / 1e9;
 }
 
-/* What a thread is doing, as far as the scheduler is concerned: 'D', 'S'... */
+/* Returns a thread's scheduler state: 'D', 'S'... */
 static UNUSED char thread_state(pid_t tid)
 {
 	char path[64], buf[512], *p;
@@ -183,7 +182,7 @@ static UNUSED char thread_state(pid_t tid)
 #define PORT 0x10
 #define EXCEPTION_PORT 0x99
 
-/* All of them end in hlt.  rsi is where, rcx how many, rax what. */
+/* All routines end with hlt.  rsi is the address, rcx the count, rax the value. */
 extern char guest_start[], guest_end[];
 extern char guest_read[], guest_write[], guest_call[], guest_outsb[], guest_insb[],
 	guest_touch[], guest_wrmsr[], guest_nop[], guest_exceptions[];
@@ -208,7 +207,7 @@ __asm__(".pushsection .rodata\n"
     "	mov %rsi, %rdi\n"
     "	rep insb\n"
     "	hlt\n"
-    "guest_touch:\n"		/* a byte of every page, the sum in rax */
+    "guest_touch:\n"		/* reads a byte of each page, the sum in rax */
     "	xor %eax, %eax\n"
     "1:	movzbl (%rsi), %ebx\n"
     "	add %rbx, %rax\n"
@@ -221,8 +220,8 @@ __asm__(".pushsection .rodata\n"
     "guest_nop:\n"
     "	hlt\n"
     /*
-     * An exception, which no test wants: vector in rax, error code (or rip) in
-     * rdx, rip (or cs) in rsi, cr2 in rcx.
+     * An unexpected exception: vector in rax, error code (or rip) in rdx, rip
+     * (or cs) in rsi, cr2 in rcx.
      */
     "	.balign 16\n"
     "guest_exceptions:\n"
@@ -335,7 +334,7 @@ static UNUSED void add_vcpu(struct vm *vm)
 	MUST(ioctl(vm->vcpu[i], KVM_SET_CPUID2, &cpuid.head));
 }
 
-/* With @mem NULL, the test memory is fresh and anonymous. */
+/* With @mem NULL the test memory is new anonymous memory. */
 static UNUSED void vm_create_type(struct vm *vm, unsigned long type, size_t size, void *mem,
 				  int vcpus)
 {
@@ -441,9 +440,8 @@ static UNUSED uint64_t guest_rax(struct vm *vm, int cpu)
 }
 
 /*
- * KVM_RUN until it has something to say.  Returns the exit reason; for a
- * memory fault only if the error is the one that goes with it, the negative
- * error otherwise.
+ * Calls KVM_RUN until it exits.  Returns the exit reason, or the negative errno;
+ * for a memory fault it returns the exit reason only with the matching errno.
  */
 static UNUSED int run_vcpu(struct vm *vm, int cpu)
 {
@@ -479,7 +477,7 @@ static UNUSED struct uf_exit_memory_fault memory_fault(struct vm *vm, int cpu)
 	return f;
 }
 
-/* Expect a vCPU to leave for a marked page. */
+/* Whether a vCPU exits for a marked page. */
 static UNUSED bool faults_at(struct vm *vm, int cpu, uint64_t gpa)
 {
 	int r = run_vcpu(vm, cpu);
@@ -503,7 +501,7 @@ static UNUSED bool halts(struct vm *vm, int cpu)
 	return false;
 }
 
-/* ---- a vCPU on a thread of its own, that runs until it halts ---- */
+/* ---- a vCPU on its own thread that runs until it halts ---- */
 
 struct runner {
 	struct vm *vm;
@@ -512,9 +510,9 @@ struct runner {
 	_Atomic pid_t tid;
 	_Atomic bool done;
 	int result;		/* KVM_EXIT_HLT if all went well */
-	uint8_t *io;		/* what it put out */
+	uint8_t *io;		/* the guest's output */
 	size_t io_len, io_max;
-	uint8_t fill;		/* what it gets to put in */
+	uint8_t fill;		/* the guest's input */
 };
 
 static void *runner_main(void *arg)
@@ -575,7 +573,7 @@ static UNUSED uint64_t read_event(struct vm *vm)
 	return read(vm->event, &n, sizeof(n)) == sizeof(n) ? n : 0;
 }
 
-/* Waits for @n signals altogether. */
+/* Waits for @n signals in total. */
 static UNUSED bool wait_events(struct vm *vm, uint64_t n)
 {
 	uint64_t got = 0;
@@ -640,7 +638,7 @@ static UNUSED uint64_t pattern64(uint64_t gpa)
 	return v;
 }
 
-/* Nested paging; the capability that shares our number says whether. */
+/* Whether nested paging is on; the capability with the same number as userfault tells. */
 static UNUSED bool has_tdp(struct vm *vm)
 {
 	return ioctl(vm->kvm, KVM_CHECK_EXTENSION, UF_CAP_USERFAULT) > 0;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * What the patched kernel's interface adds to the <linux/kvm.h> that a distribution
- * has, which may be older than what the patches are against.
+ * The patched kernel's additions to a distribution's <linux/kvm.h>, which may be older
+ * than the kernel that the patches apply to.
  */
 #ifndef KUF_UAPI_H
 #define KUF_UAPI_H

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* A vCPU that touches a marked page leaves KVM_RUN, and goes on later. */
+/* KVM_RUN returns when a vCPU touches a marked page, and the vCPU continues later. */
 #include "test.h"
 
 static struct vm vm;
@@ -70,7 +70,7 @@ static void mapped_pages(void)
 	set_guest(&vm, 0, guest_read, a + PAGE, 0, 0);
 	CHECK("not on the page after it", halts(&vm, 0));
 
-	/* Its memory goes, as it does when a page is discarded. */
+	/* Drop its memory, as a discard does. */
 	MUST(madvise(host(&vm, a), PAGE, MADV_DONTNEED));
 	memset(host(&vm, a), 0x5a, PAGE);
 	set_guest(&vm, 0, guest_read, a, 0, 0);
@@ -94,7 +94,7 @@ static void slots(void)
 	CHECK("page that was marked before it had a slot", faults_at(&vm, 0, gpa + PAGE));
 	MUST(set_slot(&vm, 2, 0, gpa, 0, mem, NULL));
 	CHECK_EQ("marked page that has no slot is MMIO", run_vcpu(&vm, 0), KVM_EXIT_MMIO);
-	/* The instruction is still to be completed, whatever the registers say. */
+	/* KVM must still complete the instruction, whatever the registers are. */
 	CHECK("MMIO completed", halts(&vm, 0));
 	unmark(&vm, gpa + PAGE, PAGE);
 }
@@ -128,7 +128,7 @@ static void *mark_later(void *arg)
 	return NULL;
 }
 
-/* A vCPU that is in the guest all the time must notice, too. */
+/* Marking must also stop a vCPU that never leaves the guest. */
 static void running_guest(void)
 {
 	pthread_t t;
@@ -137,7 +137,7 @@ static void running_guest(void)
 	unmark(&vm, TEST_GPA, vm.size);
 	set_guest(&vm, 0, guest_touch, TEST_GPA, vm.size / PAGE, 0);
 	CHECK("before", halts(&vm, 0));
-	/* stays on one page for as long as it takes: rsi += 4096 is undone */
+	/* reads the same page for ever: rsi does not change */
 	static const uint8_t loop[] = { 0x8a, 0x06, 0xeb, 0xfc }; /* 1: mov (%rsi),%al; jmp 1b */
 	memcpy(host(&vm, TEST_GPA + 21 * PAGE), loop, sizeof(loop));
 	pthread_create(&t, NULL, mark_later, NULL);
