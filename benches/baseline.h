@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * baseline.h - the loops that VMMs have today, as straightforward as they are there and with nothing needless added
+ * baseline.h - the fault loops that VMMs use today, without anything those loops do not have
  *
- * poll:  wait in poll(2), read one message, UFFDIO_COPY, again. The way of the manual page and of QEMU.
- * drain: wait in poll(2), then one message a read, each served, until there is none. The way of Firecracker's handlers.
- * spin:  read(2) again and again, without ever waiting: not what anybody has, for it takes a CPU, but the least that a
- *        fault can cost where nobody is woken to serve it.
+ * poll:  poll(2), read one message, UFFDIO_COPY, repeat: the loop of the manual page and of QEMU.
+ * drain: poll(2), then read and serve one message at a time until the queue is empty: Firecracker's example handlers.
+ * spin:  read(2) in a busy loop. No VMM does this, because it occupies a CPU. It gives the lower limit for the cost of
+ *        a fault: no thread has to be woken.
  *
  * All copy straight from the mapped image into the guest.
  */
@@ -20,7 +20,7 @@ static inline int open_userfaultfd(uint64_t features)
 {
     int fd = open_uffd();
     if (fd < 0)
-        skip("userfaultfd is not to be had here");
+        skip("userfaultfd is not available here");
     struct uffdio_api api = {.api = UFFD_API, .features = features};
     if (ioctl(fd, UFFDIO_API, &api) < 0)
         skip("this kernel's userfaultfd lacks a feature");
@@ -63,12 +63,12 @@ struct server {
     uint8_t *memory;
     int uffd, quit;
     bool drain, spin;
-    atomic_bool stop; /* spin */
+    atomic_bool stop; /* spin only */
     pthread_t thread;
     uint64_t faults, reads, polls;
 };
 
-/* Reads one message and serves it. False: there was none. */
+/* Reads one message and serves it. Returns false if the queue was empty. */
 static inline bool serve_one(struct server *server)
 {
     struct uffd_msg message;
@@ -77,7 +77,7 @@ static inline bool serve_one(struct server *server)
     if (got < 0 && errno == EAGAIN)
         return false;
     if (got != sizeof(message) || message.event != UFFD_EVENT_PAGEFAULT)
-        fail("the userfaultfd answers with no page fault");
+        fail("the userfaultfd returned something other than a page fault");
     uint64_t offset = (message.arg.pagefault.address & ~(uint64_t)(PAGE - 1)) - (uintptr_t)server->memory;
     copy_pages(server->uffd, server->memory + offset, image_at(server->image, offset), PAGE);
     server->faults++;
@@ -109,7 +109,7 @@ static inline void start_server(struct server *server)
     server->quit = eventfd(0, EFD_CLOEXEC);
     must(server->quit >= 0, "eventfd");
     if (pthread_create(&server->thread, NULL, server_body, server) != 0)
-        fail("no thread for the handler");
+        fail("cannot start the handler's thread");
 }
 
 static inline void stop_server(struct server *server)

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * bench.h - what every program of the bench shares
+ * bench.h - code shared by all programs of the bench
  *
- * A program here runs one side of one workload once, in a process of its own, and prints one line of JSON: what it
- * measured. `PROGRAM SIDE [KEY=VALUE]...`; it exits 0, 77 with {"skip": "reason"} where the side cannot run, or 1 with
- * the reason on standard error. run.py interleaves the sides, compares them and draws.
+ * `PROGRAM SIDE [KEY=VALUE]...` runs one side of one workload once, in its own process, and prints the measurements as
+ * one line of JSON. It exits with 0, with 77 and {"skip": "reason"} where the side cannot run, or with 1 and the reason
+ * on standard error. run.py interleaves the sides, compares them and draws the plots.
  *
- * Both sides of a comparison are in the same program: the same memory, image, touchers, clock and placement. What
- * differs is who serves the faults: libkuf, or one of the loops in baseline.h.
+ * One program contains both sides of a comparison, with the same memory, image, touchers, clock and placement. Only the
+ * server of the faults differs: libkuf, or one of the loops in baseline.h.
  */
 #ifndef KUF_BENCH_H
 #define KUF_BENCH_H
@@ -50,7 +50,7 @@ enum { PAGE = 4096, WORDS = PAGE / 8, EXIT_SKIP = 77, TOUCHERS_MAX = 256 };
 
 /* ---- How a program ends ------------------------------------------------------------------------------------------ */
 
-/* _exit: other threads may stand in a fault that nobody will serve. */
+/* Uses _exit because other threads may be blocked in faults that are never served. */
 __attribute__((format(printf, 1, 2))) static inline _Noreturn void fail(const char *format, ...)
 {
     va_list arguments;
@@ -91,7 +91,7 @@ static inline void *must_map(size_t length, int prot, int flags, int fd, const c
 /* ---- Arguments --------------------------------------------------------------------------------------------------- */
 
 static char **arguments;
-static unsigned arguments_used; /* bit n: argument n was asked for */
+static unsigned arguments_used; /* bit n: the program has read argument n */
 
 static inline const char *text_argument(const char *key, const char *otherwise)
 {
@@ -104,7 +104,7 @@ static inline const char *text_argument(const char *key, const char *otherwise)
     return otherwise;
 }
 
-/* A number, with K, M, G or T behind it for a power of 1024. */
+/* Returns a number; a suffix K, M, G or T multiplies it by a power of 1024. */
 static inline uint64_t argument(const char *key, uint64_t otherwise)
 {
     static const char units[] = "KMGT";
@@ -123,7 +123,7 @@ static inline uint64_t argument(const char *key, uint64_t otherwise)
     return value;
 }
 
-/* After the last one was asked for: a misspelt key must not pass as a default. */
+/* Call it after reading the last argument: it rejects a misspelt key, which would otherwise mean the default. */
 static inline void no_more_arguments(void)
 {
     for (int n = 0; arguments[n] != NULL; n++)
@@ -134,7 +134,7 @@ static inline void no_more_arguments(void)
 static inline void bench_hang(int number)
 {
     (void)number;
-    static const char text[] = "bench: still not done after the time one side may take\n";
+    static const char text[] = "bench: the side exceeded its time limit\n";
     (void)!write(STDERR_FILENO, text, sizeof(text) - 1);
     _exit(EXIT_FAILURE);
 }
@@ -142,7 +142,7 @@ static inline void bench_hang(int number)
 static inline void bench_bus(int number)
 {
     (void)number;
-    static const char text[] = "bench: SIGBUS: a page was poisoned that should have been filled\n";
+    static const char text[] = "bench: SIGBUS: a page was poisoned instead of filled\n";
     (void)!write(STDERR_FILENO, text, sizeof(text) - 1);
     _exit(EXIT_FAILURE);
 }
@@ -150,7 +150,7 @@ static inline void bench_bus(int number)
 /* The CPUs this process may use, in order. */
 static cpu_set_t cpus_allowed;
 
-/* The first call of main. Returns the side. */
+/* main calls this first. Returns the side. */
 static inline const char *begin(int argc, char **argv)
 {
     if (argc < 2)
@@ -193,7 +193,7 @@ static inline void put_number(const char *key, double value)
     printf("%.9g", value);
 }
 
-/* Ends the program. _exit: nothing of the set-up has to be taken down again. */
+/* Ends the program by _exit, because the set-up needs no tear-down. */
 static inline _Noreturn void end_result(void)
 {
     printf("}\n");
@@ -223,8 +223,9 @@ static inline void sleep_until(uint64_t ns)
 }
 
 /*
- * For single touches: a third of what clock_gettime takes, which matters where most touches do not fault. Ordered after
- * the load before it. Only differences within a thread are used, scaled by what the monotonic clock says meanwhile.
+ * Times a single touch at a third of the cost of clock_gettime, which matters where most touches do not fault. The read
+ * is ordered after the preceding load. The bench uses only differences within one thread and scales them by the
+ * monotonic clock.
  */
 static inline uint64_t ticks(void)
 {
@@ -267,8 +268,8 @@ static inline void run_on(int nth)
 }
 
 /*
- * Before the service starts, on the main thread, whose placement its threads inherit: libkuf's and a baseline's in the
- * same way. Split: touchers on the first CPU, the service on the second.
+ * Call it on the main thread before the service starts: the threads of libkuf and of the baseline inherit the
+ * placement. With PIN_SPLIT the touchers run on the first CPU and the service on the second.
  */
 static inline void place_service(enum pin pin)
 {
@@ -282,11 +283,11 @@ static inline void place_toucher(enum pin pin)
         run_on(0);
 }
 
-/* ---- The image: what guest memory has to hold -------------------------------------------------------------------- */
+/* ---- The image: the expected content of guest memory ------------------------------------------------------------- */
 
 /*
- * Every word is made of its own offset, so a page in a wrong place and a half-filled one show. Of each hundred clusters
- * of pages as many are zero as was asked for.
+ * Each word is derived from its own offset, so that verification detects misplaced and half-filled pages. About `zero`
+ * percent of the clusters of pages are zero.
  */
 struct image {
     const uint8_t *bytes;
@@ -314,7 +315,7 @@ static inline bool image_page_is_zero(uint64_t page, uint64_t zero, uint64_t clu
     return mix(page / cluster + 12345) % 100 < zero;
 }
 
-/* What word of the page the guest has to find. */
+/* Returns the expected value of a word of a page. */
 static inline uint64_t image_has(const struct image *image, uint64_t page, unsigned word)
 {
     page %= image->size / PAGE;
@@ -337,8 +338,9 @@ static inline uint64_t resident(const void *at, uint64_t length)
 }
 
 /*
- * A file, made by the program `image`, in the page cache and mapped with its page tables filled: nobody pays for
- * reading it. corrupt=PAGE falsifies a byte of that page, in this process only, which verification has to find.
+ * Maps a file made by the program `image`. The file is in the page cache and the page tables are populated, so that no
+ * side pays for reading it. corrupt=PAGE falsifies a byte of that page in this process only; verification must detect
+ * it.
  */
 static inline struct image map_image(void)
 {
@@ -353,7 +355,7 @@ static inline struct image map_image(void)
         fail("%s: %s", path, strerror(errno));
     image.size = (uint64_t)stat.st_size;
     if (image.size == 0 || image.size % RUN != 0)
-        fail("%s: not an image of whole 2 MiB", path);
+        fail("%s: the image's size is not a multiple of 2 MiB", path);
     int writable = corrupt != UINT64_MAX ? PROT_WRITE : 0, kind = writable ? MAP_PRIVATE : MAP_SHARED;
     uint8_t *bytes = must_map(image.size, PROT_READ | writable, kind | MAP_POPULATE, fd, path);
     close(fd);
@@ -361,7 +363,7 @@ static inline struct image map_image(void)
         bytes[corrupt * PAGE] ^= 1;
     image.bytes = bytes;
     if (resident(bytes, image.size) != image.size)
-        fail("%s: is not in the page cache as a whole: too little memory?", path);
+        fail("%s: not completely in the page cache: too little memory?", path);
     return image;
 }
 
@@ -370,7 +372,7 @@ static inline const uint8_t *image_at(const struct image *image, uint64_t offset
     return image->bytes + offset % image->size;
 }
 
-/* Looks at a page after the measurement: all of it, or a few words that are far apart. */
+/* Checks a page after the measurement: all of its words, or a few that are far apart. */
 static inline bool page_is_good(const struct image *image, const uint8_t *at, uint64_t page, bool all)
 {
     const volatile uint64_t *words = (const volatile uint64_t *)(const volatile void *)at;
@@ -395,14 +397,14 @@ static inline void verify_all(const struct image *image, const uint8_t *memory, 
 /* ---- Guest memory ------------------------------------------------------------------------------------------------ */
 
 /*
- * A hypervisor takes free memory of a virtual machine away (free page reporting does so after two seconds), and giving
- * it back takes several times as long as what is measured here. So each side uses as much as it is about to need, and
- * frees it, right before: the kernel hands out again what was freed last. In huge pages where those are wanted, for
- * small ones that were freed do not come back as huge ones soon.
+ * The hypervisor under this machine may reclaim free memory (free page reporting does so after two seconds), and
+ * returning it takes several times as long as the work measured here. So each side allocates the memory it needs and
+ * frees it right before the measurement: the kernel reuses the memory freed last. It allocates huge pages where the
+ * side wants huge pages, because freed small pages do not merge into huge ones soon.
  */
 static inline void warm_memory(uint64_t size, bool huge)
 {
-    uint64_t length = size > 4096 * MIB ? 1024 * MIB : size; /* more is never touched as a whole */
+    uint64_t length = size > 4096 * MIB ? 1024 * MIB : size; /* no side touches all of a larger slot */
     uint8_t *at = must_map(length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, "warming");
     madvise(at, length, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     if (madvise(at, length, MADV_POPULATE_WRITE) != 0)
@@ -410,7 +412,7 @@ static inline void warm_memory(uint64_t size, bool huge)
     munmap(at, length);
 }
 
-/* Private anonymous memory in pages of 4 KiB; or, where that is the point, with huge pages wanted. */
+/* Maps private anonymous memory with 4 KiB pages, or with MADV_HUGEPAGE. */
 static inline uint8_t *guest_memory(uint64_t size, bool huge)
 {
     warm_memory(size, huge);
@@ -427,7 +429,7 @@ struct memory_use {
     uint64_t huge;
 };
 
-/* What the mappings within the range hold, from smaps. */
+/* Reads the memory use of the mappings within the range from smaps. */
 static inline struct memory_use memory_use(const void *at, uint64_t length)
 {
     struct memory_use use = {0};
@@ -448,7 +450,7 @@ static inline struct memory_use memory_use(const void *at, uint64_t length)
     return use;
 }
 
-/* Private memory of the process outside the guest: what serving it takes, once what was there before is subtracted. */
+/* Private memory of the process outside the guest. The difference of two calls is the memory that serving takes. */
 static inline double own_memory(const void *guest, uint64_t length)
 {
     char line[512];
@@ -462,9 +464,9 @@ static inline double own_memory(const void *guest, uint64_t length)
     return (double)kib * 1024 - (double)memory_use(guest, length).resident;
 }
 
-/* ---- What serving costs ------------------------------------------------------------------------------------------ */
+/* ---- Cost of serving --------------------------------------------------------------------------------------------- */
 
-/* The threads that serve, libkuf's (kuf-*) or a baseline's (bench-serve): their CPU time and context switches. */
+/* CPU time and context switches of the threads that serve: libkuf's (kuf-*) or the baseline's (bench-serve). */
 struct service_use {
     uint64_t cpu_ns, waits, preemptions, threads;
 };
@@ -492,7 +494,7 @@ static inline struct service_use service_use(void)
             fclose(status);
         if (!serves)
             continue;
-        /* The CPU clock of a thread by its id, as pthread_getcpuclockid makes it; those threads are the library's. */
+        /* Compute the thread's CPU clock as pthread_getcpuclockid does. That function needs libkuf's pthread_t. */
         clockid_t clock = (clockid_t)(~(unsigned)atoi(entry->d_name) << 3 | 6);
         struct timespec used;
         if (clock_gettime(clock, &used) == 0)
@@ -522,13 +524,13 @@ static inline uint64_t random_number(void)
 }
 
 /*
- * Pages first..first+window, count of them, each once: all or a sample spread evenly, in a random order (the same for
- * the same seed) or in sequence.
+ * Returns `count` different pages of first..first+window, spread evenly, in sequence or in a random order that depends
+ * on the seed only.
  */
 static inline uint32_t *make_order(uint64_t first, uint64_t window, uint64_t count, bool sequential, uint64_t seed)
 {
     if (count == 0 || count > window || first + window > UINT32_MAX)
-        fail("%" PRIu64 " pages of %" PRIu64 ": not possible", count, window);
+        fail("cannot touch %" PRIu64 " pages of %" PRIu64, count, window);
     uint32_t *order = calloc(count, sizeof(*order));
     must(order != NULL, "memory for the order");
     uint64_t stride = window / count;
@@ -544,7 +546,7 @@ static inline uint32_t *make_order(uint64_t first, uint64_t window, uint64_t cou
     return order;
 }
 
-/* Threads that each touch their part of the order once. They stand for vCPUs. */
+/* Threads in place of vCPUs. Each touches its part of the order once. */
 struct touchers {
     const struct image *image;
     const uint8_t *memory;
@@ -552,8 +554,8 @@ struct touchers {
     uint64_t count;
     unsigned threads;
     enum pin pin;
-    uint64_t interval_ns; /* between touches; 0: one after another */
-    atomic_bool stop;     /* no more touches */
+    uint64_t interval_ns; /* between two touches; 0: no pause */
+    atomic_bool stop;     /* ends the touching early */
     pthread_barrier_t ready;
     uint32_t *took; /* ticks */
     struct toucher {
@@ -600,8 +602,8 @@ static inline void *toucher_body(void *argument)
 static inline void start_touchers(struct touchers *all)
 {
     if (all->threads == 0 || all->threads > TOUCHERS_MAX || all->count < all->threads)
-        fail("%u touchers for %" PRIu64 " pages: not possible", all->threads, all->count);
-    /* Written to once: its own first touches must not be measured. */
+        fail("cannot divide %" PRIu64 " pages among %u touchers", all->count, all->threads);
+    /* Write to it now, so that its own page faults are not measured. */
     all->took = malloc(all->count * sizeof(*all->took));
     must(all->took != NULL, "memory for the latencies");
     memset(all->took, 1, all->count * sizeof(*all->took));
@@ -612,17 +614,17 @@ static inline void start_touchers(struct touchers *all)
         each->from = all->count * n / all->threads;
         each->to = all->count * (n + 1) / all->threads;
         if (pthread_create(&each->thread, NULL, toucher_body, each) != 0)
-            fail("no thread for a toucher");
+            fail("cannot start a toucher's thread");
     }
 }
 
-/* From here on they touch. */
+/* Starts the touching. */
 static inline void release_touchers(struct touchers *all)
 {
     pthread_barrier_wait(&all->ready);
 }
 
-/* Returns nanoseconds from the first beginning to the last end. */
+/* Returns the nanoseconds from the start of the first toucher to the end of the last. */
 static inline uint64_t join_touchers(struct touchers *all)
 {
     uint64_t began = UINT64_MAX, ended = 0;
@@ -634,7 +636,7 @@ static inline uint64_t join_touchers(struct touchers *all)
     return ended - began;
 }
 
-/* The rest of each page, after the measurement. */
+/* Verifies the touched pages after the measurement; a touch itself checks only one word. */
 static inline void verify_touched(const struct touchers *all, bool thorough)
 {
     for (unsigned n = 0; n < all->threads; n++) {
@@ -686,7 +688,7 @@ static inline void put_latencies(const struct touchers *all)
         }
     }
     if (count == 0)
-        fail("nothing was touched");
+        fail("no page was touched");
     qsort(ns, count, sizeof(*ns), compare_latencies);
     put_count("pages", count);
     put_number("mean_us", sum / 1e3 / (double)count);
@@ -714,18 +716,21 @@ static inline void put_latencies(const struct touchers *all)
 struct guest {
     const struct image *image;
     struct kuf *kuf;
-    /* Run in the fill callback before anything else, where a workload has something to do there. */
+    /* The fill callback calls this first, if it is set. */
     void (*before_fill)(void *);
     void *before_fill_argument;
-    /* What is not filled is poisoned from here on, and nobody will touch it. */
+    /* Set when no thread touches the guest any more: a fill then answers with poison. */
     atomic_bool closing;
     bool leave_open;
-    /* When the populate request ended; 0: not yet. */
+    /* The time at which the populate request ended, or 0. */
     _Atomic uint64_t populated_ns;
     atomic_int populate_error;
 };
 
-/* How much of the rest of a run is in one piece of the image, which is repeated in larger memory, and where. */
+/*
+ * Returns how many bytes of the rest of a run are contiguous in the image, and their offset there. Memory larger than
+ * the image repeats it.
+ */
 static inline uint64_t image_part(const struct guest *guest, const struct kuf_fill *run, uint64_t done, uint64_t *at)
 {
     *at = (run->memory_offset + done) % guest->image->size;
@@ -734,9 +739,9 @@ static inline uint64_t image_part(const struct guest *guest, const struct kuf_fi
 }
 
 /*
- * copy: the callback copies into the library's buffer, which is then copied into the guest.
- * resolve: the callback hands the library the image itself: the bytes are copied once, as in a hand-written loop.
- * src: it says where they are (kuf_fill.src), to the same effect.
+ * copy:    the callback copies into the library's buffer, and the library installs from there: two copies.
+ * resolve: the callback passes the image to kuf_resolve: one copy, as in a hand-written loop.
+ * src:     the callback sets kuf_fill.src to the image: one copy.
  */
 static inline int fill_by_copy(void *opaque, struct kuf_fill *run)
 {
@@ -748,7 +753,7 @@ static inline int fill_by_copy(void *opaque, struct kuf_fill *run)
         memcpy((uint8_t *)run->buf + done, guest->image->bytes + at, part);
         done += part;
     }
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
 static inline int fill_by_resolve(void *opaque, struct kuf_fill *run)
@@ -762,7 +767,7 @@ static inline int fill_by_resolve(void *opaque, struct kuf_fill *run)
             fail("kuf_resolve: %s", kuf_error());
         done += part;
     }
-    return KUF_DEFERRED;
+    return KUF_FILL_DEFERRED;
 }
 
 static inline int fill_by_src(void *opaque, struct kuf_fill *run)
@@ -773,7 +778,7 @@ static inline int fill_by_src(void *opaque, struct kuf_fill *run)
     uint64_t at;
     run->filled = image_part(guest, run, 0, &at);
     run->src = guest->image->bytes + at;
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
 static inline void guest_event(void *opaque, const struct kuf_event *event)
@@ -792,14 +797,14 @@ static inline void guest_event(void *opaque, const struct kuf_event *event)
 }
 
 /*
- * Opens with the options that the arguments name: fill=copy|resolve|src, fill_threads, demand_run, populate_run, spin
- * (us), uffds; close=0 leaves the end to the end of the process, where poisoning what was not touched is in the way. A
- * fill in `options` is used in place of these.
+ * Opens the handle with the options from the arguments fill=copy|resolve|src, fill_threads, demand_run, populate_run,
+ * spin (us) and uffds. A fill callback in `options` overrides fill=. close=0 exits without kuf_close, which would
+ * poison each untouched page.
  */
 static inline void open_kuf(struct guest *guest, struct kuf_options options)
 {
     options.size = sizeof(options);
-    /* The threads here touch from user mode: no privilege is needed, and none is given up where there is some. */
+    /* The touchers fault in user mode, so that the bench needs no privilege. */
     options.flags |= KUF_OPEN_USER_MODE_ONLY;
     options.fill_threads = (uint32_t)argument("fill_threads", options.fill_threads);
     options.demand_run = argument("demand_run", options.demand_run);
@@ -832,7 +837,7 @@ static inline void open_kuf(struct guest *guest, struct kuf_options options)
     }
     int got = kuf_open(&options, &guest->kuf);
     if (got == -EPERM || got == -ENOSYS || got == -ENOTSUP)
-        skip("userfaultfd is not to be had here");
+        skip("userfaultfd is not available here");
     if (got < 0)
         fail("kuf_open: %s", kuf_error());
 }
@@ -848,12 +853,12 @@ static inline void add_guest(struct guest *guest, uint64_t gpa, const void *memo
 
 static inline void populate_guest(struct guest *guest, uint64_t gpa, uint64_t size)
 {
-    struct kuf_populate request = {.size = sizeof(request), .gpa = gpa, .len = size};
+    struct kuf_populate_request request = {.size = sizeof(request), .gpa = gpa, .len = size};
     if (kuf_populate(guest->kuf, &request) < 0)
         fail("kuf_populate: %s", kuf_error());
 }
 
-/* Returns when it ended. */
+/* Returns the time at which the request ended. */
 static inline uint64_t wait_populated(struct guest *guest)
 {
     while (atomic_load(&guest->populated_ns) == 0)
@@ -868,13 +873,13 @@ static inline void close_kuf(struct guest *guest)
     if (guest->leave_open)
         return;
     atomic_store(&guest->closing, true);
-    if (kuf_close(&guest->kuf, KUF_CLOSE_POISON) < 0)
+    if (kuf_close(&guest->kuf, KUF_END_POISON) < 0)
         fail("kuf_close: %s", kuf_error());
 }
 
 static inline void put_kuf_stats(struct kuf *kuf)
 {
-    struct kuf_stats stats = {.size = sizeof(stats)};
+    struct kuf_stats_info stats = {.size = sizeof(stats)};
     if (kuf_stats(kuf, &stats) < 0)
         fail("kuf_stats: %s", kuf_error());
     put_count("faults", stats.faults);

@@ -1,28 +1,27 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * faults.c - threads touch absent pages of anonymous memory: latency, pages a second, what serving costs
+ * faults.c - threads touch absent pages of anonymous memory: latency, pages per second and the cost of serving
  *
  *     faults poll|drain|spin|kuf image=FILE [KEY=VALUE]...
  *
  *     size=BYTES       the memory slot
- *     window=BYTES     what is touched of it, in its middle (all)
- *     pages=N          how many pages, each once, spread evenly over the window (all)
+ *     window=BYTES     the part that is touched, in the middle of the slot (default: all)
+ *     pages=N          the number of pages to touch once each, spread evenly over the window (default: all)
  *     order=random|sequential   touchers=N   seed=N   pin=none|split|same   verify=quick|full
  *     fill=copy|resolve   fill_threads=N   demand_run=BYTES   spin=US   uffds=N   kuf only
- *     stats_hz=N       kuf: somebody asks for kuf_stats that often meanwhile
- *     dose=N           kuf: does the library's statistics of a fault N times more, see statistics_again
+ *     stats_hz=N       kuf: another thread calls kuf_stats N times a second
+ *     dose=N           kuf: repeats the library's statistics of a fault N times, see statistics_again
  */
 #include "baseline.h"
 
-/* ---- What statistics cost ---------------------------------------------------------------------------------------- */
+/* ---- Cost of statistics ------------------------------------------------------------------------------------------ */
 
 /*
- * The library's counters cannot be turned off, and a build without them would not be the library. So the dose is raised
- * instead: what it does about statistics for one fault (src/stats) is done again, N times, in the fill callback, in the
- * same place between the same cache misses. The time that N doses add, divided by N, is what one costs. Has to be kept
- * in step with src/stats.
+ * The library's counters cannot be turned off, and a build without them would be a different program. So the fill
+ * callback repeats the library's statistics of one fault (src/stats) N times, between the same cache misses. The
+ * additional time divided by N is the cost per fault. Keep this in step with src/stats.
  *
- * As there, each thread writes to a shard of its own, so that adding is a load and a store.
+ * As in the library, each thread writes to its own shard, so that adding is a load and a store.
  */
 struct shard {
     _Atomic uint64_t counter[6];
@@ -37,15 +36,15 @@ struct shard {
 
 struct statistics {
     unsigned dose;
-    /* A shard for each thread that asks for one. */
+    /* The thread's shard. */
     pthread_key_t mine;
     struct shard shards[64];
     atomic_uint taken;
-    /* What the library looks at to know whether any thread is watched (src/overlap.rs). */
+    /* Whether any thread is watched, as in src/stats/all_blocked.rs. */
     atomic_bool watching;
 };
 
-/* The library finds a thread's shard by a thread-local variable, which in a shared library is a call like this one. */
+/* The library uses a thread-local variable, whose access from a shared library is a call like this one. */
 static struct shard *here(struct statistics *statistics)
 {
     struct shard *shard = pthread_getspecific(statistics->mine);
@@ -73,22 +72,22 @@ static void record(struct shard *shard, unsigned which, uint64_t ns)
 }
 
 /*
- * What is done at each of four steps, where the shard is looked up anew:
+ * The library does the following in four steps, and looks up the shard in each:
  *
- *   reading     faults; faults_minor, faults_write, queue_full (nothing to add); is the thread watched?
- *   taking up   queueing
- *   filling     fills, filling
- *   opening     bytes_copied, installing, blocked, the thread's sum; is the thread watched?
+ *   read      faults; faults_minor, faults_write, faults_lost (nothing to add); is the thread watched?
+ *   claim     queueing
+ *   fill      fills, filling
+ *   install   bytes_copied, installing, blocked, the thread's sum; is the thread watched?
  *
- * The clock is read once for them, when the page is open. The other three readings would be there without statistics:
- * when faults are read and after the fill, to tell quick fills from slow ones and see a service thread that is stuck in
- * a callback, and when a fault is taken up, for the age of a claim (kuf_pending), which is also where the fill begins.
+ * Statistics need one reading of the clock, after the install. The library would take its other three readings without
+ * statistics too: after reading faults and after the fill, to tell quick fills from slow ones and to detect a service
+ * thread stuck in a callback; and at the claim, for its age (kuf_pending) and the start of the fill.
  */
 static void statistics_again(void *argument)
 {
     struct statistics *statistics = argument;
     uint64_t read_at = now_ns();
-    /* faults, faults_minor, faults_write, queue_full. The compiler is not to know, as in the library. */
+    /* faults, faults_minor, faults_write, faults_lost. volatile: as in the library, the compiler cannot know them. */
     static const volatile uint8_t read[4] = {1, 0, 0, 0};
     for (unsigned dose = 0; dose < statistics->dose; dose++) {
         struct shard *shard = here(statistics);
@@ -133,7 +132,7 @@ struct asker {
 static void *asker_body(void *argument)
 {
     struct asker *asker = argument;
-    struct kuf_stats stats = {.size = sizeof(stats)};
+    struct kuf_stats_info stats = {.size = sizeof(stats)};
     uint64_t next = now_ns();
     while (!atomic_load(&asker->stop)) {
         if (kuf_stats(asker->kuf, &stats) < 0)
@@ -200,7 +199,7 @@ int main(int argc, char **argv)
         asker.kuf = guest.kuf;
         asker.interval_ns = 1000000000 / stats_hz;
         if (pthread_create(&asker.thread, NULL, asker_body, &asker) != 0)
-            fail("no thread that asks");
+            fail("cannot start the thread that reads statistics");
     }
 
     struct service_use before = service_use();

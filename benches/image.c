@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * image.c - makes the file that guest memory is filled from
+ * image.c - writes the file that guest memory is filled from
  *
  *     image make path=FILE size=BYTES [zero=PERCENT cluster=PAGES sparse=1]
  *
- * sparse: pages of zeroes are holes in the file. Written to disk before it ends, so that nobody writes it back while
- * something is measured.
+ * With sparse=1, zero pages are holes in the file. The program syncs the file, so that no write-back happens during a
+ * measurement.
  */
 #include "bench.h"
 
@@ -16,7 +16,7 @@ int main(int argc, char **argv)
     bool sparse = argument("sparse", 0) != 0;
     no_more_arguments();
     if (strcmp(side, "make") != 0 || path == NULL || size == 0 || size % RUN != 0 || cluster == 0)
-        fail("make path=FILE size=BYTES (of whole 2 MiB), please");
+        fail("usage: make path=FILE size=BYTES (a multiple of 2 MiB)");
     int fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     must(fd >= 0, path);
     must(ftruncate(fd, (off_t)size) == 0, path);
@@ -26,7 +26,7 @@ int main(int argc, char **argv)
         for (uint64_t word = 0; word < RUN / 8; word++)
             block[word] = image_page_is_zero((at / 8 + word) / WORDS, zero, cluster) ? 0 : image_word(at / 8 + word);
         for (uint64_t done = 0; done < RUN;) {
-            /* A piece that is all data or all zeroes, in as few writes as a dense file: the page cache is the same. */
+            /* Take the longest piece of only data or only zeroes, so that the page cache is like a dense file's. */
             uint64_t page = (at + done) / PAGE, part = RUN - done;
             bool hole = sparse && image_page_is_zero(page, zero, cluster);
             for (uint64_t n = 1; sparse && n < part / PAGE; n++)

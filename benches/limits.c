@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * limits.c - what the kernel and the machine can do at most: runs of 2 MiB with no fault at all
+ * limits.c - upper limits set by the kernel and the machine: 2 MiB runs without any fault
  *
  *     limits copy|zeropage|continue|place|memcpy|eager|scan image=FILE [size=BYTES run=BYTES zero=PERCENT
  *            cluster=PAGES verify=quick|full pin=... waiting=N]
  *
  *     copy       UFFDIO_COPY from the image into anonymous memory
  *     zeropage   UFFDIO_ZEROPAGE over anonymous memory
- *     continue   UFFDIO_CONTINUE over a shared file that holds the bytes already
- *     place      the image copied into a shared file through a second mapping, and UFFDIO_CONTINUE
- *     memcpy     the image copied into memory that is there already
- *     eager      read(2) of the whole image into fresh memory: a restore that is not lazy
- *     scan       every byte of the image looked at, nothing kept: what it takes at least to know which pages are zero
+ *     continue   UFFDIO_CONTINUE over a shared file that already holds the bytes
+ *     place      copies the image into a shared file through a second mapping, then UFFDIO_CONTINUE
+ *     memcpy     copies the image into resident memory
+ *     eager      reads the whole image into fresh memory by read(2): a restore that is not lazy
+ *     scan       reads each byte of the image: the least cost of zero detection
  *
- *     waiting=N  copy: so many threads wait for other pages of the same userfaultfd, and each call looks through them
+ *     waiting=N  copy: N threads wait for other pages of the same userfaultfd; each ioctl walks their list
  */
 #include "baseline.h"
 
@@ -43,7 +43,7 @@ static void continue_pages(int uffd, uint8_t *at, uint64_t length)
     }
 }
 
-/* Whether a run holds anything but zeroes: no early end, so that every byte is read. */
+/* Returns nonzero if a run holds any data. It does not stop early, so that it reads each byte. */
 static uint64_t scan(const uint8_t *at, uint64_t length)
 {
     const uint64_t *words = (const uint64_t *)(const void *)at;
@@ -64,7 +64,7 @@ static uint64_t thread_cpu_ns(void)
     return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
 }
 
-/* Threads that wait for a page each. */
+/* Threads that each wait for a page. */
 struct waiting {
     int uffd;
     unsigned threads;
@@ -86,7 +86,7 @@ static void start_waiting(struct waiting *waiting)
     register_memory(waiting->uffd, waiting->memory, waiting->threads * PAGE, UFFDIO_REGISTER_MODE_MISSING);
     for (unsigned n = 0; n < waiting->threads; n++)
         if (pthread_create(&waiting->thread[n], NULL, wait_for_page, waiting->memory + n * PAGE) != 0)
-            fail("no thread that waits");
+            fail("cannot start a waiting thread");
     for (unsigned n = 0; n < waiting->threads;) {
         struct uffd_msg message;
         n += read(waiting->uffd, &message, sizeof(message)) == sizeof(message);
@@ -120,9 +120,9 @@ int main(int argc, char **argv)
         waiting.threads = (unsigned)argument("waiting", 0);
     no_more_arguments();
     if (waiting.threads > sizeof(waiting.thread) / sizeof(*waiting.thread))
-        fail("at most 1024 threads wait");
+        fail("waiting=N: at most 1024");
     if (size % run != 0 || image.size % run != 0)
-        fail("size is not of whole runs");
+        fail("the size is not a multiple of the run");
     place_service(pin);
 
     uint8_t *memory, *second = NULL;
@@ -164,7 +164,7 @@ int main(int argc, char **argv)
             continue_pages(uffd, memory + at, run);
             break;
         case PLACE:
-            /* Half of what a fault for each page costs; where the kernel has it not, memcpy makes the pages. */
+            /* Costs half as much as one fault per page. A kernel without it allocates the pages during memcpy. */
             (void)madvise(second + at, run, MADV_POPULATE_WRITE);
             memcpy(second + at, image_at(&image, at), run);
             continue_pages(uffd, memory + at, run);
@@ -192,7 +192,7 @@ int main(int argc, char **argv)
     if (what != SCAN)
         verify_all(&image, memory, size, thorough);
     else if (seen == 0)
-        fail("an image of nothing but zeroes");
+        fail("the image holds only zeroes");
     put_text("side", side);
     put_count("pages", size / PAGE);
     put_number("seconds", seconds(took));

@@ -1,28 +1,28 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * populate.c - anonymous memory filled ahead of the guest: how fast, on what pages, and what demand faults notice of it
+ * populate.c - populates anonymous memory: the speed, the size of the pages, and the effect on demand faults
  *
  *     populate copy|kuf|demand image=FILE [KEY=VALUE]...
  *
- *     copy     UFFDIO_COPY in 2 MiB runs: no faults, nobody else
+ *     copy     UFFDIO_COPY in 2 MiB runs, with no faults and no other threads
  *     kuf      kuf_populate
- *     demand   a toucher of another slot at a steady pace, while kuf_populate works (background=1) or does not
+ *     demand   one toucher of another slot at a steady pace, while kuf_populate runs (background=1) or not
  *
- *     size=BYTES  zero=PERCENT cluster=PAGES (those of the image)  reads=N (random, afterwards)  verify=quick|full
- *     want_huge=1    the mapping asks for huge pages (MADV_HUGEPAGE)
- *     detect=1       kuf: finds pages of zeroes itself      huge=1    kuf: makes huge pages
- *     source=file    kuf: the image is a built-in source (KUF_SOURCE_FILE); the callback is not asked
+ *     size=BYTES  zero=PERCENT cluster=PAGES (as in the image)  reads=N (random, afterwards)  verify=quick|full
+ *     want_huge=1    the mapping has MADV_HUGEPAGE
+ *     detect=1       kuf: KUF_OPEN_DETECT_ZERO              huge=1    kuf: KUF_MEMORY_HUGE
+ *     source=file    kuf: the image is a built-in source (KUF_SOURCE_FILE) instead of a fill callback
  *     touches=N interval_us=N window=BYTES    demand only
  *     fill=... fill_threads=N populate_run=BYTES    kuf and demand
  */
 #include "baseline.h"
 
-/* Random reads that wait for one another: what a miss of the TLB costs shows in each. */
+/* Random reads, each dependent on the one before, so that the time of each shows the cost of a TLB miss. */
 static double random_reads(const uint8_t *memory, uint64_t size, uint64_t reads)
 {
     uint64_t sum = 0, state = 1, began = now_ns();
     for (uint64_t n = 0; n < reads; n++) {
-        /* The value read is part of the next address: as if by chance, for the compiler cannot know that it is not. */
+        /* The next address depends on the value read, so that the CPU cannot overlap the reads. */
         state = mix(state + 1 + (sum & 1));
         sum = *(const volatile uint64_t *)(const volatile void *)(memory + state % size / 64 * 64);
     }
@@ -53,7 +53,7 @@ static _Noreturn void demand(const struct image *image, uint64_t size, bool thor
     if (background) {
         populate_guest(&guest, 0, size);
         uint64_t took = wait_populated(&guest) - began;
-        /* What comes after populate has ended is not what is asked here. */
+        /* Touches after the end of the populate request must not count. */
         atomic_store(&touchers.stop, true);
         join_touchers(&touchers);
         verify_all(image, memory, size, thorough);
@@ -70,7 +70,7 @@ static _Noreturn void demand(const struct image *image, uint64_t size, bool thor
     end_result();
 }
 
-/* A slot whose pages come from the image's file without a callback. */
+/* Adds a slot with the image's file as its built-in source. */
 static void add_guest_of_file(struct guest *guest, const uint8_t *memory, uint64_t size, uint32_t flags)
 {
 #ifdef KUF_SOURCE_FILE
@@ -138,7 +138,7 @@ int main(int argc, char **argv)
         took = wait_populated(&guest) - began;
         after = service_use();
         put_kuf_stats(guest.kuf);
-        /* The guest's later reads are without the service on both sides. */
+        /* Remove the slot, so that both sides read without a service. */
         if (kuf_remove_memory(guest.kuf, 0, 0) < 0)
             fail("kuf_remove_memory: %s", kuf_error());
     } else {

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Runs the bench: pairs of sides, interleaved, and what they say about each goal.
+"""Runs pairs of sides of the bench, interleaved, and compares them with the goals.
 
     run.py [NAME...]      rows by name, by the beginning of a name or by the number of a goal; all by default
-      --list              the names of the rows
-      --check             each row once, tiny and verified byte by byte; says whether the bench itself works
-      --calls             system calls a page of both sides, by strace (opening included, closing not)
-      --publish           writes the last results into docs/performance.md, and the plots beside it
+      --list              prints the names of the rows
+      --check             runs each row once, tiny and verified byte by byte, to test the bench itself
+      --calls             counts the system calls per page of both sides by strace (with kuf_open, without kuf_close)
+      --publish           writes the last results into docs/performance.md, and the plots next to it
       --pairs N  --out DIR
 
-Environment: QUICK=1 for two minutes instead of many, BENCH=name,... as NAME. Ends with 1 when a side failed, which a
-missed goal is not.
+Environment: QUICK=1 takes two minutes instead of many; BENCH=name,... selects rows like NAME. The exit status is 1 when
+a side failed; a missed goal is no failure.
 """
 import argparse
 import json
@@ -88,13 +88,13 @@ def ratio(value):
 
 
 class Measure:
-    """What is compared: a number of each side, and the value that the goal is about, by default their ratio."""
+    """A number of each side, and the value compared with the goal: by default the ratio of the two numbers."""
 
     def __init__(self, what, key, show, goal=None, value=None, form=ratio, of=None):
         self.what, self.show, self.form = what, show, form
         self.of = of or (lambda side: side.get(key))
         self.value = value or (lambda a, b: self.of(b) / self.of(a))
-        # ("<=" or ">=", limit), or None for what is only told.
+        # ("<=" or ">=", limit), or None if the row has no goal.
         self.goal = goal
 
     def goal_text(self):
@@ -118,7 +118,7 @@ class Row:
 
 
 def rows(scale, images, scratch):
-    """The table of goals. Sizes are (full, quick, check)."""
+    """Returns the table of goals. Sizes are (full, quick, check)."""
     image, zeroes, scattered, holes = images
 
     def by(*sizes):
@@ -132,7 +132,7 @@ def rows(scale, images, scratch):
 
     latency = [f"pages={by('32K', '4K', 200)}"]
     p50, p99 = "p50 of a touch", "p99 of a touch"
-    # "No worse" of a tail that scatters by more than this from run to run.
+    # "No worse" for a tail that varies by more than 5 % from run to run.
     no_worse = ("<=", 1.05)
     result = []
 
@@ -147,7 +147,7 @@ def rows(scale, images, scratch):
     latency_row("latency-spin", "one toucher, service on the second CPU, spinning", "split", ["spin=100"],
                 ("<=", 0.35), no_worse)
     result.append(Row(
-        "latency-spin-limit", 1, "limit: a loop that spins on read(2) and does nothing else, on the second CPU",
+        "latency-spin-limit", 1, "limit: a loop that only spins on read(2), on the second CPU",
         side("faults", "poll", "pin=split", *latency), side("faults", "spin", "pin=split", *latency),
         [Measure(p50, "p50_us", us), Measure(p99, "p99_us", us),
          Measure("service CPU a page", "service_cpu_us_per_page", us)],
@@ -196,7 +196,7 @@ def rows(scale, images, scratch):
     paced = [f"size={whole}", f"touches={by(2000, 800, 50)}", f"interval_us={by(200, 100, 100)}",
              f"window={by('64M', '8M', '1M')}"]
     result.append(Row(
-        "populate-demand", 4, "demand faults while populate works", side("populate", "demand", "background=0", *paced),
+        "populate-demand", 4, "demand faults while populate runs", side("populate", "demand", "background=0", *paced),
         side("populate", "demand", "background=1", *paced),
         [Measure(p99, "p99_us", us, ("<=", 2)), Measure(p50, "p50_us", us)],
         plots=("latency",), labels=("idle service", "with populate")))
@@ -207,7 +207,7 @@ def rows(scale, images, scratch):
         [Measure("bytes/s", "bytes_per_second", speed, (">=", 0.9))],
         plots=("speed",), labels=("memcpy + UFFDIO_CONTINUE in 2 MiB runs", "libkuf")))
     result.append(Row(
-        "shared-open", 5, "shared memory that holds its bytes, opened in 2 MiB runs",
+        "shared-open", 5, "shared memory that holds its bytes, installed in 2 MiB runs",
         side("limits", "continue", f"size={whole}"), side("shared", "resolve", f"size={whole}"),
         [Measure("bytes/s", "bytes_per_second", speed, (">=", 0.9))],
         plots=("open",), labels=("UFFDIO_CONTINUE in 2 MiB runs", "libkuf")))
@@ -241,13 +241,13 @@ def rows(scale, images, scratch):
     file = "source=file"
     zero_row("zero", clusters, 64, [], [detect], zeroes, zeroes)
     zero_row("zero-scattered", chance, 1, [], [detect], scattered, scattered)
-    zero_row("zero-src", clusters + "; the callback says where it is mapped", 64, ["fill=src"], ["fill=src", detect],
+    zero_row("zero-src", clusters + "; the callback points to its mapping", 64, ["fill=src"], ["fill=src", detect],
              zeroes, zeroes)
     zero_row("zero-file", clusters + "; a file as a source", 64, [file], [file, detect], zeroes, zeroes)
     zero_row("zero-holes", clusters + ", which are holes of a file as a source", 64, [file], [file], zeroes, holes,
              ("no holes", "holes"))
     result.append(Row(
-        "zero-limit", 7, "limit: every byte of the image of zero read once and nothing else, against populate of it",
+        "zero-limit", 7, "limit: each byte of the image of zero is only read once, against populate of it",
         side("populate", "kuf", f"size={whole}", "zero=50", "cluster=64", of=zeroes),
         side("limits", "scan", f"size={whole}", "zero=50", "cluster=64", of=zeroes),
         [Measure("a page read / copied page", "us_per_page", us)], labels=("populate", "reading")))
@@ -273,7 +273,7 @@ def rows(scale, images, scratch):
          Measure("time to done", "seconds", seconds, ("<=", 0.1))],
         prepare=side("working_set", "record", f"size={whole}", record), labels=("demand only", "replayed")))
 
-    # One CPU for both: no wake-up crosses, and what the library does itself shows most.
+    # With one CPU for both, no wake-up crosses CPUs, so that the library's own time has the largest share.
     touched = ["pin=same", f"pages={by('64K', '8K', 200)}"]
     small = ["size=" + whole, *touched]
     # Closing would poison a terabyte, page by page.
@@ -316,11 +316,11 @@ def rows(scale, images, scratch):
 
     for waiting in (16, 64):
         result.append(Row(
-            f"waiting-{waiting}", "", f"UFFDIO_COPY page by page: nobody waits, or {waiting} threads for other pages",
+            f"waiting-{waiting}", "", f"UFFDIO_COPY page by page: no thread or {waiting} threads wait for other pages",
             side("limits", "copy", f"size={by('256M', '64M', '2M')}", "run=4K"),
             side("limits", "copy", f"size={by('256M', '64M', '2M')}", "run=4K", f"waiting={waiting}"),
-            [Measure("CPU a page", "cpu_us_per_page", lambda v: f"{v:.3f} µs")], labels=("nobody", f"{waiting} threads")))
-    for name, work in (("memcpy", "memcpy into memory that is there"), ("copy", "UFFDIO_COPY"),
+            [Measure("CPU a page", "cpu_us_per_page", lambda v: f"{v:.3f} µs")], labels=("none", f"{waiting} threads")))
+    for name, work in (("memcpy", "memcpy into resident memory"), ("copy", "UFFDIO_COPY"),
                        ("zeropage", "UFFDIO_ZEROPAGE"), ("continue", "UFFDIO_CONTINUE"),
                        ("place", "memcpy into a shared file + UFFDIO_CONTINUE"),
                        ("eager", "read(2) of the whole image into fresh memory")):
@@ -350,7 +350,7 @@ def environment():
 
 
 def run(command):
-    """One side, once. Its result."""
+    """Runs one side once and returns its result."""
     program = BUILD / "bench" / command[0]
     if not program.exists():
         raise Failed(f"{program} is not built: make bench-programs")
@@ -358,7 +358,7 @@ def run(command):
         done = subprocess.run([str(program), *command[1:]], env=environment(), stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
-        raise Failed("still not done after 300 s: " + " ".join(command))
+        raise Failed("did not end within 300 s: " + " ".join(command))
     if done.returncode not in (0, EXIT_SKIP):
         raise Failed(f"{' '.join(command)}: ended with {done.returncode}: {done.stderr.strip()}")
     try:
@@ -371,13 +371,13 @@ def run(command):
 
 
 def busy_ticks():
-    """Ticks that the machine's CPUs were not idle since it started."""
+    """Returns the ticks since boot in which the machine's CPUs were not idle."""
     fields = [int(field) for field in open("/proc/stat").readline().split()[1:]]
     return sum(fields[:8]) - fields[3] - fields[4]
 
 
 class Noise:
-    """How much of the machine others took."""
+    """Measures the CPU time that other processes of the machine use."""
 
     def __init__(self):
         self.began, self.busy, self.ours = time.monotonic(), busy_ticks(), self.children()
@@ -388,7 +388,7 @@ class Noise:
         return used.children_user + used.children_system + used.user + used.system
 
     def others(self):
-        """The part of all CPUs that others were busy on since."""
+        """Returns the part of all CPU time that other processes used since this object was made."""
         busy = (busy_ticks() - self.busy) / os.sysconf("SC_CLK_TCK") - (self.children() - self.ours)
         return max(0.0, busy / ((time.monotonic() - self.began) * os.cpu_count()))
 
@@ -403,13 +403,13 @@ def image_paths(scale, out):
 
 
 def make_images(scale, out, picked):
-    """Those that the rows need, in the page cache."""
+    """Makes the images that the rows need, or reads them into the page cache."""
     size = IMAGE_SIZE[scale]
     needed = {word for row in picked for word in [*row.a, *(row.b or [])]}
     for path, (_, form) in zip(image_paths(scale, out), IMAGES):
         if f"image={path}" not in needed:
             continue
-        # Its maker's date tells whether the pattern may have changed since.
+        # An image older than its maker may have another pattern.
         maker = BUILD / "bench" / "image"
         if path.exists() and path.stat().st_size == size and maker.exists() and \
                 path.stat().st_mtime > maker.stat().st_mtime:
@@ -421,7 +421,7 @@ def make_images(scale, out, picked):
 
 
 def measure(row, pairs, seconds_for_it):
-    """The row's runs: {"a": [...], "b": [...]}, or why a side has none."""
+    """Runs the pairs of a row. Returns the results {"a": [...], "b": [...]}, and "skip" if a side cannot run."""
     noise, began = Noise(), time.monotonic()
     result = {"name": row.name, "goal": row.goal, "work": row.work, "labels": row.labels, "a": [], "b": [],
               "command_a": " ".join(row.a), "command_b": " ".join(row.b or []), "skip": None}
@@ -435,7 +435,7 @@ def measure(row, pairs, seconds_for_it):
                 run(b)
         except Skipped as reason:
             result["skip"], b = str(reason), None
-        # A side with nothing to be compared with is only told.
+        # If b cannot run, two runs of a are enough: no ratio is computed.
         for pair in range(pairs if b or not row.b else min(pairs, 2)):
             spent = time.monotonic() - began
             if seconds_for_it and pair >= 2 and spent * (pair + 2) / (pair + 1) > seconds_for_it:
@@ -450,7 +450,7 @@ def measure(row, pairs, seconds_for_it):
 
 
 def judge(row, result):
-    """What the table says about each measure of the row."""
+    """Returns a line of the table for each measure of the row."""
     lines = []
     for m in row.measures:
         line = {"what": m.what, "goal": m.goal_text(), "a": "", "b": "", "value": "", "spread": "", "met": None}
@@ -474,7 +474,7 @@ def verdict(line, result):
     return {None: "", True: "met", False: "MISSED"}[line["met"]]
 
 
-# ---- What is told ---------------------------------------------------------------------------------------------------
+# ---- The report -----------------------------------------------------------------------------------------------------
 
 
 def machine():
@@ -494,10 +494,10 @@ def table(report):
         if result["skip"]:
             notes.append(f"SKIP {result['name']}: {result['skip']}")
         if result["b"] and len(result["a"]) < 5:
-            notes.append(f"SHORT {result['name']}: {len(result['a'])} pairs, for want of time")
+            notes.append(f"SHORT {result['name']}: only {len(result['a'])} pairs in the time available")
     noisy = [f"{r['name']} {r['others']:.0%}" for r in report["rows"] if r["others"] > 0.1]
     if noisy:
-        notes.append("NOISY, others took so much of the machine meanwhile: " + ", ".join(noisy))
+        notes.append("NOISY, part of the machine used by other processes: " + ", ".join(noisy))
     widths = [max(len(row[n]) for row in [heads, *cells]) for n in range(len(heads))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [heads, *cells]]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -505,7 +505,7 @@ def table(report):
 
 
 def markdown(report):
-    """The same for docs/performance.md: what was compared, too."""
+    """Returns the table for docs/performance.md, which also names what each row compares."""
     host = report["machine"]
     text = [f"Measured {host['date'][:10]} on {host['cpu'] or host['machine']}, {host['cpus']} CPUs, "
             f"Linux {host['kernel']}, load average {host['load_average'][0]:.2f} at the start, "
@@ -531,7 +531,7 @@ def publish(report, out, document):
         before, rest = text.split(MARKS[0])
         _, after = rest.split(MARKS[1])
     except ValueError:
-        raise Failed(f"{document}: needs one line {MARKS[0]} and one {MARKS[1]} after it")
+        raise Failed(f"{document}: expected one line {MARKS[0]} and one line {MARKS[1]} after it")
     plots = []
     for name in sorted(report["plots"]):
         shutil.copy(out / name, document.parent / f"performance-{name}")
@@ -542,7 +542,7 @@ def publish(report, out, document):
 
 # ---- Plots ----------------------------------------------------------------------------------------------------------
 
-# No custom properties: viewers other than browsers do not know them.
+# Without custom properties, which viewers other than browsers do not support.
 COLOURS = (("text", "fill", "#1f2328", "#e6edf3"), (".back", "fill", "#ffffff", "#0d1117"),
            (".grid", "stroke", "#d0d7de", "#30363d"), (".axis", "stroke", "#1f2328", "#e6edf3"),
            (".a", "stroke", "#9a6700", "#d8a836"), (".fill-a", "fill", "#c99a2e", "#a47f25"),
@@ -588,7 +588,7 @@ class Svg:
 
 
 def merged(runs):
-    """One histogram of all runs of a side: [(upper end in ns, touches)], in order."""
+    """Merges the histograms of all runs of a side: [(upper end in ns, touches)], in order."""
     total = {}
     for one in runs:
         for end, touches in one.get("histogram", []):
@@ -597,16 +597,16 @@ def merged(runs):
 
 
 def draw_latencies(results, path):
-    """A panel a row: the part of touches that took at most so long."""
+    """Draws a panel for each row: the cumulative distribution of the time of a touch."""
     panels = [r for r in results if "latency" in r["plots"] and r["a"]]
     if not panels:
         return None
     columns, width, height, left, top, across, down = 2, 490, 300, 70, 46, 390, 190
     lines = math.ceil(len(panels) / columns)
-    svg = Svg(columns * width, lines * height + 10, "How long a touch of an absent page takes")
+    svg = Svg(columns * width, lines * height + 10, "Time of a touch of an absent page")
     ends = [end for r in panels for side in "ab" for end, _ in merged(r[side])]
     low, high = math.floor(math.log10(min(ends))), math.ceil(math.log10(max(ends)))
-    # As many nines as matter: an even scale would hide the tail that the goals are about.
+    # A scale by the number of nines, because a linear scale would hide the tail.
     nines = 3.3
 
     def height_of(part):
@@ -649,17 +649,17 @@ def draw_latencies(results, path):
 
 
 def nice_step(high):
-    """A step that divides an axis up to `high` into a handful of round parts."""
+    """Returns a round step that divides an axis up to `high` into about five parts."""
     raw = high / 5
     power = 10 ** math.floor(math.log10(raw))
     return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= raw)
 
 
 def draw_bars(results, path):
-    """Throughput of both sides, by kind of work; a mark where the goal is."""
+    """Draws the throughput of both sides, by kind of work, with a mark at the goal."""
     groups = [("pages", "pages_per_second", 1e3, "random faults, thousand pages/s"),
               ("speed", "bytes_per_second", 1e9, "runs, GB/s"),
-              ("open", "bytes_per_second", 1e9, "opening shared pages, GB/s"),
+              ("open", "bytes_per_second", 1e9, "installing shared pages, GB/s"),
               ("slow", "pages_per_second", 1e3, "slow source, thousand pages/s")]
     groups = [(title, key, unit, [r for r in results if plot in r["plots"] and r["a"]])
               for plot, key, unit, title in groups]
@@ -745,9 +745,9 @@ def bench(names, pairs, out):
     busy, host = noise.others(), machine()
     idle = busy < 0.1 and host["load_average"][0] / host["cpus"] <= 0.5
     print(f"Linux {host['kernel']}, {host['cpus']} CPUs ({host['cpu']}), load average {host['load_average'][0]:.2f}, "
-          f"others busy {percent(busy)}", flush=True)
+          f"other processes use {percent(busy)}", flush=True)
     if not idle:
-        print("WARNING: this machine is not idle: the figures are noisy, and no goal should be judged by them",
+        print("WARNING: this machine is not idle: the numbers are noisy; do not judge a goal by them",
               flush=True)
     every = rows(scale, image_paths(scale, out), out)
     picked = chosen(every, names)
@@ -767,7 +767,7 @@ def bench(names, pairs, out):
     finish_report(report, every, out)
     print(table(report))
     if not names or "11" in names:
-        print("SKIP goal 11: vCPU exits are measured on the patched kernel, by make check-kernel's machine")
+        print("SKIP goal 11: make check-kernel measures vCPU exits, because they need the patched kernel")
     for failure in failures:
         print(failure)
     print(f"{report['seconds']:.0f} s; {out / 'results.json'}" + "".join(f", {out / p}" for p in report["plots"]))
@@ -786,7 +786,7 @@ def check_result(result):
 
 
 def check(names, out):
-    """Each row once. Never looks at a time."""
+    """Runs each row once, without regard to times."""
     images, failures = image_paths(CHECK, out), 0
     every = rows(CHECK, images, out)
     make_images(CHECK, out, every)
@@ -830,7 +830,7 @@ def check(names, out):
                 if "page 3 holds wrong bytes" not in str(why):
                     raise
             else:
-                raise Failed(f"{side}: a falsified byte was not noticed")
+                raise Failed(f"{side}: did not detect a falsified byte")
 
     def output():
         finish_report(report, every, out)
@@ -841,9 +841,9 @@ def check(names, out):
         for name in report["plots"]:
             root = xml.etree.ElementTree.parse(out / name).getroot()
             if root.tag != "{http://www.w3.org/2000/svg}svg" or len(root) < 10:
-                raise Failed(f"{name} is no plot")
+                raise Failed(f"{name} is not a plot")
             if "nan" in (out / name).read_text(encoding="utf-8"):
-                raise Failed(f"{name} has a place that is no number")
+                raise Failed(f"{name} has a coordinate that is not a number")
 
     def document():
         copy = out / "performance.md"
@@ -852,7 +852,7 @@ def check(names, out):
         publish(report, out, copy)
         text = copy.read_text(encoding="utf-8")
         if any(text.count(mark) != 1 for mark in MARKS) or report["rows"][0]["name"] not in text:
-            raise Failed("the table is not where it belongs")
+            raise Failed("the table is not between its marks")
 
     for row in chosen(every, names):
         tell(row.name, lambda: once(row))
@@ -863,7 +863,7 @@ def check(names, out):
 
 
 def calls(names, out):
-    """System calls a page, which strace counts and slows down: for what they are, not for when."""
+    """Prints the system calls per page, counted by strace. strace slows the programs, so that times mean nothing."""
     every = rows(QUICK, image_paths(QUICK, out), out)
     picked = chosen(every, names)
     make_images(QUICK, out, picked)

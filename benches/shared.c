@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * shared.c - a shared memory file filled in place by libkuf; what it is measured against is in limits.c
+ * shared.c - libkuf fills a shared memory file in place; the other side of each comparison is in limits.c
  *
  *     shared populate|resolve image=FILE [size=BYTES verify=quick|full fill_threads=N populate_run=BYTES]
  *
- *     populate   kuf_populate; the callback copies the image to the place in the file. Against `limits place`
- *     resolve    the bytes are in the file already: kuf_resolve in place in 2 MiB runs. Against `limits continue`
+ *     populate   kuf_populate; the callback copies the image into the file. Compared with `limits place`
+ *     resolve    the file already holds the bytes: kuf_resolve in place in 2 MiB runs. Compared with `limits continue`
  */
 #include "baseline.h"
 
@@ -15,13 +15,14 @@ int main(int argc, char **argv)
     bool resolve = strcmp(side, "resolve") == 0;
     if (!resolve && strcmp(side, "populate") != 0)
         fail("%s: populate or resolve", side);
-    if (kuf_has_feature(KUF_FEATURE_MINOR) != 1)
+    struct kuf_probe_info probe = {.size = sizeof(probe)};
+    if (kuf_probe(-1, &probe) < 0 || !(probe.features & KUF_FEATURE_MINOR))
         skip("this kernel has no minor faults on shared memory");
     struct image image = map_image();
     uint64_t size = argument("size", image.size);
     bool thorough = verify_argument();
     if (size % RUN != 0 || image.size % RUN != 0)
-        fail("size is not of whole 2 MiB");
+        fail("the size is not a multiple of 2 MiB");
 
     warm_memory(size, false);
     int fd = memfd_create("guest", MFD_CLOEXEC);
@@ -30,7 +31,7 @@ int main(int argc, char **argv)
     struct guest guest = {.image = &image};
     open_kuf(&guest, (struct kuf_options){.size = 0});
     no_more_arguments();
-    uint32_t flags = KUF_MEMORY_FD;
+    uint32_t flags = 0;
     if (resolve) {
         uint8_t *second = must_map(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, "the memfd again");
         for (uint64_t at = 0; at < size; at += RUN)
@@ -52,9 +53,9 @@ int main(int argc, char **argv)
     }
     struct service_use after = service_use();
 
-    struct kuf_progress progress = {.size = sizeof(progress)};
+    struct kuf_progress_info progress = {.size = sizeof(progress)};
     if (kuf_progress(guest.kuf, 0, &progress) < 0 || progress.present != size)
-        fail("not all of it is present");
+        fail("the slot is not completely present");
     verify_all(&image, memory, size, thorough);
     put_text("side", side);
     put_count("pages", size / PAGE);

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * slow.c - a source that takes its time for each fill, and works on a limited number at once
+ * slow.c - a source with a fixed latency and a limited number of concurrent fills
  *
  *     slow ideal|workers|deferred image=FILE latency_us=N inflight=N
  *          [touchers=N pages=N window=BYTES seed=N verify=quick|full]
  *
- *     ideal      the source alone, as fast as it goes: `inflight` threads, each with the next page when it is free. No
- *                faults. What timers and the scheduler add to the latency is in it, as it is in the others
- *     workers    libkuf with so many fill threads, which wait in the callback
- *     deferred   libkuf with two fill threads; the callback passes the request on to the source's own threads, which
+ *     ideal      the source alone at full speed: `inflight` threads fetch page after page, without faults. Timers and
+ *                the scheduler add to its latency as they do on the other sides
+ *     workers    libkuf with `inflight` fill threads, which wait in the callback
+ *     deferred   libkuf with two fill threads; the callback passes the request to the source's own threads, which
  *                answer with kuf_resolve
  */
 #include "baseline.h"
@@ -20,7 +20,7 @@ struct source {
     /* ideal: the next page. */
     _Atomic uint64_t next;
     uint64_t pages;
-    /* deferred: requests that wait for a thread. */
+    /* deferred: the queue of requests. */
     pthread_mutex_t lock;
     pthread_cond_t more;
     struct request {
@@ -30,7 +30,7 @@ struct source {
     _Atomic uint64_t fills;
 };
 
-/* One answer of the source. */
+/* One fetch from the source. */
 static void fetch(struct source *source, void *to, uint64_t offset, uint64_t length)
 {
     static _Thread_local bool exact;
@@ -56,7 +56,7 @@ static int fill_by_waiting(void *opaque, struct kuf_fill *run)
 {
     struct guest *guest = opaque;
     fetch(guest->before_fill_argument, run->buf, run->memory_offset, run->len);
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
 static int fill_later(void *opaque, struct kuf_fill *run)
@@ -68,13 +68,13 @@ static int fill_later(void *opaque, struct kuf_fill *run)
         fail("more requests than touchers");
     pthread_cond_signal(&source->more);
     pthread_mutex_unlock(&source->lock);
-    return KUF_DEFERRED;
+    return KUF_FILL_DEFERRED;
 }
 
 static void *deferred_body(void *argument)
 {
     struct source *source = argument;
-    uint8_t *buffer = malloc(64 * MIB); /* the longest run there is */
+    uint8_t *buffer = malloc(64 * MIB); /* the longest possible run */
     must(buffer != NULL, "memory");
     for (;;) {
         pthread_mutex_lock(&source->lock);
@@ -153,7 +153,7 @@ int main(int argc, char **argv)
     put_number("seconds", seconds(took));
     put_number("pages_per_second", (double)touchers.count / seconds(took));
     put_count("source_fills", atomic_load(&source.fills));
-    /* What the definition says, with a source that is as fast as its name: no machine's timers are. */
+    /* The time by definition, for a source with exact timers; no machine has such timers. */
     put_number("nominal_seconds", (double)latency_us / 1e6 * (double)touchers.count / (double)inflight);
     end_result();
 }

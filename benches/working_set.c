@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * working_set.c - a guest that touches a scattered part of its memory: faulted in, or replayed from a record
+ * working_set.c - a guest touches a scattered part of its memory: by demand faults, or with a replayed record
  *
  *     working_set poll|demand|record|replay image=FILE [size=BYTES pages=N seed=N file=FILE verify=...]
  *
  *     poll       the baseline's loop      demand   libkuf, fault by fault
  *     record     as demand, and writes the record to `file`
- *     replay     the record of `file` first, with the guest behind it
+ *     replay     replays the record of `file` while the guest touches its memory
  */
 #include "baseline.h"
 

@@ -2,9 +2,10 @@
 /*
  * dlopen_vmm.c - a VMM that uses libkuf where it is installed, and works without it
  *
- * Nothing is linked: the header gives the types, dlopen the library, dlsym the calls. With the library, memory is filled when
- * it is touched; without, all of it before the start. Both are done by default, the second by asking for a library that
- * does not exist. At the end the library is closed while a thread that has used it still lives.
+ * The program does not link the library: it takes the types from the header and loads the library with dlopen. With the
+ * library, memory is filled when the guest touches it; without, the program fills all memory first. By default it runs
+ * both ways, the second with the name of a library that does not exist. At the end it unloads the library while a
+ * thread that has used it is still alive.
  *
  * Build:  cc -O2 -pthread -o dlopen_vmm dlopen_vmm.c $(pkg-config --cflags kuf) -ldl
  * Run:    ./dlopen_vmm [LIBRARY]
@@ -26,10 +27,11 @@ enum { PAGES = 1024, WATCHDOG_S = 20 };
 
 static const char usage[] =
     "usage: dlopen_vmm [LIBRARY]\n"
-    "Fills memory through libkuf if it can be loaded, else beforehand. Without LIBRARY both are done: first with the\n"
-    "name in the environment variable KUF_LIBRARY or libkuf.so.0, then with a name that does not exist.\n";
+    "Fills memory through libkuf, or before the guest runs if libkuf cannot be loaded. Without LIBRARY it does both,\n"
+    "first with the library that the environment variable KUF_LIBRARY names, or libkuf.so.0, then with one that does\n"
+    "not exist.\n";
 
-/* The calls this VMM needs. __typeof__ takes their types from the header, so that they cannot drift apart. */
+/* The calls this VMM needs. __typeof__ takes their types from the header, so that the two always agree. */
 struct kuf_calls {
     __typeof__(kuf_version) *version;
     __typeof__(kuf_error) *error;
@@ -53,13 +55,13 @@ static const struct {
     { "kuf_close", offsetof(struct kuf_calls, close) },
 };
 
-/* The soname has said that the major version is right; a library older than the header may lack calls or fields. */
+/* The soname guarantees the major version. A library older than the header may lack calls or fields. */
 static bool is_new_enough(uint32_t version)
 {
     return version >> 16 == KUF_VERSION_MAJOR && (version >> 8 & 255) >= KUF_VERSION_MINOR;
 }
 
-/* Returns the library's handle, or NULL after saying why not. */
+/* Returns the library's handle, or prints the reason and returns NULL. */
 static void *load(const char *name, struct kuf_calls *kuf)
 {
     void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
@@ -80,7 +82,7 @@ static void *load(const char *name, struct kuf_calls *kuf)
     printf("%s is version %u.%u.%u\n", name, version >> 16, version >> 8 & 255, version & 255);
     if (is_new_enough(version))
         return library;
-    printf("no libkuf: this program was built for %d.%d or newer\n", KUF_VERSION_MAJOR, KUF_VERSION_MINOR);
+    printf("no libkuf: this program needs version %d.%d or newer\n", KUF_VERSION_MAJOR, KUF_VERSION_MINOR);
     dlclose(library);
     return NULL;
 }
@@ -93,13 +95,13 @@ static uint8_t *map_memory(void)
     return memory;
 }
 
-/* The guest: the same whether its memory is there already or comes when it is touched. */
+/* The guest. It is the same whether its memory is already present or filled on demand. */
 static void run_guest(const uint8_t *memory)
 {
     for (uint64_t i = 0; i < PAGES; i++) {
         uint64_t page = scattered(i, PAGES);
         if (!pattern_matches(memory + page * PAGE, page))
-            fail("page %llu has wrong bytes", (unsigned long long)page);
+            fail("page %llu holds wrong bytes", (unsigned long long)page);
     }
 }
 
@@ -112,7 +114,7 @@ static void load_and_run(void)
         pattern_write(memory + page * PAGE, page);
     run_guest(memory);
     munmap(memory, MEMORY);
-    printf("  loaded %d pages, then ran: all right\n", PAGES);
+    printf("  loaded %d pages, then ran: ok\n", PAGES);
 }
 
 /* ---- With the library ---- */
@@ -122,10 +124,10 @@ static int fill(void *opaque, struct kuf_fill *fill)
     (void)opaque;
     for (uint64_t done = 0; done < fill->len; done += PAGE)
         pattern_write((uint8_t *)fill->buf + done, (fill->memory_offset + done) / PAGE);
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
-/* A thread that has called the library, and so has something of it in its thread-local memory, and outlives it. */
+/* A thread that calls the library, has thread-local data of it, and ends after dlclose. */
 struct guest {
     const struct kuf_calls *calls;
     struct kuf *kuf;
@@ -137,11 +139,11 @@ struct guest {
 static void *guest_main(void *argument)
 {
     struct guest *guest = argument;
-    /* What a device model does before it hands memory to hardware, and then a call that fails for its address. */
+    /* A device model calls kuf_ensure before it passes memory to hardware. The second call must fail. */
     if (guest->calls->ensure(guest->kuf, 0, PAGE, -1) < 0)
         fail("kuf_ensure: %s", guest->calls->error());
     if (guest->calls->ensure(guest->kuf, MEMORY, PAGE, -1) != -ENOENT || guest->calls->error()[0] == '\0')
-        fail("kuf_ensure finds memory where there is none");
+        fail("kuf_ensure succeeded outside the memory");
     run_guest(guest->memory);
     sem_post(&guest->done);
     sem_wait(&guest->closed);
@@ -172,20 +174,20 @@ static void serve_and_run(const struct kuf_calls *calls, void *library)
         fail("cannot start a thread");
     wait_for(&guest.done);
 
-    struct kuf_stats stats = { .size = sizeof(stats) };
+    struct kuf_stats_info stats = { .size = sizeof(stats) };
     if (calls->stats(guest.kuf, &stats) < 0 || stats.faults == 0)
         fail("no fault was served");
-    if (calls->close(&guest.kuf, KUF_CLOSE_POPULATE) < 0)
+    if (calls->close(&guest.kuf, KUF_END_POPULATE) < 0)
         fail("kuf_close: %s", calls->error());
     if (dlclose(library) != 0)
         fail("dlclose: %s", dlerror());
     sem_post(&guest.closed);
-    pthread_join(thread, NULL); /* the thread ended after its library: its thread-local memory was freed safely */
+    pthread_join(thread, NULL); /* the thread ends after dlclose: its thread-local data must be freed safely */
     munmap((void *)(uintptr_t)guest.memory, MEMORY);
-    printf("  ran, and served %llu faults: all right\n", (unsigned long long)stats.faults);
+    printf("  ran and served %llu faults: ok\n", (unsigned long long)stats.faults);
 }
 
-/* Runs the guest either way. Returns whether the library was there. */
+/* Runs the guest with or without the library. Returns whether the library could be loaded. */
 static bool run_vmm(const char *name)
 {
     struct kuf_calls calls;
@@ -213,8 +215,8 @@ int main(int argc, char **argv)
     name = name != NULL ? name : "libkuf.so.0";
     bool found = run_vmm(name);
     if (run_vmm("libkuf.so.none"))
-        fail("a library was loaded that cannot exist");
+        fail("dlopen loaded a library that does not exist");
     if (!found)
-        skip("%s could not be loaded, so only the way without it was taken", name);
+        skip("%s could not be loaded: ran only without it", name);
     return EXIT_SUCCESS;
 }

@@ -2,12 +2,12 @@
 /*
  * event_loop.c - serves faults from the program's own epoll loop, with no fill callback
  *
- * For a VMM that has an event loop already. kuf_fd is one more descriptor in it, beside a timer that stands for the
- * VMM's other work. When it polls readable, kuf_read takes the faults in batches and kuf_resolve answers them: most right
- * here, every third from another thread, which answers late and newest first, as a source with several connections
- * would. Threads stand in for vCPUs; they check every byte of every page.
+ * For a VMM that already has an event loop. kuf_fd is one more descriptor in it, next to a timer in place of the VMM's
+ * other work. When kuf_fd polls readable, kuf_read takes the faults in batches and kuf_resolve answers them: most of
+ * them in the loop, each third from another thread, which answers late and newest first, as a source with several
+ * connections would. Threads take the place of vCPUs and check each byte of each page.
  *
- * Runs twice: with the library's service thread reading the kernel, and with KUF_OPEN_DIRECT, where kuf_read does it.
+ * The example runs twice: the library's service thread reads the kernel's queue, or kuf_read does (KUF_OPEN_DIRECT).
  *
  * Build:  cc -O2 -pthread -o event_loop event_loop.c $(pkg-config --cflags --libs kuf)
  * Run:    ./event_loop [--queued | --direct]
@@ -24,18 +24,20 @@
 
 #include "example.h"
 
-enum { PAGES = 4096, TOUCHERS = 3, BATCH = 16, HELPER_MAX = 64, TICK_MS = 5, WATCHDOG_S = 30 };
+#define MEMORY (16 * MIB)
+#define PAGES (MEMORY / PAGE)
+enum { TOUCHERS = 3, BATCH = 16, HELPER_MAX = 64, TICK_MS = 5, WATCHDOG_S = 30 };
 
 static const char usage[] =
     "usage: event_loop [--queued | --direct]\n"
-    "Serves page faults from an epoll loop. Without an option both ways are run.\n"
+    "Serves page faults from an epoll loop. Runs both ways without an option.\n"
     "  --queued   the library's thread reads faults from the kernel\n"
-    "  --direct   kuf_read reads them itself (KUF_OPEN_DIRECT)\n";
+    "  --direct   kuf_read reads faults from the kernel (KUF_OPEN_DIRECT)\n";
 
-/* Where the slot lies for the guest; the program's own tables may put it anywhere. */
+/* The slot's guest physical address; the program may choose any. */
 static const uint64_t slot_gpa = UINT64_C(1) << 32;
 
-/* Faults handed to the other thread. */
+/* The queue of faults for the other thread. */
 struct helper {
     pthread_t thread;
     pthread_mutex_t lock;
@@ -59,12 +61,12 @@ struct vmm {
     atomic_uint bad_pages;
 };
 
-/* Answers one fault. The source is the pattern; a VMM would have the bytes from a file or a connection by now. */
+/* Answers one fault with the pattern; a VMM would read a file or a connection. */
 static void resolve(struct kuf *kuf, const struct kuf_fault *fault)
 {
-    uint8_t page[PAGE];
+    uint8_t page[PAGE_MAX];
     pattern_write(page, fault->memory_offset / PAGE);
-    if (kuf_resolve(kuf, fault->gpa, page, sizeof(page), 0) < 0)
+    if (kuf_resolve(kuf, fault->gpa, page, PAGE, 0) < 0)
         fail("kuf_resolve: %s", kuf_error());
 }
 
@@ -130,7 +132,7 @@ static void *toucher_main(void *argument)
 
 /* ---- The loop ---- */
 
-/* The descriptor is level-triggered: one batch at a time is enough, what is left makes it readable again. */
+/* The descriptor is level-triggered: it stays readable while faults are left, so that one batch at a time is enough. */
 static void on_faults(struct vmm *vmm)
 {
     struct kuf_fault faults[BATCH];
@@ -194,25 +196,25 @@ static void loop(struct vmm *vmm)
 
 /* ---- */
 
-static void start(struct vmm *vmm, uint64_t flags)
+static void start(struct vmm *vmm, uint32_t flags)
 {
     vmm->epoll = epoll_create1(EPOLL_CLOEXEC);
     vmm->timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
     vmm->done = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    vmm->memory = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    vmm->memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (vmm->epoll < 0 || vmm->timer < 0 || vmm->done < 0 || vmm->memory == MAP_FAILED)
         fail("setting up: %s", strerror(errno));
     struct itimerspec every = { { 0, TICK_MS * 1000000 }, { 0, TICK_MS * 1000000 } };
     timerfd_settime(vmm->timer, 0, &every, NULL);
 
-    /* USER_MODE_ONLY: enough for threads, which need no privilege then. With a KVM guest leave it out. */
+    /* USER_MODE_ONLY needs no privilege and is enough for threads. A VMM with a KVM guest must leave it out. */
     struct kuf_options options = { .size = sizeof(options), .flags = flags | KUF_OPEN_USER_MODE_ONLY };
     int result = kuf_open(&options, &vmm->kuf);
     check_open(result, kuf_error());
     struct kuf_memory memory = {
         .size = sizeof(memory),
         .gpa = slot_gpa,
-        .len = PAGES * PAGE,
+        .len = MEMORY,
         .hva = (uintptr_t)vmm->memory,
     };
     if (kuf_add_memory(vmm->kuf, &memory) < 0)
@@ -237,7 +239,7 @@ static void finish(struct vmm *vmm, const char *name)
            name, (unsigned long long)vmm->faults, (unsigned long long)vmm->batches, (unsigned long long)vmm->resolved,
            (unsigned long long)vmm->helper.resolved, vmm->ticks, atomic_load(&vmm->bad_pages));
 
-    /* Every page was touched, so nothing is left open and the library lets the memory go without a flag. */
+    /* All pages are present, so that kuf_remove_memory needs no flag. */
     if (kuf_remove_memory(vmm->kuf, slot_gpa, 0) < 0)
         fail("kuf_remove_memory: %s", kuf_error());
     if (kuf_close(&vmm->kuf, 0) < 0)
@@ -245,14 +247,14 @@ static void finish(struct vmm *vmm, const char *name)
     if (atomic_load(&vmm->bad_pages) != 0)
         fail("%s: wrong bytes", name);
     if (vmm->faults != PAGES || vmm->resolved + vmm->helper.resolved != PAGES || vmm->helper.resolved == 0)
-        fail("%s: %d pages, but not as many faults", name, PAGES);
+        fail("%s: the number of faults is not %llu, that of the pages", name, (unsigned long long)PAGES);
     close(vmm->epoll);
     close(vmm->timer);
     close(vmm->done);
-    munmap(vmm->memory, PAGES * PAGE);
+    munmap(vmm->memory, MEMORY);
 }
 
-static void run(const char *name, uint64_t flags)
+static void run(const char *name, uint32_t flags)
 {
     struct vmm vmm = { .epoll = -1 };
     start(&vmm, flags);
@@ -279,7 +281,7 @@ int main(int argc, char **argv)
     }
     example_begin(WATCHDOG_S);
     if (queued)
-        run("queued", 0);
+        run("queued", KUF_OPEN_CALLER_DRIVEN);
     if (direct)
         run("direct", KUF_OPEN_DIRECT);
     return EXIT_SUCCESS;

@@ -2,13 +2,13 @@
 /*
  * external_handler.c - serves the memory of another process
  *
- * The child is the VMM. It maps guest memory, opens a userfaultfd for it and sends that with the address and length of
- * the mapping over a Unix socket. The parent is the handler: it adopts the userfaultfd (KUF_MEMORY_UFFD) for
- * addresses that are not its own (KUF_MEMORY_REMOTE) and fills the pages. Three rounds:
+ * The child is the VMM. It maps guest memory, opens a userfaultfd and sends it over a Unix socket, with the address and
+ * the length of the mapping. The parent is the handler: it adopts the userfaultfd (kuf_memory.uffd) for addresses of
+ * another process (KUF_MEMORY_REMOTE) and fills the pages. There are three rounds:
  *
- *   anonymous   the VMM checks all pages; some it gives back with madvise, as a balloon does, and those must read as zero
- *   memfd       the same with a shared file, sent as well (KUF_MEMORY_FD): the handler writes the pages in place
- *   gone        the VMM dies while the handler owes it a page; the handler notices and ends
+ *   anonymous   the VMM checks all pages; those that it gives back with madvise, as a balloon does, must read as zero
+ *   memfd       the same with a shared file, which it sends too (kuf_memory.fd): the handler fills the pages in place
+ *   gone        the VMM dies while a fault is not answered; the handler learns of this and ends
  *
  * Build:  cc -O2 -pthread -o external_handler external_handler.c $(pkg-config --cflags --libs kuf)
  * Run:    ./external_handler [anonymous | memfd | gone]      (all three without an argument)
@@ -35,18 +35,18 @@ enum { PAGES = 2048, GIVEN_BACK = 64, WATCHDOG_S = 20 };
 
 static const char usage[] =
     "usage: external_handler [anonymous | memfd | gone]\n"
-    "Serves the memory of another process through a userfaultfd that it has sent.\n";
+    "Serves the memory of another process through a userfaultfd received from it.\n";
 
 enum round { ANONYMOUS, MEMFD, GONE, ROUNDS };
 
 static const char *const round_names[ROUNDS] = { "anonymous", "memfd", "gone" };
 
-/* ---- What goes over the socket: the announcement with the descriptors, then single bytes ---- */
+/* ---- The protocol of the socket: the announcement with the descriptors, then single bytes ---- */
 
 struct announcement {
     uint64_t hva;
     uint64_t len;
-    uint32_t descriptors; /* 1: the userfaultfd; 2: and the memory's file */
+    uint32_t descriptors; /* 1: the userfaultfd; 2: the userfaultfd and the memory's file */
     uint32_t reserved;
 };
 
@@ -74,7 +74,7 @@ static void send_announcement(int channel, const struct announcement *announceme
         fail("sendmsg: %s", strerror(errno));
 }
 
-/* Returns false when the VMM has ended without one: its exit status says why. */
+/* Returns false if the VMM ended without an announcement; its exit status gives the reason. */
 static bool receive_announcement(int channel, struct announcement *announcement, int *descriptors)
 {
     union {
@@ -95,7 +95,7 @@ static bool receive_announcement(int channel, struct announcement *announcement,
     if (n != (ssize_t)sizeof(*announcement) || rights == NULL || rights->cmsg_type != SCM_RIGHTS ||
         announcement->descriptors < 1 || announcement->descriptors > 2 ||
         rights->cmsg_len != CMSG_LEN(announcement->descriptors * sizeof(int)))
-        fail("the VMM does not announce memory as it should");
+        fail("the VMM sent a wrong announcement");
     memcpy(descriptors, CMSG_DATA(rights), announcement->descriptors * sizeof(int));
     return true;
 }
@@ -110,14 +110,14 @@ static void expect_byte(int channel, char byte)
 {
     char got = 0;
     if (recv(channel, &got, 1, 0) != 1 || got != byte)
-        fail("the other process says nothing");
+        fail("the other process did not send the expected byte");
 }
 
 /* ---- The VMM ---- */
 
 /*
- * Opens a userfaultfd, whichever way this host allows. The child touches its memory from user mode only, so the last way
- * is enough here; with a KVM guest it is not.
+ * Opens a userfaultfd in one of the ways that the kernel offers. The last way serves only faults of user mode, which is
+ * enough here but not for a KVM guest.
  */
 static int open_userfaultfd(void)
 {
@@ -137,8 +137,8 @@ static int open_userfaultfd(void)
 }
 
 /*
- * The features are chosen by whoever opens. EVENT_REMOVE is what tells the handler that memory was given back; without
- * it the handler would fill such a page with the old bytes.
+ * The process that opens the userfaultfd chooses its features. EVENT_REMOVE tells the handler that the VMM gave memory
+ * back; without it the handler would fill such a page with the old bytes.
  */
 static void choose_features(int uffd, enum round round)
 {
@@ -165,7 +165,7 @@ static uint8_t *map_memory(enum round round, int *file)
     return memory;
 }
 
-/* Whether the guest gives this page back: some that it has touched by then, and some that it has not. */
+/* Whether the guest gives this page back. It has touched some of these pages before, and others not. */
 static bool is_given_back(uint64_t page)
 {
     return page % (PAGES / GIVEN_BACK) == 0;
@@ -173,11 +173,11 @@ static bool is_given_back(uint64_t page)
 
 static bool is_zero(const uint8_t *page)
 {
-    static const uint8_t zeroes[PAGE];
+    static const uint8_t zeroes[PAGE_MAX];
     return memcmp(page, zeroes, PAGE) == 0;
 }
 
-/* DONTNEED drops private memory; of a file it would drop the mapping only, REMOVE makes a hole in it. */
+/* For a file it uses MADV_REMOVE, which makes a hole; MADV_DONTNEED would drop only the mapping. */
 static void give_pages_back(uint8_t *memory, enum round round)
 {
     int advice = round == MEMFD ? MADV_REMOVE : MADV_DONTNEED;
@@ -193,14 +193,14 @@ static void check_pages(const uint8_t *memory, uint64_t from, uint64_t to, bool 
         const uint8_t *at = memory + page * PAGE;
         bool good = after && is_given_back(page) ? is_zero(at) : pattern_matches(at, page);
         if (!good)
-            fail("VMM: page %llu has wrong bytes", (unsigned long long)page);
+            fail("VMM: page %llu holds wrong bytes", (unsigned long long)page);
     }
 }
 
 static void *touch_last_page(void *argument)
 {
     const volatile uint8_t *memory = argument;
-    fail("VMM: reads %u from a page that nobody has filled", memory[MEMORY - 1]);
+    fail("VMM: read %u from a page that was never filled", memory[MEMORY - 1]);
 }
 
 static _Noreturn void vmm_main(int channel, enum round round)
@@ -217,16 +217,16 @@ static _Noreturn void vmm_main(int channel, enum round round)
         .descriptors = round == MEMFD ? 2 : 1,
     };
     send_announcement(channel, &announcement, (int[]){ uffd, file });
-    expect_byte(channel, SERVED); /* from here on the memory may be touched */
+    expect_byte(channel, SERVED); /* after this the VMM may touch the memory */
 
     if (round == GONE) {
         pthread_t toucher;
         if (!pattern_matches(memory, 0))
-            fail("VMM: page 0 has wrong bytes");
+            fail("VMM: page 0 holds wrong bytes");
         if (pthread_create(&toucher, NULL, touch_last_page, memory) != 0)
             fail("cannot start a thread");
         expect_byte(channel, LEAVE);
-        _exit(EXIT_SUCCESS); /* with that thread still waiting for its page */
+        _exit(EXIT_SUCCESS); /* while that thread waits for its page */
     }
     check_pages(memory, 0, PAGES / 2, false);
     give_pages_back(memory, round);
@@ -246,15 +246,15 @@ struct handler {
     atomic_uint lost;
 };
 
-/* The VMM's memory cannot be seen from here: buf is either the library's buffer or, with a file, the page itself. */
+/* The handler has no mapping of the VMM's memory: buf is the library's buffer or, with a file, the page itself. */
 static int fill(void *opaque, struct kuf_fill *fill)
 {
     struct handler *handler = opaque;
     if (handler->round == GONE && fill->memory_offset + fill->len == MEMORY)
-        return KUF_DEFERRED; /* the source is slow: the VMM dies before it has answered */
+        return KUF_FILL_DEFERRED; /* as from a slow source: the VMM dies before the answer */
     for (uint64_t done = 0; done < fill->len; done += PAGE)
         pattern_write((uint8_t *)fill->buf + done, (fill->memory_offset + done) / PAGE);
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
 static void on_event(void *opaque, const struct kuf_event *event)
@@ -264,11 +264,11 @@ static void on_event(void *opaque, const struct kuf_event *event)
         atomic_store(&handler->complete, true);
     if (event->kind == KUF_EVENT_GONE)
         atomic_store(&handler->gone, true);
-    if (event->kind == KUF_EVENT_POISONED || event->kind == KUF_EVENT_CLOSED_OFF || event->kind == KUF_EVENT_FATAL)
+    if (event->kind == KUF_EVENT_POISONED || event->kind == KUF_EVENT_INACCESSIBLE || event->kind == KUF_EVENT_FATAL)
         atomic_fetch_add(&handler->lost, 1);
 }
 
-/* Returns NULL when the VMM has ended before there was anything to serve. */
+/* Returns NULL if the VMM ended before it announced memory. */
 static struct kuf *serve(struct handler *handler)
 {
     struct announcement announcement;
@@ -290,18 +290,16 @@ static struct kuf *serve(struct handler *handler)
     check_open(result, kuf_error());
     struct kuf_memory memory = {
         .size = sizeof(memory),
-        .flags = KUF_MEMORY_UFFD | KUF_MEMORY_REMOTE,
+        .flags = KUF_MEMORY_REMOTE,
         .len = announcement.len,
         .hva = announcement.hva,
         .uffd = descriptors[0],
     };
-    if (announcement.descriptors == 2) {
-        memory.flags |= KUF_MEMORY_FD;
+    if (announcement.descriptors == 2)
         memory.fd = descriptors[1];
-    }
     if (kuf_add_memory(kuf, &memory) < 0)
         fail("kuf_add_memory: %s", kuf_error());
-    /* The library has duplicates of its own. */
+    /* The library has duplicated them. */
     close(descriptors[0]);
     if (descriptors[1] >= 0)
         close(descriptors[1]);
@@ -311,7 +309,7 @@ static struct kuf *serve(struct handler *handler)
 
 static void report(struct kuf *kuf, enum round round)
 {
-    struct kuf_stats stats = { .size = sizeof(stats) };
+    struct kuf_stats_info stats = { .size = sizeof(stats) };
     if (kuf_stats(kuf, &stats) < 0)
         fail("kuf_stats: %s", kuf_error());
     printf("%-10s %llu faults; KiB copied %llu, in place %llu, zeroed %llu; REMOVE events: %llu\n", round_names[round],
@@ -319,10 +317,10 @@ static void report(struct kuf *kuf, enum round round)
            (unsigned long long)stats.bytes_in_place / 1024, (unsigned long long)stats.bytes_zeroed / 1024,
            (unsigned long long)stats.events_remove);
     if (stats.faults == 0 || (round == MEMFD && stats.bytes_in_place == 0))
-        fail("%s: the pages did not come this way", round_names[round]);
+        fail("%s: the pages were not filled as expected", round_names[round]);
 }
 
-/* The event comes from another thread, shortly after what it tells of. */
+/* Another thread raises the event, shortly after its cause. */
 static void wait_for_event(const atomic_bool *came, const char *name)
 {
     for (int i = 0; i < 5000 && !atomic_load(came); i++)
@@ -331,7 +329,7 @@ static void wait_for_event(const atomic_bool *came, const char *name)
         fail("%s was not raised", name);
 }
 
-/* All pages are present or given back. The event says so, and then the library lets go without a flag. */
+/* All pages are present or removed. An event reports this, and after it kuf_close needs no flag. */
 static void end_of_healthy_vmm(struct handler *handler, struct kuf *kuf)
 {
     expect_byte(handler->channel, CHECKED);
@@ -344,7 +342,7 @@ static void end_of_healthy_vmm(struct handler *handler, struct kuf *kuf)
     send_byte(handler->channel, LEAVE);
 }
 
-/* The VMM dies while a page is owed: the channel ends, kuf_resolve answers -ESRCH, and nothing waits for anybody. */
+/* The VMM dies while a fault is not answered: the socket closes, kuf_resolve returns -ESRCH, and no call blocks. */
 static void end_of_dead_vmm(struct handler *handler, struct kuf *kuf)
 {
     struct kuf_fault owed;
@@ -357,14 +355,14 @@ static void end_of_dead_vmm(struct handler *handler, struct kuf *kuf)
     send_byte(handler->channel, LEAVE);
     if (recv(handler->channel, &byte, 1, 0) != 0)
         fail("the VMM did not die");
-    static const uint8_t late[PAGE];
+    static const uint8_t late[PAGE_MAX];
     ssize_t resolved = kuf_resolve(kuf, owed.gpa, late, PAGE, 0);
     if (resolved != -ESRCH)
-        fail("kuf_resolve for a dead process returns %zd", resolved);
+        fail("kuf_resolve for a dead process returned %zd", resolved);
     wait_for_event(&handler->gone, "KUF_EVENT_GONE");
     if (kuf_close(&kuf, 0) < 0)
         fail("kuf_close: %s", kuf_error());
-    printf("           the VMM died: kuf_resolve says -ESRCH, KUF_EVENT_GONE came, the handler has ended\n");
+    printf("           the VMM died: kuf_resolve returned -ESRCH, KUF_EVENT_GONE was raised, the handler ended\n");
 }
 
 static void run(enum round round)
@@ -372,7 +370,7 @@ static void run(enum round round)
     int channels[2];
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, channels) < 0)
         fail("socketpair: %s", strerror(errno));
-    fflush(stdout); /* or the child would have a copy of what is not written yet */
+    fflush(stdout); /* so that the child does not print the buffered text again */
     pid_t vmm = fork();
     if (vmm < 0)
         fail("fork: %s", strerror(errno));

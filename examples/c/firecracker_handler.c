@@ -4,26 +4,30 @@
  *
  * Start it, then load the snapshot with {"mem_backend": {"backend_type": "Uffd", "backend_path": SOCKET}}. Firecracker
  * connects to the socket and sends one message: its userfaultfd (SCM_RIGHTS) and a JSON array, one object for each
- * region of guest memory. All versions from 1.1 on are understood:
+ * region of guest memory. The handler accepts the message of all versions since 1.1:
  *
- *   base_host_virt_addr   where the region is in Firecracker's address space
- *   size, offset          its bytes, and where they are in the memory file
- *   page_size             bytes, since 1.12
- *   page_size_kib         bytes as well, whatever its name says: alone from 1.7 to 1.11, beside page_size since.
- *                         Without either the pages are the host's
+ *   base_host_virt_addr   the region's address in Firecracker's address space
+ *   size, offset          its size, and its offset in the memory file
+ *   page_size             in bytes, since 1.12
+ *   page_size_kib         in bytes too, in spite of its name: the only field from 1.7 to 1.11, later next to page_size.
+ *                         Without either field, pages have the host's page size
  *
- * The message is parsed here: its shape is small, and a drop-in that needs a JSON library is none. Nothing in it is
- * believed. What does not fit the memory file, the host or the protocol is refused with a line on stderr and an exit
- * status of its own kind (enum status).
+ * The handler parses the message itself: the format is small, and a drop-in handler must not need a JSON library. It
+ * trusts nothing in the message. It refuses what does not fit the memory file, the host or the protocol, with a line on
+ * stderr and an exit status for each kind of error (enum status).
  *
- * Pages come from the page cache, through a mapping of the memory file that only the kernel reads: one copy, and
- * neither an I/O error nor a file that shrinks ends the handler with SIGBUS. Pages that cannot be read are poisoned.
- * Holes in the file are zero pages. What the balloon takes is zero from then on, in whatever order the kernel reports
- * it. With --populate the rest of the memory follows behind the guest's faults; when all of it is there the handler
- * takes it off userfaultfd and ends, and Firecracker goes on by itself. Without, it ends with Firecracker. At SIGTERM
- * it fills what is missing, then ends.
+ * The memory file is a built-in source (KUF_SOURCE_FILE): I/O errors and a file that shrinks do not end the handler, as
+ * SIGBUS from a mapping would; the library poisons the pages that it cannot read. Holes in the file and pages of zeroes
+ * become zero pages, which take no memory. Pages that the balloon takes read as zero from then on, whatever the
+ * order in which the kernel reports them. With --populate the library fills the rest of the memory in the background;
+ * when all of it is present, the handler unregisters it from userfaultfd and ends, and Firecracker continues alone.
+ * Without, the handler ends when Firecracker does. At SIGTERM it fills the missing pages for a limited time, then ends;
+ * at a second SIGTERM it ends at once.
  *
- * One process serves one microVM: what a hostile one does to the userfaultfd that it shares harms no other.
+ * The protocol has no way to tell Firecracker that its memory is refused: PUT /snapshot/load would not return. So the
+ * handler kills Firecracker if it ends before it has served the memory.
+ *
+ * One process serves one microVM, so that a hostile one cannot harm others through its userfaultfd.
  *
  * Build:  cc -O2 -pthread -o firecracker_handler firecracker_handler.c $(pkg-config --cflags --libs kuf)
  * Run:    ./firecracker_handler [OPTION...] SOCKET MEMORY_FILE
@@ -35,6 +39,7 @@
 #include <inttypes.h>
 #include <kuf.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -43,7 +48,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -52,7 +56,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Linux 6.5 and the headers that go with it. */
+/* Since Linux 6.5. */
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77
 #endif
@@ -62,52 +66,60 @@ enum { MESSAGE_MAX = 64 * 1024, REGIONS_MAX = 64, DESCRIPTORS_MAX = 8, NESTING_M
 
 #define MIB (UINT64_C(1) << 20)
 
-/* How it ended: the exit status, for whoever started this. From MALFORMED on Firecracker is left standing still. */
+/* The exit status. From MALFORMED on, Firecracker blocks at the next missing page unless it is killed. */
 enum status {
-    ENDED = 0,       /* Firecracker ended, or all its memory is there */
-    BROKEN = 1,      /* this host gives no memory, descriptor or thread */
-    USAGE = 2,       /* the command line */
-    SETUP = 3,       /* the socket or the memory file cannot be had */
-    TIMED_OUT = 4,   /* nobody connected in time, or nothing came */
+    ENDED = 0,       /* Firecracker ended, or all its memory is present */
+    BROKEN = 1,      /* the host is out of memory, descriptors or threads */
+    USAGE = 2,       /* the command line is wrong */
+    SETUP = 3,       /* the socket or the memory file is not usable */
+    TIMED_OUT = 4,   /* no process connected in time, or no message arrived */
     STRANGER = 5,    /* another user's process connected */
     CLOSED = 6,      /* the connection ended in the middle of the message */
-    MALFORMED = 7,   /* the message is not what Firecracker sends */
-    DESCRIPTOR = 8,  /* none, several, or no userfaultfd */
-    LAYOUT = 9,      /* regions that cannot be, or not those of this memory file */
+    MALFORMED = 7,   /* the message does not have Firecracker's format */
+    DESCRIPTOR = 8,  /* no descriptor, several, or no userfaultfd */
+    LAYOUT = 9,      /* the regions are impossible, or do not fit this memory file */
     NOT_SERVED = 10, /* the library or the kernel refuses the memory */
-    LOST = 11,       /* pages could not be filled; who touches them gets SIGBUS */
-    STOPPED = 12,    /* a signal came before there was anything to serve */
+    LOST = 11,       /* pages could not be filled; touching them raises SIGBUS */
+    STOPPED = 12,    /* a signal arrived before the memory was served */
+    UNFILLED = 13,   /* stopped before all memory was filled; touching the rest blocks for ever */
 };
 
 static const char usage[] =
     "usage: firecracker_handler [OPTION...] SOCKET MEMORY_FILE\n"
-    "Serves a Firecracker microVM's memory from the memory file of its snapshot. Listens on SOCKET, once.\n"
-    "  -p, --populate[=MIB]   fill the rest behind the guest's faults, at most so many MiB a second; then end\n"
-    "  -t, --timeout=SECONDS  for Firecracker to connect, and then to send its message (60)\n"
-    "  -u, --uid=UID          the user that Firecracker runs as (this process's): the socket is given to it\n"
-    "  -k, --kill             kill Firecracker when its memory cannot be served, rather than let it wait\n"
-    "  -h, --help             this text\n";
+    "Serves a Firecracker microVM's memory from the memory file of its snapshot. Accepts one connection on SOCKET.\n"
+    "  -p, --populate[=MIB]   also fill the rest in the background, at most MIB MiB a second; then end\n"
+    "  -t, --timeout=SECONDS  the time limit for Firecracker to connect, and then to send its message (60)\n"
+    "  -u, --uid=UID          the user that Firecracker runs as (this process's), who becomes the socket's owner\n"
+    "  -s, --stop=SECONDS     the time limit to fill missing pages after SIGTERM (30); a second SIGTERM ends at once\n"
+    "  -k, --kill             kill Firecracker also if pages are lost after its memory was served\n"
+    "  -K, --no-kill          never kill Firecracker (default: kill it only if its memory was not served yet)\n"
+    "  -h, --help             print this text\n";
 
 struct region {
     uint64_t base, size, offset, page_size;
 };
 
+/* When the handler kills Firecracker because its memory is missing. */
+enum kill { KILL_NEVER, KILL_UNTIL_SERVED, KILL_ALWAYS };
+
 static struct handler {
     const char *socket_path;
     bool listening;
-    int peer; /* its pidfd, or -1 */
-    bool kill_peer;
+    int peer; /* Firecracker's pidfd, or -1 */
+    enum kill kill;
+    bool serving;
 
     int file;
     uint64_t file_size;
-    const unsigned char *bytes; /* the file, mapped; read by the kernel only */
+    struct region regions[REGIONS_MAX];
+    size_t count;
 
     struct kuf *kuf;
-    int wakeup; /* an eventfd: one of these has changed */
-    atomic_bool complete, gone, fatal, lost;
-} handler = { .peer = -1, .file = -1 };
+    int wakeup; /* an eventfd: one of the following has changed */
+    atomic_bool complete, gone, fatal, lost, stopped;
+} handler = { .peer = -1, .file = -1, .kill = KILL_UNTIL_SERVED };
 
-/* ---- How it ends ---- */
+/* ---- The end ---- */
 
 static void say(const char *format, va_list arguments)
 {
@@ -117,13 +129,17 @@ static void say(const char *format, va_list arguments)
     fputc('\n', stderr);
 }
 
-/* _exit: threads of the library may be at work. Firecracker has its own copy of the userfaultfd, so no page opens. */
+/*
+ * Uses _exit because the library's threads may still run. Firecracker has its own copy of the userfaultfd, so that
+ * absent pages stay absent.
+ */
 static _Noreturn void leave(enum status status)
 {
     if (handler.listening)
         unlink(handler.socket_path);
-    bool waits = status == BROKEN || (status >= MALFORMED && status != STOPPED);
-    if (waits && handler.kill_peer && handler.peer >= 0)
+    bool blocked = status == BROKEN || (status >= MALFORMED && status != STOPPED);
+    bool kill = handler.serving ? handler.kill == KILL_ALWAYS : handler.kill != KILL_NEVER;
+    if (blocked && kill && handler.peer >= 0)
         syscall(SYS_pidfd_send_signal, handler.peer, SIGKILL, NULL, 0);
     fflush(stdout);
     _exit((int)status);
@@ -148,7 +164,7 @@ __attribute__((format(printf, 1, 2))) static void note(const char *format, ...)
 
 /* ---- The message ---- */
 
-/* A place in JSON text. Where reading stops, wrong says why; NULL: because the text ends there. */
+/* A position in JSON text. If reading stops, `wrong` is the reason, or NULL at the end of the text. */
 struct reader {
     const char *start, *at, *end;
     const char *wrong;
@@ -166,7 +182,7 @@ static void skip_space(struct reader *reader)
         reader->at++;
 }
 
-/* The next character that is no space, which is not taken; 0 at the end. */
+/* Skips spaces. Returns the next character without taking it, or 0 at the end. */
 static char next(struct reader *reader)
 {
     skip_space(reader);
@@ -201,8 +217,8 @@ static bool take_digits(struct reader *reader)
 }
 
 /*
- * A string, with its quotes off and its escapes as they are: no key that is wanted here has one, and Firecracker's
- * serializer writes none.
+ * Takes a string without its quotes. It does not decode escapes: none of the keys needed here has one, and
+ * Firecracker's serializer writes none.
  */
 static bool take_string(struct reader *reader, const char **text, size_t *length)
 {
@@ -217,18 +233,20 @@ static bool take_string(struct reader *reader, const char **text, size_t *length
         }
         if (c < ' ')
             return stop(reader, "a control character in a string");
-        if (c == '\\' && ++reader->at < reader->end) {
-            if (*reader->at == '\0' || strchr("\"\\/bfnrtu", *reader->at) == NULL)
+        if (c != '\\')
+            continue;
+        if (++reader->at == reader->end)
+            break;
+        if (*reader->at == '\0' || strchr("\"\\/bfnrtu", *reader->at) == NULL)
+            return stop(reader, "an unknown escape");
+        for (int i = 0; *reader->at == 'u' && i < 4; i++)
+            if (reader->end - reader->at > 1 + i && strchr("0123456789abcdefABCDEF", reader->at[1 + i]) == NULL)
                 return stop(reader, "an unknown escape");
-            for (int i = 0; *reader->at == 'u' && i < 4; i++)
-                if (reader->at + 1 + i < reader->end && strchr("0123456789abcdefABCDEF", reader->at[1 + i]) == NULL)
-                    return stop(reader, "an unknown escape");
-        }
     }
     return stop(reader, NULL);
 }
 
-/* Sizes and addresses: not below zero, whole, and within 64 bits. */
+/* Takes a size or an address: a whole number from 0 on, of at most 64 bits. */
 static bool take_unsigned(struct reader *reader, uint64_t *value)
 {
     if (next(reader) == '-')
@@ -277,12 +295,13 @@ static bool skip_word(struct reader *reader, const char *word)
     return true;
 }
 
-/* The value of a field that a later Firecracker may add. */
+/* Skips the value of an unknown field, which a later Firecracker may add. */
 static bool skip_value(struct reader *reader, int nesting)
 {
     const char *text;
     size_t length;
-    if (nesting > NESTING_MAX)
+    /* At the end of the text the depth is not known to be wrong yet: the next byte may close a value. */
+    if (nesting > NESTING_MAX && next(reader) != '\0')
         return stop(reader, "values nested too deep");
     switch (next(reader)) {
     case '"':
@@ -360,7 +379,7 @@ static bool take_region(struct reader *reader, struct region *region)
     return true;
 }
 
-/* The whole message, with nothing behind it. */
+/* Takes the whole message. Any text behind it is an error. */
 static bool take_regions(struct reader *reader, struct region *regions, size_t *count)
 {
     *count = 0;
@@ -369,7 +388,7 @@ static bool take_regions(struct reader *reader, struct region *regions, size_t *
     if (!is_next(reader, ']')) {
         do {
             if (*count == REGIONS_MAX)
-                return stop(reader, "more regions than any Firecracker has");
+                return stop(reader, "too many regions");
             if (!take_region(reader, &regions[*count]))
                 return false;
             ++*count;
@@ -390,7 +409,7 @@ static uint64_t now_ms(void)
     return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
 }
 
-/* Waits for the descriptor, no longer than until the deadline, or for a signal to end. */
+/* Waits until the descriptor is readable. Ends the program at the deadline or at a signal. */
 static void wait_for(int descriptor, int signals, uint64_t deadline, const char *what)
 {
     struct pollfd polls[] = { { .fd = descriptor, .events = POLLIN }, { .fd = signals, .events = POLLIN } };
@@ -406,7 +425,7 @@ static void wait_for(int descriptor, int signals, uint64_t deadline, const char 
     } while (polls[0].revents == 0);
 }
 
-/* Only the user that Firecracker runs as can connect: the socket is that user's, and nobody else's. */
+/* Only Firecracker's user can connect, because the socket belongs to that user and has mode 0600. */
 static int listen_at(const char *path, uid_t uid)
 {
     struct sockaddr_un address = { .sun_family = AF_UNIX };
@@ -422,7 +441,7 @@ static int listen_at(const char *path, uid_t uid)
     umask(mask);
     handler.listening = true;
     if (uid != geteuid() && lchown(path, uid, (gid_t)-1) < 0)
-        refuse(SETUP, "%s: cannot be given to user %u: %s", path, uid, strerror(errno));
+        refuse(SETUP, "%s: cannot change the owner to user %u: %s", path, uid, strerror(errno));
     if (listen(listener, 1) < 0)
         refuse(BROKEN, "listen: %s", strerror(errno));
     return listener;
@@ -446,17 +465,17 @@ static int accept_firecracker(int listener, int signals, uint64_t timeout_ms, ui
     if (getsockopt(stream, SOL_SOCKET, SO_PEERCRED, &peer, &(socklen_t){ sizeof(peer) }) < 0)
         refuse(BROKEN, "SO_PEERCRED: %s", strerror(errno));
     if (peer.uid != uid)
-        refuse(STRANGER, "process %d of user %u connected, and user %u is to be served", peer.pid, peer.uid, uid);
-    /* Before Linux 6.5 only by its number, which is another process's if that one has ended since. */
+        refuse(STRANGER, "process %d of user %u connected, but only user %u may", peer.pid, peer.uid, uid);
+    /* Before Linux 6.5 only the process number is known. Another process has it if Firecracker has ended. */
     if (getsockopt(stream, SOL_SOCKET, SO_PEERPIDFD, &handler.peer, &(socklen_t){ sizeof(handler.peer) }) < 0)
         handler.peer = peer.pid > 0 ? (int)syscall(SYS_pidfd_open, peer.pid, 0) : -1;
-    if (handler.peer < 0 && handler.kill_peer)
-        note("process %d cannot be watched, and will not be killed: %s", peer.pid, strerror(errno));
+    if (handler.peer < 0 && handler.kill != KILL_NEVER)
+        note("process %d cannot be watched and will not be killed: %s", peer.pid, strerror(errno));
     printf("process %d of user %u has connected\n", peer.pid, peer.uid);
     return stream;
 }
 
-/* Takes what has come: text behind *length, and descriptors. Returns as recvmsg. */
+/* Receives text, which it appends at *length, and descriptors. Returns as recvmsg. */
 static ssize_t receive(int stream, char *text, size_t *length, int *uffd, unsigned *descriptors)
 {
     union {
@@ -480,7 +499,7 @@ static ssize_t receive(int stream, char *text, size_t *length, int *uffd, unsign
         size_t here = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
         if (here > 0 && *descriptors == 0)
             memcpy(uffd, CMSG_DATA(part), sizeof(int));
-        *descriptors += (unsigned)here; /* with more than one it is all over, and they are closed with the process */
+        *descriptors += (unsigned)here; /* more than one ends the process, which closes them */
     }
     if (message.msg_flags & MSG_CTRUNC)
         *descriptors += DESCRIPTORS_MAX;
@@ -498,12 +517,12 @@ static int receive_message(int stream, int signals, uint64_t timeout_ms, struct 
     for (bool whole = false;;) {
         ssize_t n = receive(stream, text, &length, &uffd, &descriptors);
         if (descriptors > 1)
-            refuse(DESCRIPTOR, "%u descriptors came, and one userfaultfd was expected", descriptors);
+            refuse(DESCRIPTOR, "%u descriptors came, but one userfaultfd was expected", descriptors);
         if (n < 0 && (errno == EAGAIN || errno == EINTR) && !whole) {
             wait_for(stream, signals, deadline, "sent its message");
             continue;
         }
-        /* Whole, and nothing comes at once that does not belong to it. */
+        /* The message is whole, and no more bytes have arrived. */
         if (n <= 0 && whole)
             break;
         if (n <= 0)
@@ -527,7 +546,7 @@ static bool overlap(uint64_t a, uint64_t a_size, uint64_t b, uint64_t b_size)
     return a < b + b_size && b < a + a_size;
 }
 
-/* Each region by itself, then in pairs, then all of them against the file. */
+/* Checks each region alone, then in pairs, then all of them against the file. */
 static void check_layout(const struct region *regions, size_t count)
 {
     if (count == 0)
@@ -555,9 +574,9 @@ static void check_layout(const struct region *regions, size_t count)
         }
         total += it->size;
     }
-    /* Firecracker writes files of exactly this size: another one is another microVM's. */
+    /* Firecracker writes a file of exactly this size. A file of another size belongs to another microVM. */
     if (total != handler.file_size)
-        refuse(LAYOUT, "the memory file has %" PRIu64 " bytes, and the regions %" PRIu64, handler.file_size, total);
+        refuse(LAYOUT, "the memory file has %" PRIu64 " bytes, the regions have %" PRIu64, handler.file_size, total);
 }
 
 /* ---- The memory file ---- */
@@ -569,81 +588,22 @@ static void open_memory_file(const char *path)
     if (handler.file < 0 || fstat(handler.file, &about) < 0)
         refuse(SETUP, "%s: %s", path, strerror(errno));
     if (!S_ISREG(about.st_mode) || about.st_size == 0)
-        refuse(SETUP, "%s: is empty or no file", path);
+        refuse(SETUP, "%s: empty, or not a regular file", path);
     handler.file_size = (uint64_t)about.st_size;
-    void *bytes = mmap(NULL, handler.file_size, PROT_READ, MAP_SHARED, handler.file, 0);
-    if (bytes == MAP_FAILED)
-        refuse(SETUP, "%s: %s", path, strerror(errno));
-    handler.bytes = bytes;
-}
-
-/*
- * How far from here, at most to the end, the file is a hole (true) or is not (false). The end is within the file. Where
- * a file system cannot say, there are no holes.
- */
-static bool is_hole(uint64_t at, uint64_t *end, uint64_t granule)
-{
-    off_t data = lseek(handler.file, (off_t)at, SEEK_DATA);
-    uint64_t first = data >= 0 ? (uint64_t)data : errno == ENXIO ? *end : at;
-    first -= first % granule; /* what is partly data is data */
-    if (first > at) {
-        *end = first < *end ? first : *end;
-        return true;
-    }
-    off_t hole = lseek(handler.file, (off_t)at, SEEK_HOLE);
-    uint64_t last = hole > (off_t)at ? ((uint64_t)hole + granule - 1) / granule * granule : *end;
-    *end = last < *end ? last : *end;
-    return false;
-}
-
-/* The quick way: straight from the page cache, holes as zeroes. 0, or -errno of what was not done. */
-static int resolve_run(const struct kuf_fill *fill)
-{
-    for (uint64_t at = fill->gpa, end; at < fill->gpa + fill->len; at = end) {
-        end = fill->gpa + fill->len;
-        bool hole = is_hole(at, &end, fill->granule);
-        const void *src = hole ? NULL : handler.bytes + at;
-        ssize_t done = kuf_resolve(handler.kuf, at, src, end - at, hole ? KUF_RESOLVE_ZERO : 0);
-        if (done < 0)
-            return (int)done;
-    }
-    return 0;
-}
-
-static int read_run(const struct kuf_fill *fill)
-{
-    for (uint64_t done = 0; done < fill->len;) {
-        ssize_t n = pread(handler.file, (char *)fill->buf + done, fill->len - done, (off_t)(fill->gpa + done));
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return n < 0 ? -errno : -EIO;
-        done += (uint64_t)n;
-    }
-    return KUF_FILLED;
-}
-
-/*
- * gpa is the offset in the memory file. A file that ends within the run has been cut: the rest of its last page would
- * read as zeroes, and what is behind would look like a hole. The library asks again page by page, so that what is still
- * whole is served.
- */
-static int fill(void *opaque, struct kuf_fill *fill)
-{
-    (void)opaque;
-    struct stat about;
-    if (fstat(handler.file, &about) < 0)
-        return -errno;
-    if ((uint64_t)about.st_size < fill->gpa + fill->len)
-        return -EIO;
-    int result = resolve_run(fill);
-    if (result == 0)
-        return KUF_DEFERRED; /* all of it is resolved already */
-    /* The library does better with its own buffer: it waits for memory, and pread names an I/O error. */
-    return result == -ESRCH ? result : read_run(fill);
 }
 
 /* ---- Serving ---- */
+
+/* Names lost pages by their offset in the memory file, because the handler does not know the guest's addresses. */
+static void note_lost(const struct kuf_event *event)
+{
+    const struct region *region = handler.regions;
+    while (event->gpa - region->offset >= region->size)
+        region++;
+    note("memory file offset %#" PRIx64 " (%#" PRIx64 " in Firecracker), %" PRIu64 " KiB: cannot be filled: %s; "
+         "touching it raises SIGBUS",
+         event->gpa, region->base + (event->gpa - region->offset), event->len / 1024, strerror(-event->error));
+}
 
 static void on_event(void *opaque, const struct kuf_event *event)
 {
@@ -658,11 +618,11 @@ static void on_event(void *opaque, const struct kuf_event *event)
         atomic_store(event->error == -ESRCH ? &handler.gone : &handler.fatal, true);
         break;
     case KUF_EVENT_POISONED:
-    case KUF_EVENT_CLOSED_OFF:
+    case KUF_EVENT_INACCESSIBLE:
         if (event->error == -ESRCH)
-            return; /* nobody is there to miss them */
+            return; /* Firecracker has ended */
         if (!atomic_exchange(&handler.lost, true))
-            note("%s", event->text);
+            note_lost(event);
         break;
     case KUF_EVENT_FATAL:
         note("%s", event->text);
@@ -683,12 +643,12 @@ static void open_service(void)
 {
     struct kuf_options options = {
         .size = sizeof(options),
-        .flags = KUF_OPEN_ADOPT_ONLY, /* no userfaultfd of its own, and no privilege */
-        .fill = fill,
+        /* The handler opens no userfaultfd and needs no privilege. */
+        .flags = KUF_OPEN_ADOPT_ONLY | KUF_OPEN_SOURCES | KUF_OPEN_DETECT_ZERO,
         .event = on_event,
     };
     if (access("/proc/self/fd", F_OK) < 0)
-        refuse(SETUP, "/proc: %s (the library looks there what a descriptor is)", strerror(errno));
+        refuse(SETUP, "/proc: %s (the library needs it to identify descriptors)", strerror(errno));
     handler.wakeup = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (handler.wakeup < 0)
         refuse(BROKEN, "eventfd: %s", strerror(errno));
@@ -696,7 +656,7 @@ static void open_service(void)
         refuse(NOT_SERVED, "kuf_open: %s", kuf_error());
 }
 
-/* Its memory goes a moment before the process does. One that cannot be watched has ended, or nobody can tell. */
+/* Waits a moment, because a process loses its memory shortly before it ends. Without a pidfd, assumes that it ended. */
 static bool peer_has_ended(void)
 {
     struct pollfd polls = { .fd = handler.peer, .events = POLLIN };
@@ -704,65 +664,123 @@ static bool peer_has_ended(void)
 }
 
 /*
- * The message does not say where the guest sees a region, and nothing here has to know: the offset in the memory file
- * stands in for the guest's physical address.
+ * The message has no guest physical addresses, and the handler needs none: it uses the offset in the memory file in
+ * their place.
  */
-static void add_regions(const struct region *regions, size_t count, int uffd)
+static void add_regions(int uffd)
 {
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < handler.count; i++) {
+        const struct region *region = &handler.regions[i];
+        struct kuf_source source = {
+            .size = sizeof(source),
+            .kind = KUF_SOURCE_FILE,
+            .fd = handler.file,
+            .offset = region->offset,
+        };
         struct kuf_memory memory = {
             .size = sizeof(memory),
-            .flags = KUF_MEMORY_UFFD | KUF_MEMORY_REMOTE,
-            .gpa = regions[i].offset,
-            .len = regions[i].size,
-            .hva = regions[i].base,
-            .granule = regions[i].page_size,
+            .flags = KUF_MEMORY_REMOTE,
+            .gpa = region->offset,
+            .len = region->size,
+            .hva = region->base,
+            .page_size = region->page_size,
             .uffd = uffd,
+            .source = &source,
         };
         int result = kuf_add_memory(handler.kuf, &memory);
         if (result == -EBADFD)
-            refuse(DESCRIPTOR, "what came with the message is no userfaultfd: %s", kuf_error());
+            refuse(DESCRIPTOR, "the descriptor of the message is no userfaultfd: %s", kuf_error());
         if (result == -ESRCH && peer_has_ended()) {
-            printf("Firecracker has ended before it was served\n");
+            printf("Firecracker ended before its memory was served\n");
             leave(ENDED);
         }
         if (result < 0)
             refuse(NOT_SERVED, "region %zu: %s", i, kuf_error());
     }
-    printf("serving %" PRIu64 " KiB in %zu region(s), pages of %" PRIu64 " KiB\n", handler.file_size / 1024, count,
-           regions[0].page_size / 1024);
+    printf("serving %" PRIu64 " KiB in %zu region(s), pages of %" PRIu64 " KiB\n", handler.file_size / 1024,
+           handler.count, handler.regions[0].page_size / 1024);
     fflush(stdout);
+    handler.serving = true;
 }
 
 static void populate(uint64_t rate)
 {
-    struct kuf_populate request = { .size = sizeof(request), .gpa = KUF_ALL, .rate = rate };
+    struct kuf_populate_request request = { .size = sizeof(request), .gpa = KUF_ALL, .rate = rate };
     if (kuf_populate(handler.kuf, &request) < 0)
         refuse(NOT_SERVED, "kuf_populate: %s", kuf_error());
 }
 
-static bool all_is_there(void)
+/* Returns the bytes that are neither present nor removed. */
+static uint64_t missing(void)
 {
-    struct kuf_progress progress = { .size = sizeof(progress) };
-    return kuf_progress(handler.kuf, KUF_ALL, &progress) == 0 && (progress.flags & KUF_PROGRESS_COMPLETE) != 0;
+    struct kuf_progress_info progress = { .size = sizeof(progress) };
+    if (kuf_progress(handler.kuf, KUF_ALL, &progress) < 0)
+        return UINT64_MAX;
+    return progress.total - progress.present - progress.removed;
 }
 
 static void report(const char *how)
 {
-    struct kuf_stats stats = { .size = sizeof(stats) };
+    struct kuf_stats_info stats = { .size = sizeof(stats) };
     if (kuf_stats(handler.kuf, &stats) < 0)
         refuse(NOT_SERVED, "kuf_stats: %s", kuf_error());
     printf("%s: %" PRIu64 " faults; KiB copied %" PRIu64 ", zeroed %" PRIu64 ", given back %" PRIu64 "\n", how,
            stats.faults, stats.bytes_copied / 1024, stats.bytes_zeroed / 1024, stats.bytes_removed / 1024);
 }
 
-/* Until Firecracker has ended, or does not need this any more. */
-static enum status serve(int signals)
+static void *close_filled(void *unused)
+{
+    (void)unused;
+    if (kuf_close(&handler.kuf, KUF_END_POPULATE | KUF_END_POISON) < 0)
+        refuse(NOT_SERVED, "kuf_close: %s", kuf_error());
+    atomic_store(&handler.stopped, true);
+    if (write(handler.wakeup, &(uint64_t){ 1 }, sizeof(uint64_t)) < 0)
+        note("eventfd: %s", strerror(errno));
+    return NULL;
+}
+
+/* Fills the missing pages until the next signal or the time limit. The library poisons pages that it cannot fill. */
+static enum status stop_serving(int signals, uint64_t limit_ms)
 {
     struct pollfd polls[] = {
         { .fd = handler.wakeup, .events = POLLIN },
         { .fd = signals, .events = POLLIN },
-        { .fd = handler.peer, .events = POLLIN }, /* -1 is not looked at; KUF_EVENT_GONE comes in any case */
+        { .fd = handler.peer, .events = POLLIN },
+    };
+    struct signalfd_siginfo signal;
+    uint64_t deadline = now_ms() + limit_ms, at_first = missing(), count;
+    pthread_t closing;
+    if (read(signals, &signal, sizeof(signal)) < 0)
+        refuse(BROKEN, "signalfd: %s", strerror(errno));
+    int error = pthread_create(&closing, NULL, close_filled, NULL);
+    if (error != 0)
+        refuse(BROKEN, "pthread_create: %s", strerror(error));
+    do {
+        uint64_t now = now_ms();
+        uint64_t left = now < deadline ? deadline - now : 0;
+        if (poll(polls, 3, left > INT32_MAX ? INT32_MAX : (int)left) < 0 && errno != EINTR)
+            refuse(BROKEN, "poll: %s", strerror(errno));
+        if (polls[2].revents != 0)
+            return ENDED;
+        if (left == 0 || polls[1].revents != 0)
+            refuse(UNFILLED, "ended before all memory was filled: %" PRIu64 " KiB were missing at the first signal; "
+                             "touching the rest of them blocks", at_first / 1024);
+        if (polls[0].revents != 0 && read(handler.wakeup, &count, sizeof(count)) < 0 && errno != EAGAIN)
+            refuse(BROKEN, "eventfd: %s", strerror(errno));
+    } while (!atomic_load(&handler.stopped));
+    if (atomic_load(&handler.lost))
+        return LOST;
+    printf("stopped: all memory is present\n");
+    return ENDED;
+}
+
+/* Serves until Firecracker ends or all its memory is present. */
+static enum status serve(int signals, uint64_t stop_ms)
+{
+    struct pollfd polls[] = {
+        { .fd = handler.wakeup, .events = POLLIN },
+        { .fd = signals, .events = POLLIN },
+        { .fd = handler.peer, .events = POLLIN }, /* poll ignores -1; KUF_EVENT_GONE is raised in any case */
     };
     for (;;) {
         if (poll(polls, 3, -1) < 0 && errno != EINTR)
@@ -773,26 +791,20 @@ static enum status serve(int signals)
 
         if (polls[2].revents != 0 || atomic_load(&handler.gone)) {
             report("Firecracker has ended");
-            return atomic_load(&handler.lost) ? LOST : ENDED; /* the handle goes with the process: nobody waits */
+            return atomic_load(&handler.lost) ? LOST : ENDED; /* without kuf_close: no thread waits for a page */
         }
         if (atomic_load(&handler.fatal))
             return NOT_SERVED;
-        if (atomic_load(&handler.lost) && handler.kill_peer)
+        if (atomic_load(&handler.lost) && handler.kill == KILL_ALWAYS)
             return LOST;
-        if (atomic_load(&handler.complete) && all_is_there()) {
-            report("all memory is there");
+        if (atomic_load(&handler.complete) && missing() == 0) {
+            report("all memory is present");
             if (kuf_close(&handler.kuf, 0) < 0)
                 refuse(NOT_SERVED, "kuf_close: %s", kuf_error());
             return atomic_load(&handler.lost) ? LOST : ENDED;
         }
-        if (polls[1].revents != 0) {
-            if (kuf_close(&handler.kuf, KUF_CLOSE_POPULATE | KUF_CLOSE_POISON) < 0)
-                refuse(NOT_SERVED, "kuf_close: %s", kuf_error());
-            if (atomic_load(&handler.lost))
-                return LOST;
-            printf("stopped: all memory is there\n");
-            return ENDED;
-        }
+        if (polls[1].revents != 0)
+            return stop_serving(signals, stop_ms);
     }
 }
 
@@ -810,12 +822,13 @@ int main(int argc, char **argv)
 {
     static const struct option names[] = {
         { "populate", optional_argument, NULL, 'p' }, { "timeout", required_argument, NULL, 't' },
-        { "uid", required_argument, NULL, 'u' },      { "kill", no_argument, NULL, 'k' },
+        { "uid", required_argument, NULL, 'u' },      { "stop", required_argument, NULL, 's' },
+        { "kill", no_argument, NULL, 'k' },           { "no-kill", no_argument, NULL, 'K' },
         { "help", no_argument, NULL, 'h' },           { NULL, 0, NULL, 0 },
     };
     bool populating = false;
-    double rate = 0, timeout = 60, uid = geteuid();
-    for (int c; (c = getopt_long(argc, argv, "p::t:u:kh", names, NULL)) != -1;) {
+    double rate = 0, timeout = 60, uid = geteuid(), stop_after = 30;
+    for (int c; (c = getopt_long(argc, argv, "p::t:u:s:kKh", names, NULL)) != -1;) {
         bool good = c != '?';
         switch (c) {
         case 'p':
@@ -828,8 +841,14 @@ int main(int argc, char **argv)
         case 'u':
             good = number(optarg, &uid, 0, UINT32_MAX - 1) && uid == (uid_t)uid;
             break;
+        case 's':
+            good = number(optarg, &stop_after, 0, 1e6);
+            break;
         case 'k':
-            handler.kill_peer = true;
+            handler.kill = KILL_ALWAYS;
+            break;
+        case 'K':
+            handler.kill = KILL_NEVER;
             break;
         case 'h':
             fputs(usage, stdout);
@@ -846,7 +865,7 @@ int main(int argc, char **argv)
     }
     handler.socket_path = argv[optind];
 
-    /* Before the library starts threads, which keep them blocked as well. */
+    /* Block the signals before the library starts its threads, which inherit this. */
     sigset_t ending;
     sigemptyset(&ending);
     sigaddset(&ending, SIGTERM);
@@ -862,16 +881,14 @@ int main(int argc, char **argv)
     printf("listening on %s\n", handler.socket_path);
     fflush(stdout);
 
-    static struct region regions[REGIONS_MAX];
-    size_t count = 0;
     uint64_t timeout_ms = (uint64_t)(timeout * 1000);
     int stream = accept_firecracker(listener, signals, timeout_ms, (uid_t)uid);
-    int uffd = receive_message(stream, signals, timeout_ms, regions, &count);
-    close(stream); /* nothing more is said on it */
-    check_layout(regions, count);
-    add_regions(regions, count, uffd);
-    close(uffd); /* the library has its own */
+    int uffd = receive_message(stream, signals, timeout_ms, handler.regions, &handler.count);
+    close(stream); /* the protocol has no further messages */
+    check_layout(handler.regions, handler.count);
+    add_regions(uffd);
+    close(uffd); /* the library has duplicated it */
     if (populating)
         populate((uint64_t)(rate * (double)MIB));
-    leave(serve(signals));
+    leave(serve(signals, (uint64_t)(stop_after * 1000)));
 }

@@ -1,23 +1,23 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * kvm_run_loop.c - the KVM_RUN loop of a VMM, with whatever mechanism this host has
+ * kvm_run_loop.c - the KVM_RUN loop of a VMM, for all mechanisms
  *
- * With userfaultfd a vCPU sleeps inside KVM_RUN until its page is there, and the loop needs nothing. With the two KVM
- * mechanisms it leaves KVM_RUN with KVM_EXIT_MEMORY_FAULT and its page is filled on its own thread: the loop calls
- * kuf_vcpu_fault, and the VMM keeps to a few rules about memslots. Everything else is the same for all three, so a VMM
- * has one loop for all kernels; this is one. Look for run_vcpu, plug, and the end of main.
+ * With userfaultfd, a vCPU sleeps inside KVM_RUN until its page is present, and the loop has nothing to do. With the
+ * two KVM mechanisms, KVM_RUN returns with KVM_EXIT_MEMORY_FAULT; the loop calls kuf_vcpu_fault, which fills the page
+ * on the vCPU's thread, and the VMM follows a few rules about memslots. All else is the same for the three, so that one
+ * loop is enough for all kernels. See run_vcpu, plug, and the end of main.
  *
- * The guest sums up some pages, has KVM itself read others (a string instruction, which KVM emulates), and leaves one
- * to a device. Half of its memory is plugged in while it runs. The VMM checks what the guest reports, and every byte.
+ * The guest sums up some pages, makes KVM read others (by a string instruction, which KVM emulates), and leaves one to
+ * a device. The VMM plugs in half of the memory while the guest runs. It checks the guest's reports and each byte.
  *
  * Build:  cc -O2 -pthread -o kvm_run_loop kvm_run_loop.c $(pkg-config --cflags --libs kuf)
  * Run:    ./kvm_run_loop [userfaultfd | bitmap | async]
  *
- * Without an argument it takes a KVM mechanism where the kernel has one, which no released kernel has.
+ * Without an argument it uses a KVM mechanism if the kernel has one; no released kernel does.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
-#include <kuf.h>
+#include <kuf-kvm.h>
 #include <linux/kvm.h>
 #include <pthread.h>
 #include <semaphore.h>
@@ -29,19 +29,22 @@
 
 static const char usage[] =
     "usage: kvm_run_loop [userfaultfd | bitmap | async]\n"
-    "Runs a small KVM guest on memory that is filled as it is touched. Without an argument: with a KVM mechanism\n"
-    "where the kernel has one, else with userfaultfd.\n";
+    "Runs a small KVM guest on memory that is filled on demand. Without an argument it uses a KVM mechanism if the\n"
+    "kernel has one, otherwise userfaultfd.\n";
 
 #if defined(__x86_64__)
 
-enum { VCPUS = 2, BANKS = 2, BANK_PAGES = 512, BANK_LEN = BANK_PAGES * PAGE, TEXT_LEN = 16, WATCHDOG_S = 60 };
+#include "long_mode.h"
 
-/* Guest physical memory: page tables and code, which are the VMM's own affair, and two banks that are the library's. */
+#define BANK_LEN (BANK_PAGES * PAGE)
+enum { VCPUS = 2, BANKS = 2, BANK_PAGES = 512, TEXT_LEN = 16, WATCHDOG_S = 60 };
+
+/* Guest physical memory: page tables and code, which the VMM fills itself, and two banks, which the library serves. */
 enum { PML4 = 0x1000, PDPT = 0x2000, PD = 0x3000, CODE = 0x8000, LOW_LEN = 0x10000, BANK_GPA = 0x200000 };
 
 enum { PORT_SUM = 0x500, PORT_TEXT, PORT_DEVICE, PORT_DONE };
 
-/* <linux/kvm.h> has these since Linux 6.8 or, those with USERFAULT in their names, not yet. */
+/* <linux/kvm.h> has these since Linux 6.8, but not yet those with USERFAULT in their names. */
 enum { EXIT_MEMORY_FAULT = 39, MEM_USERFAULT = 1 << 3 };
 
 struct memory_fault {
@@ -58,9 +61,9 @@ struct memslot {
 #define SET_MEMSLOT _IOW(KVMIO, 0x49, struct memslot) /* KVM_SET_USER_MEMORY_REGION2 */
 
 /*
- * The guest: rbx address of the first page, rbp how many, r8 bytes from one to the next. Of four pages it sums up two
- * and puts out the beginning of two; then it inverts a word, so that a page that is filled again is noticed. The last
- * page it leaves to the device.
+ * The guest: rbx is the address of the first page, rbp the number of pages, r8 the distance between two. Of each four
+ * pages it sums up two and puts out the beginning of two; then it inverts a word, so that the VMM detects a page that
+ * is filled again. It leaves the last page to the device.
  */
 extern const uint8_t guest_code[], guest_code_end[];
 __asm__(".pushsection .rodata\n"
@@ -103,7 +106,7 @@ struct vcpu {
     int fd;
     struct kvm_run *run;
     pthread_t thread;
-    /* What the guest has reported of the page it is at. */
+    /* The guest's report of the page it is working on. */
     uint64_t page;
     uint8_t report[TEXT_LEN];
     unsigned reported;
@@ -126,7 +129,7 @@ static uint64_t bank_gpa(unsigned bank)
     return BANK_GPA + (uint64_t)bank * BANK_LEN;
 }
 
-/* Where guest memory of a bank is for the VMM; NULL for all other addresses. */
+/* Returns the VMM's address of a guest address in a bank, or NULL. */
 static uint8_t *at_gpa(struct vmm *vmm, uint64_t gpa)
 {
     for (unsigned i = 0; i < BANKS; i++) {
@@ -138,16 +141,16 @@ static uint8_t *at_gpa(struct vmm *vmm, uint64_t gpa)
 
 /* ---- The library's side ---- */
 
-/* A VMM reads its snapshot here. Runs on service threads and, for exits, on the vCPU threads. */
+/* A VMM would read its snapshot here. It runs on service threads and, for vCPU exits, on the vCPU threads. */
 static int fill(void *opaque, struct kuf_fill *run)
 {
     (void)opaque;
     for (uint64_t at = 0; at < run->len; at += PAGE)
         pattern_write((uint8_t *)run->buf + at, (run->gpa + at - BANK_GPA) / PAGE);
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
-/* Memslots are changed elsewhere: KVM then waits for those who wait for pages, and this thread may be serving them. */
+/* Must not change memslots: KVM would wait for vCPUs that wait for pages, which this thread may have to serve. */
 static void event(void *opaque, const struct kuf_event *event)
 {
     struct vmm *vmm = opaque;
@@ -163,7 +166,7 @@ static void open_service(struct vmm *vmm, const char *wanted)
     static const uint32_t preferred[] = {
         KUF_MECHANISM_KVM_BITMAP, KUF_MECHANISM_KVM_ASYNC, KUF_MECHANISM_USERFAULTFD,
     };
-    struct kuf_probe probe = { .size = sizeof(probe) };
+    struct kuf_probe_info probe = { .size = sizeof(probe) };
     if (kuf_probe(vmm->vm, &probe) < 0)
         fail("kuf_probe: %s", kuf_error());
     for (unsigned i = 0; i < sizeof(preferred) / sizeof(preferred[0]) && vmm->mechanism == 0; i++) {
@@ -179,7 +182,6 @@ static void open_service(struct vmm *vmm, const char *wanted)
     struct kuf_options options = {
         .size = sizeof(options),
         .mechanism = vmm->mechanism,
-        .flags = KUF_OPEN_VM_FD,
         .vm_fd = vmm->vm,
         .fill = fill,
         .event = event,
@@ -202,7 +204,7 @@ static void set_memslot(struct vmm *vmm, uint32_t slot, uint64_t gpa, uint64_t l
 {
     struct memslot m = { .slot = slot, .gpa = gpa, .len = len, .hva = (uintptr_t)memory };
     if (bitmap == 0) {
-        /* The first fields are those of the older call, which every kernel has. */
+        /* The first fields are those of the older call, which all kernels have. */
         KVM_CALL(vmm->vm, KVM_SET_USER_MEMORY_REGION, &m);
         return;
     }
@@ -220,9 +222,9 @@ static void *map_memory(uint64_t len)
 }
 
 /*
- * Gives the guest a bank of memory. The service first, then the memslot: no vCPU may reach a page that is not kept from
- * it yet. With vCPUs that have run already, they are stopped when this is called, and nothing may wait for a page: on a
- * kernel with asynchronous userfaults KVM would wait for whoever does.
+ * Gives the guest a bank of memory: first to the service, then as a memslot, because no vCPU may reach memory that is
+ * not armed yet. If vCPUs have already run, stop them first, and let no thread wait for a page: with asynchronous
+ * userfaults KVM would wait for that thread.
  */
 static void plug(struct vmm *vmm, unsigned bank)
 {
@@ -234,8 +236,8 @@ static void plug(struct vmm *vmm, unsigned bank)
         .len = BANK_LEN,
         .hva = (uintptr_t)vmm->bank[bank],
     };
-    if (kuf_quiesce(vmm->kuf, -1) < 0)
-        fail("kuf_quiesce: %s", kuf_error());
+    if (kuf_kvm_quiesce(vmm->kuf, -1) < 0)
+        fail("kuf_kvm_quiesce: %s", kuf_error());
     if (kuf_add_memory(vmm->kuf, &memory) < 0)
         fail("kuf_add_memory: %s", kuf_error());
     if (vmm->mechanism == KUF_MECHANISM_KVM_BITMAP && kuf_kvm_bitmap(vmm->kuf, memory.gpa, &bitmap) < 0)
@@ -245,16 +247,16 @@ static void plug(struct vmm *vmm, unsigned bank)
 
 /* ---- vCPUs ---- */
 
-/* What the guest says of its pages, in the order in which it comes to them. */
+/* Checks the guest's reports of its pages, which arrive in the order of the pages. */
 static void guest_report(struct vcpu *vcpu, const uint8_t *data, size_t len, size_t wanted)
 {
     for (size_t i = 0; i < len; i++) {
-        uint64_t words[PAGE_WORDS], sum = 0;
+        uint64_t words[PAGE_MAX / 8], sum = 0;
         vcpu->report[vcpu->reported++] = data[i];
         if (vcpu->reported < wanted)
             continue;
         pattern_write(words, vcpu->page);
-        for (int word = 0; word < PAGE_WORDS; word++)
+        for (uint64_t word = 0; word < PAGE_WORDS; word++)
             sum += words[word];
         if (memcmp(vcpu->report, wanted == TEXT_LEN ? (void *)words : (void *)&sum, wanted) != 0)
             atomic_fetch_add(&vcpu->vmm->bad_reports, 1);
@@ -264,8 +266,8 @@ static void guest_report(struct vcpu *vcpu, const uint8_t *data, size_t len, siz
 }
 
 /*
- * A device that reads what the guest points it to. With asynchronous userfaults nothing but this keeps a thread of the
- * VMM's off a page that is not there yet; with the others it saves a fault.
+ * A device that reads a page of the guest's choice. With asynchronous userfaults the VMM's own threads must call
+ * kuf_ensure, because no fault stops them at an absent page; with the other mechanisms the call saves a fault.
  */
 static void device_read(struct vmm *vmm, uint64_t gpa)
 {
@@ -276,19 +278,19 @@ static void device_read(struct vmm *vmm, uint64_t gpa)
 }
 
 /*
- * Memory that could not be filled, and that the guest needs. A VMM injects a machine check with this address
- * (KVM_X86_SET_MCE), or stops the guest; running on without it is the one thing it cannot do.
+ * The guest needs a page that could not be filled. A VMM must inject a machine check with this address
+ * (KVM_X86_SET_MCE) or stop the guest; it must not let the guest continue without the page.
  */
 static _Noreturn void lost_memory(struct vcpu *vcpu, uint64_t gpa)
 {
     fail("vCPU %u needs the page at gpa 0x%llx, which is lost", vcpu->index, (unsigned long long)gpa);
 }
 
-/* KVM_RUN has failed with KVM_EXIT_MEMORY_FAULT. Returns when the vCPU can be run again. */
+/* Handles KVM_EXIT_MEMORY_FAULT. Returns when the vCPU can run again. */
 static void memory_fault(struct vcpu *vcpu)
 {
     struct memory_fault fault;
-    memcpy(&fault, &vcpu->run->hw, sizeof(fault)); /* kvm_run.memory_fault, where <linux/kvm.h> has it */
+    memcpy(&fault, &vcpu->run->hw, sizeof(fault)); /* kvm_run.memory_fault in newer headers */
     int result = kuf_vcpu_fault(vcpu->vmm->kuf, fault.gpa, fault.size, fault.flags);
     switch (result) {
     case 0:
@@ -297,12 +299,12 @@ static void memory_fault(struct vcpu *vcpu)
         lost_memory(vcpu, fault.gpa);
     case -ENOENT:
     case -ERANGE:
-        /* Not the library's memory, or not its doing (private memory that is touched as shared): as without it. */
+        /* Not the library's memory, or another reason (private memory touched as shared): as without libkuf. */
         fail("vCPU %u: memory fault at gpa 0x%llx, flags 0x%llx", vcpu->index, (unsigned long long)fault.gpa,
              (unsigned long long)fault.flags);
     case -ECANCELED:
     case -EBADF:
-        /* kuf_close has begun: a VMM whose vCPUs run on meanwhile stops them here. */
+        /* kuf_close has begun. A VMM whose vCPUs still run would stop them here. */
     default:
         fail("kuf_vcpu_fault: %s", kuf_error());
     }
@@ -313,7 +315,7 @@ static void run_vcpu(struct vcpu *vcpu)
     struct vmm *vmm = vcpu->vmm;
     struct kvm_run *run = vcpu->run;
     for (;;) {
-        /* Only together with this exit reason is EFAULT a page to be filled, and the exit reason is old otherwise. */
+        /* EFAULT means an absent page only with EXIT_MEMORY_FAULT. KVM may leave an old exit reason, so clear it. */
         run->exit_reason = KVM_EXIT_UNKNOWN;
         if (ioctl(vcpu->fd, KVM_RUN, 0) < 0 && errno != EINTR &&
             !((errno == EFAULT || errno == EHWPOISON) && run->exit_reason == EXIT_MEMORY_FAULT))
@@ -328,7 +330,7 @@ static void run_vcpu(struct vcpu *vcpu)
             memory_fault(vcpu);
             break;
         case KVM_EXIT_MMIO:
-            /* KVM's emulator takes memory that it cannot read for a device's. To answer would be to invent bytes. */
+            /* KVM's emulator reports a page that it cannot read as MMIO. The VMM must not invent bytes for it. */
             if (kuf_ensure(vmm->kuf, run->mmio.phys_addr, run->mmio.len, -1) == -EHWPOISON)
                 lost_memory(vcpu, run->mmio.phys_addr);
             fail("vCPU %u: no device at 0x%llx", vcpu->index, (unsigned long long)run->mmio.phys_addr);
@@ -348,35 +350,18 @@ static void run_vcpu(struct vcpu *vcpu)
     }
 }
 
-/*
- * Long mode, at the start of the guest: in user mode, which every KVM runs natively, also one that has to emulate a
- * guest's kernel, and with the I/O privilege level that lets user mode write to ports.
- */
+/* Puts the vCPU into long mode at the start of the guest. */
 static void reset_vcpu(struct vcpu *vcpu, unsigned bank)
 {
-    enum { CR0_PE = 1, CR0_ET = 1 << 4, CR0_NE = 1 << 5, CR0_WP = 1 << 16, CR4_PAE = 1 << 5 };
-    enum { EFER_LME = 1 << 8, EFER_LMA = 1 << 10 };
-    enum { USER = 3, RFLAGS_RESERVED = 1 << 1, RFLAGS_IOPL_USER = USER << 12 };
-    struct kvm_segment code = {
-        .limit = ~0u, .selector = 8 | USER, .type = 11, .present = 1, .dpl = USER, .s = 1, .l = 1, .g = 1,
-    };
-    struct kvm_segment data = {
-        .limit = ~0u, .selector = 16 | USER, .type = 3, .present = 1, .dpl = USER, .s = 1, .db = 1, .g = 1,
-    };
     struct kvm_sregs sregs;
     KVM_CALL(vcpu->fd, KVM_GET_SREGS, &sregs);
-    sregs.cs = code;
-    sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data;
-    sregs.cr0 = UINT64_C(1) << 31 | CR0_WP | CR0_NE | CR0_ET | CR0_PE;
-    sregs.cr3 = PML4;
-    sregs.cr4 = CR4_PAE;
-    sregs.efer = EFER_LMA | EFER_LME;
+    long_mode_enter(&sregs, PML4);
     KVM_CALL(vcpu->fd, KVM_SET_SREGS, &sregs);
 
     vcpu->page = (uint64_t)bank * BANK_PAGES + vcpu->index;
     struct kvm_regs regs = {
         .rip = CODE,
-        .rflags = RFLAGS_RESERVED | RFLAGS_IOPL_USER,
+        .rflags = LONG_MODE_RFLAGS,
         .rbx = BANK_GPA + vcpu->page * PAGE,
         .rbp = BANK_PAGES / VCPUS,
         .r8 = VCPUS * PAGE,
@@ -389,7 +374,7 @@ static void *vcpu_main(void *argument)
     struct vcpu *vcpu = argument;
     for (unsigned bank = 0; bank < BANKS; bank++) {
         if (bank > 0) {
-            /* Stopped, as for any change of memslots. */
+            /* The vCPUs stop for each change of memslots. */
             pthread_barrier_wait(&vcpu->vmm->stopped);
             pthread_barrier_wait(&vcpu->vmm->plugged);
         }
@@ -420,20 +405,16 @@ static void add_vcpu(struct vmm *vmm, unsigned index)
         fail("mmap of kvm_run: %s", strerror(errno));
 }
 
-/* Guest code, and page tables that map the first GiB onto itself in large pages. */
+/* Loads the guest's code and page tables. */
 static void load_guest(struct vmm *vmm)
 {
-    enum { PRESENT_WRITABLE_USER = 7, LARGE = 0x80 };
     vmm->low = map_memory(LOW_LEN);
-    ((uint64_t *)(vmm->low + PML4))[0] = PDPT | PRESENT_WRITABLE_USER;
-    ((uint64_t *)(vmm->low + PDPT))[0] = PD | PRESENT_WRITABLE_USER;
-    for (uint64_t i = 0; i < 512; i++)
-        ((uint64_t *)(vmm->low + PD))[i] = i << 21 | LARGE | PRESENT_WRITABLE_USER;
+    long_mode_tables(vmm->low, PML4, PDPT, PD);
     memcpy(vmm->low + CODE, guest_code, (size_t)(guest_code_end - guest_code));
     set_memslot(vmm, 0, 0, LOW_LEN, vmm->low, 0);
 }
 
-/* The guest has inverted the first word of each page, but for those that it left to the device. */
+/* The guest has inverted the first word of each page except those that it left to the device. */
 static unsigned check_memory(struct vmm *vmm)
 {
     unsigned bad = 0;
@@ -464,7 +445,7 @@ int main(int argc, char **argv)
     pthread_barrier_init(&vmm.plugged, NULL, VCPUS + 1);
     sem_init(&vmm.complete, 0, 0);
 
-    /* Memory is armed before there are vCPUs, whose MSRs may have KVM look up pages and hold on to them. */
+    /* Arm the memory before creating vCPUs: setting MSRs may make KVM look up pages and keep them. */
     open_service(&vmm, wanted);
     load_guest(&vmm);
     plug(&vmm, 0);
@@ -477,7 +458,7 @@ int main(int argc, char **argv)
     plug(&vmm, 1);
     pthread_barrier_wait(&vmm.plugged);
 
-    /* Complete: no bit is set any more, and without the flag KVM can map huge pages. Before kuf_close in any case. */
+    /* A complete bank has no bit set; without KVM_MEM_USERFAULT KVM can map huge pages. Do this before kuf_close. */
     for (unsigned i = 0; i < BANKS; i++) {
         while (sem_wait(&vmm.complete) < 0)
             ;
@@ -485,7 +466,7 @@ int main(int argc, char **argv)
     for (unsigned i = 0; i < BANKS && vmm.mechanism == KUF_MECHANISM_KVM_BITMAP; i++)
         set_memslot(&vmm, 1 + i, bank_gpa(i), BANK_LEN, vmm.bank[i], 0);
 
-    struct kuf_stats stats = { .size = sizeof(stats) };
+    struct kuf_stats_info stats = { .size = sizeof(stats) };
     kuf_stats(vmm.kuf, &stats);
     for (unsigned i = 0; i < VCPUS; i++)
         pthread_join(vmm.vcpu[i].thread, NULL);
@@ -497,9 +478,9 @@ int main(int argc, char **argv)
     printf("other faults  %llu\n", (unsigned long long)stats.faults);
     printf("bad pages     %u, bad reports of the guest %u\n", bad, atomic_load(&vmm.bad_reports));
     if (bad > 0 || atomic_load(&vmm.bad_reports) > 0)
-        fail("the guest did not see what it had to see");
+        fail("the guest found wrong bytes");
     if ((vmm.mechanism != KUF_MECHANISM_USERFAULTFD) != (stats.vcpu_faults > 0))
-        fail("vCPUs were not served in the way of this mechanism");
+        fail("the number of vCPU exits does not fit the mechanism");
     return EXIT_SUCCESS;
 }
 

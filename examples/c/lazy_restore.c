@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * lazy_restore.c - restores a virtual machine from a snapshot at once and fills its memory while it runs
+ * lazy_restore.c - restores a virtual machine from a snapshot and fills its memory while it runs
  *
- * A small KVM guest builds data and is snapshotted to a file: registers and memory. The snapshot is restored twice.
- * Eagerly: read the whole memory, then run. Lazily: run, and read each page when the guest first touches it, with a
- * populate request behind for the rest. Both guests check every page, and the program compares what they report and
- * shows what each way cost. It exits 0 when both guests found every byte in its place.
+ * A small KVM guest builds data, and the program writes its registers and memory to a snapshot file. Then it restores
+ * the snapshot twice. Eagerly: it reads the whole memory, then runs the guest. Lazily: it runs the guest and reads each
+ * page at its first touch, while a populate request fills the rest. Both guests check each page; the program compares
+ * their reports and prints the cost of both ways. It exits with 0 if both guests found the right bytes.
  *
  * Build:  cc -O2 -pthread -o lazy_restore lazy_restore.c lazy_restore_guest.S $(pkg-config --cflags --libs kuf)
  * Run:    ./lazy_restore            (--help lists the options)
  *
- * Without /dev/kvm it says so, and threads of this process stand in for the vCPUs.
+ * Without /dev/kvm it prints a note, and threads of this process take the place of the vCPUs.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -24,21 +24,22 @@
 #include "example.h"
 #include "lazy_restore_guest.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) || defined(__aarch64__)
+#define HAS_GUEST
 #include <linux/kvm.h>
 #endif
 
-enum { VCPUS_MAX = 4, IMAGE_MEMORY = 4 * PAGE, WATCHDOG_S = 60 };
+enum { VCPUS_MAX = 4, IMAGE_MEMORY = 16384, WATCHDOG_S = 60 };
 
 static const char usage[] =
     "usage: lazy_restore [options]\n"
     "Restores a KVM guest lazily from a snapshot file and compares that with an eager restore.\n"
-    "  --memory MiB    data the guest builds and checks, 64 to 1022 (default 128)\n"
+    "  --memory MiB    size of the data that the guest builds and checks, 16 to 1022 (default 128)\n"
     "  --vcpus N       vCPUs, 1 to 4 (default 2)\n"
     "  --no-populate   fill only what the guest touches\n"
     "  --rate MiB/s    rate limit of populate (default: none)\n"
-    "  --thread        threads stand in for the vCPUs, as without /dev/kvm\n"
-    "  --file PATH     where to write the snapshot, which is kept (default: a temporary file)\n";
+    "  --thread        use threads in place of vCPUs, as without /dev/kvm\n"
+    "  --file PATH     write the snapshot to PATH and keep it (default: a temporary file)\n";
 
 struct options {
     uint64_t data;
@@ -49,7 +50,7 @@ struct options {
     const char *file;
 };
 
-/* ---- The machine: memory and vCPUs, as every VMM has them ---- */
+/* ---- The machine: memory and vCPUs, as in any VMM ---- */
 
 struct vcpu {
     struct machine *machine;
@@ -57,7 +58,7 @@ struct vcpu {
     int fd;
     struct kvm_run *run;
     pthread_t thread;
-    /* What the guest reported. */
+    /* The guest's report. */
     uint64_t first_ns;
     uint64_t done_ns;
     uint64_t bad_pages;
@@ -66,11 +67,12 @@ struct vcpu {
 
 struct machine {
     int kvm;
-    int vm; /* -1: threads stand in for the vCPUs */
+    int vm; /* -1: threads in place of vCPUs */
     size_t run_size;
     uint8_t *memory;
     uint64_t len;
     uint64_t data_pages;
+    uint64_t page_words;
     struct kuf *kuf;
     bool restored;
     uint64_t made_ns;
@@ -79,7 +81,7 @@ struct machine {
     struct vcpu vcpu[VCPUS_MAX];
 };
 
-/* A write of the guest to one of its ports. Returns whether this vCPU stops here. */
+/* Handles a write of the guest to a port. Returns whether the vCPU stops at it. */
 static bool guest_report(struct vcpu *vcpu, uint16_t port, uint32_t value)
 {
     switch (port) {
@@ -101,21 +103,13 @@ static bool guest_report(struct vcpu *vcpu, uint16_t port, uint32_t value)
         vcpu->done_ns = now_ns();
         return true;
     default:
-        fail("vCPU %u writes to port 0x%x, which nobody has", vcpu->index, port);
+        fail("vCPU %u wrote to the unknown port 0x%x", vcpu->index, port);
     }
 }
 
 /* ---- KVM ---- */
 
-#if defined(__x86_64__)
-
-/* The guest sets up no interrupts, SSE or MSRs, so this is all the state a vCPU of it has. A general VMM saves more. */
-struct vcpu_state {
-    struct kvm_regs regs;
-    struct kvm_sregs sregs;
-    struct kvm_fpu fpu;
-    struct kvm_vcpu_events events;
-};
+#if defined(HAS_GUEST)
 
 extern const uint8_t guest_code[], guest_code_end[];
 
@@ -126,7 +120,13 @@ static void kvm_call(int fd, unsigned long request, void *argument, const char *
 }
 #define KVM_CALL(fd, request, argument) kvm_call(fd, request, argument, #request)
 
-/* Returns NULL, or why this host runs no KVM guest. */
+#if defined(__x86_64__)
+#include "lazy_restore_x86_64.h"
+#else
+#include "lazy_restore_arm64.h"
+#endif
+
+/* Returns NULL, or the reason why this host cannot run a KVM guest. */
 static const char *kvm_open(struct machine *machine)
 {
     machine->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
@@ -134,7 +134,7 @@ static const char *kvm_open(struct machine *machine)
         return strerror(errno);
     if (ioctl(machine->kvm, KVM_GET_API_VERSION, 0) != KVM_API_VERSION)
         return "unknown version of the KVM API";
-    machine->vm = ioctl(machine->kvm, KVM_CREATE_VM, 0);
+    machine->vm = ioctl(machine->kvm, KVM_CREATE_VM, kvm_machine_type(machine->kvm));
     return machine->vm < 0 ? strerror(errno) : NULL;
 }
 
@@ -150,16 +150,10 @@ static void kvm_add_memory(struct machine *machine)
 
 static void kvm_add_vcpu(struct machine *machine, struct vcpu *vcpu)
 {
-    union {
-        struct kvm_cpuid2 list;
-        uint8_t room[sizeof(struct kvm_cpuid2) + 256 * sizeof(struct kvm_cpuid_entry2)];
-    } cpuid = { .list = { .nent = 256 } };
-
     vcpu->fd = ioctl(machine->vm, KVM_CREATE_VCPU, (unsigned long)vcpu->index);
     if (vcpu->fd < 0)
         fail("KVM_CREATE_VCPU: %s", strerror(errno));
-    KVM_CALL(machine->kvm, KVM_GET_SUPPORTED_CPUID, &cpuid);
-    KVM_CALL(vcpu->fd, KVM_SET_CPUID2, &cpuid);
+    kvm_init_vcpu(machine, vcpu);
 
     int size = ioctl(machine->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
     machine->run_size = size < 0 ? 0 : (size_t)size;
@@ -168,80 +162,25 @@ static void kvm_add_vcpu(struct machine *machine, struct vcpu *vcpu)
         fail("mmap of kvm_run: %s", strerror(errno));
 }
 
-/* Guest code, and page tables that map the first GiB onto itself in large pages. */
 static void kvm_load_guest(struct machine *machine)
 {
-    enum { PRESENT_WRITABLE_USER = 7, LARGE = 0x80 };
-    uint64_t *pml4 = (uint64_t *)(machine->memory + GUEST_PML4);
-    uint64_t *pdpt = (uint64_t *)(machine->memory + GUEST_PDPT);
-    uint64_t *pd = (uint64_t *)(machine->memory + GUEST_PD);
-    pml4[0] = GUEST_PDPT | PRESENT_WRITABLE_USER;
-    pdpt[0] = GUEST_PD | PRESENT_WRITABLE_USER;
-    for (uint64_t i = 0; i < 512; i++)
-        pd[i] = i << 21 | LARGE | PRESENT_WRITABLE_USER;
+    kvm_map_guest(machine->memory);
     memcpy(machine->memory + GUEST_CODE, guest_code, (size_t)(guest_code_end - guest_code));
-}
-
-/*
- * Puts a fresh vCPU into long mode at the start of the guest: in user mode, which every KVM runs natively, also one
- * that has to emulate a guest's kernel, and with the I/O privilege level that lets user mode write to ports.
- */
-static void kvm_reset_vcpu(struct machine *machine, struct vcpu *vcpu)
-{
-    enum { CR0_PE = 1, CR0_ET = 1 << 4, CR0_NE = 1 << 5, CR0_WP = 1 << 16, CR4_PAE = 1 << 5 };
-    enum { EFER_LME = 1 << 8, EFER_LMA = 1 << 10 };
-    enum { USER = 3, RFLAGS_RESERVED = 1 << 1, RFLAGS_IOPL_USER = USER << 12 };
-    struct kvm_segment code = {
-        .limit = ~0u, .selector = 8 | USER, .type = 11, .present = 1, .dpl = USER, .s = 1, .l = 1, .g = 1,
-    };
-    struct kvm_segment data = {
-        .limit = ~0u, .selector = 16 | USER, .type = 3, .present = 1, .dpl = USER, .s = 1, .db = 1, .g = 1,
-    };
-    struct kvm_sregs sregs;
-    KVM_CALL(vcpu->fd, KVM_GET_SREGS, &sregs);
-    sregs.cs = code;
-    sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data;
-    sregs.cr0 = UINT64_C(1) << 31 | CR0_WP | CR0_NE | CR0_ET | CR0_PE;
-    sregs.cr3 = GUEST_PML4;
-    sregs.cr4 = CR4_PAE;
-    sregs.efer = EFER_LMA | EFER_LME;
-    KVM_CALL(vcpu->fd, KVM_SET_SREGS, &sregs);
-
-    struct kvm_regs regs = {
-        .rip = GUEST_CODE,
-        .rflags = RFLAGS_RESERVED | RFLAGS_IOPL_USER,
-        .rdi = GUEST_DATA,
-        .rsi = machine->data_pages,
-        .r8 = vcpu->index,
-        .r9 = machine->vcpus,
-    };
-    KVM_CALL(vcpu->fd, KVM_SET_REGS, &regs);
 }
 
 static void kvm_save_vcpu(struct vcpu *vcpu, struct vcpu_state *state)
 {
-    /* The port write that stopped the vCPU is only over when KVM_RUN was entered once more. */
+    /* KVM completes the port write only at the next KVM_RUN. */
     vcpu->run->immediate_exit = 1;
     if (ioctl(vcpu->fd, KVM_RUN, 0) == 0 || errno != EINTR)
-        fail("KVM_RUN ran a vCPU that was to stand still");
+        fail("KVM_RUN ran a vCPU despite immediate_exit");
     vcpu->run->immediate_exit = 0;
-    KVM_CALL(vcpu->fd, KVM_GET_REGS, &state->regs);
-    KVM_CALL(vcpu->fd, KVM_GET_SREGS, &state->sregs);
-    KVM_CALL(vcpu->fd, KVM_GET_FPU, &state->fpu);
-    KVM_CALL(vcpu->fd, KVM_GET_VCPU_EVENTS, &state->events);
-}
-
-static void kvm_restore_vcpu(struct vcpu *vcpu, struct vcpu_state *state)
-{
-    KVM_CALL(vcpu->fd, KVM_SET_SREGS, &state->sregs);
-    KVM_CALL(vcpu->fd, KVM_SET_REGS, &state->regs);
-    KVM_CALL(vcpu->fd, KVM_SET_FPU, &state->fpu);
-    KVM_CALL(vcpu->fd, KVM_SET_VCPU_EVENTS, &state->events);
+    kvm_get_state(vcpu, state);
 }
 
 /*
- * With userfaultfd, KVM_RUN does not return for a fault: the vCPU thread sleeps in the kernel until the page is there.
- * With the KVM mechanisms it returns with this exit, for which <linux/kvm.h> has a name since Linux 6.8.
+ * With userfaultfd, KVM_RUN does not return for a fault: the vCPU thread sleeps in the kernel until the page is
+ * present. With the KVM mechanisms KVM_RUN returns with this exit, which <linux/kvm.h> names since Linux 6.8.
  */
 static bool kvm_memory_fault(struct vcpu *vcpu)
 {
@@ -257,7 +196,7 @@ static bool kvm_memory_fault(struct vcpu *vcpu)
 
 static void kvm_run_vcpu(struct vcpu *vcpu)
 {
-    struct kvm_run *run = vcpu->run;
+    uint16_t port;
     uint32_t value;
     do {
         while (ioctl(vcpu->fd, KVM_RUN, 0) < 0) {
@@ -265,10 +204,9 @@ static void kvm_run_vcpu(struct vcpu *vcpu)
             if (error != EINTR && !kvm_memory_fault(vcpu))
                 fail("KVM_RUN of vCPU %u: %s", vcpu->index, strerror(error));
         }
-        if (run->exit_reason != KVM_EXIT_IO || run->io.size != sizeof(value))
-            fail("vCPU %u stops with exit reason %u", vcpu->index, run->exit_reason);
-        memcpy(&value, (const uint8_t *)run + run->io.data_offset, sizeof(value));
-    } while (!guest_report(vcpu, run->io.port, value));
+        if (!kvm_port_write(vcpu->run, &port, &value))
+            fail("vCPU %u stops with exit reason %u", vcpu->index, vcpu->run->exit_reason);
+    } while (!guest_report(vcpu, port, value));
 }
 
 static void kvm_close(struct machine *machine)
@@ -281,7 +219,7 @@ static void kvm_close(struct machine *machine)
     close(machine->kvm);
 }
 
-#else /* KVM guests of other architectures: threads stand in */
+#else /* no KVM guest for other architectures: threads in place of vCPUs */
 
 struct vcpu_state {
     uint64_t none;
@@ -304,7 +242,7 @@ static void kvm_close(struct machine *machine) { (void)machine; }
 
 #endif
 
-/* ---- Threads in place of vCPUs: the same work as lazy_restore_guest.S, reported through the same ports ---- */
+/* ---- Threads in place of vCPUs: the same work and the same reports as lazy_restore_guest.S ---- */
 
 static void thread_build(struct vcpu *vcpu)
 {
@@ -325,7 +263,7 @@ static void thread_check(struct vcpu *vcpu)
         uint64_t page = scattered(i, machine->data_pages);
         volatile uint64_t *words = (volatile uint64_t *)(machine->memory + GUEST_DATA + page * PAGE);
         bad += !pattern_matches((const void *)words, page);
-        for (int word = 0; word < PAGE_WORDS; word++)
+        for (uint64_t word = 0; word < machine->page_words; word++)
             sum += words[word];
         words[0] = ~words[0];
     }
@@ -340,7 +278,7 @@ static void thread_check(struct vcpu *vcpu)
     guest_report(vcpu, PORT_DONE, 0);
 }
 
-/* ---- What both kinds of machine do ---- */
+/* ---- Common to both kinds of machine ---- */
 
 static void machine_add_kvm(struct machine *machine)
 {
@@ -352,7 +290,7 @@ static void machine_add_kvm(struct machine *machine)
         kvm_add_vcpu(machine, &machine->vcpu[i]);
 }
 
-/* A machine with new memory that nobody has touched. */
+/* Creates a machine with new, untouched memory. */
 static void machine_open(struct machine *machine, const struct options *options)
 {
     *machine = (struct machine){
@@ -360,12 +298,13 @@ static void machine_open(struct machine *machine, const struct options *options)
         .vm = -1,
         .len = GUEST_DATA + options->data,
         .data_pages = options->data / PAGE,
+        .page_words = PAGE_WORDS,
         .vcpus = options->vcpus,
     };
     void *memory = mmap(NULL, machine->len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
         fail("mmap of guest memory: %s", strerror(errno));
-    /* A child of this process would read zeroes where the parent's memory is not filled yet. */
+    /* A child process would read zeroes from pages that are not filled yet. */
     madvise(memory, machine->len, MADV_DONTFORK);
     machine->memory = memory;
 
@@ -412,7 +351,7 @@ static void machine_join(struct machine *machine)
         pthread_join(machine->vcpu[i].thread, NULL);
 }
 
-/* ---- The snapshot file: this header, then from IMAGE_MEMORY on the whole memory ---- */
+/* ---- The snapshot file: this header, then the whole memory at IMAGE_MEMORY ---- */
 
 struct snapshot {
     char magic[8];
@@ -421,11 +360,11 @@ struct snapshot {
     uint32_t reserved;
     struct vcpu_state vcpu[VCPUS_MAX];
 };
-_Static_assert(sizeof(struct snapshot) <= IMAGE_MEMORY, "the header has no room in the file");
+_Static_assert(sizeof(struct snapshot) <= IMAGE_MEMORY, "the header overlaps the memory in the file");
 
 static const char snapshot_magic[8] = "lazyrst";
 
-/* Returns 0, or -errno: never 0 with less than all the bytes. */
+/* Returns 0 after reading all bytes, otherwise -errno. */
 static int read_fully(int file, void *buffer, uint64_t len, uint64_t offset)
 {
     uint8_t *at = buffer;
@@ -436,7 +375,7 @@ static int read_fully(int file, void *buffer, uint64_t len, uint64_t offset)
         if (n < 0)
             return -errno;
         if (n == 0)
-            return -EIO; /* the file is too short: what is missing must not become zeroes */
+            return -EIO; /* the file is too short: missing bytes must not become zeroes */
         at += n;
         offset += (uint64_t)n;
         len -= (uint64_t)n;
@@ -470,7 +409,7 @@ static void snapshot_save(struct machine *machine, int file)
     write_fully(file, machine->memory, machine->len, IMAGE_MEMORY);
 }
 
-/* Restores the vCPUs, and no memory. */
+/* Restores the vCPUs but no memory. */
 static void snapshot_restore_vcpus(struct machine *machine, int file)
 {
     struct snapshot snapshot;
@@ -479,7 +418,7 @@ static void snapshot_restore_vcpus(struct machine *machine, int file)
         fail("reading the snapshot: %s", strerror(-error));
     if (memcmp(snapshot.magic, snapshot_magic, sizeof(snapshot.magic)) != 0 || snapshot.memory != machine->len ||
         snapshot.vcpus != machine->vcpus)
-        fail("the snapshot is not of this machine");
+        fail("the snapshot is of another machine");
     if (machine->vm >= 0)
         for (unsigned i = 0; i < machine->vcpus; i++)
             kvm_restore_vcpu(&machine->vcpu[i], &snapshot.vcpu[i]);
@@ -515,7 +454,7 @@ static int snapshot_create(const struct options *options)
     return file;
 }
 
-/* ---- What a restored guest reported ---- */
+/* ---- The report of a restored guest ---- */
 
 struct outcome {
     uint64_t made_ns;
@@ -525,7 +464,7 @@ struct outcome {
     uint64_t sum;
 };
 
-/* Adds up the vCPUs' reports; times are from start on. */
+/* Adds up the vCPUs' reports. Times count from `start`. */
 static struct outcome machine_outcome(const struct machine *machine, uint64_t start)
 {
     struct outcome outcome = { .made_ns = machine->made_ns - start, .first_ns = UINT64_MAX };
@@ -554,13 +493,13 @@ static uint64_t expected_sum(uint64_t pages)
     uint64_t sum = 0;
     for (uint64_t page = 0; page < pages; page++) {
         uint64_t word = pattern_seed(page);
-        for (int i = 0; i < PAGE_WORDS; i++)
+        for (uint64_t i = 0, words = PAGE_WORDS; i < words; i++)
             sum += word = pattern_next(word);
     }
     return sum;
 }
 
-/* ---- The eager restore: all memory first ---- */
+/* ---- The eager restore: read all memory first ---- */
 
 static struct outcome restore_eagerly(const struct options *options, int file)
 {
@@ -588,15 +527,15 @@ struct source {
 };
 
 /*
- * The fill callback: the bytes of a run of pages from the file. Several threads are in here at once. The library copies
- * buf into the guest in one step, so that no vCPU sees half a page; after a failure it asks for single pages, and poisons those
- * that fail again.
+ * The fill callback: reads a run of pages from the file. Several threads call it at once. The library installs buf in
+ * one step, so that no vCPU sees half a page. After a failure it asks for single pages and poisons those that fail
+ * again.
  */
 static int fill_from_file(void *opaque, struct kuf_fill *fill)
 {
     const struct source *source = opaque;
     int error = read_fully(source->file, fill->buf, fill->len, IMAGE_MEMORY + fill->memory_offset);
-    return error < 0 ? error : KUF_FILLED;
+    return error < 0 ? error : KUF_FILL_DONE;
 }
 
 static void event(void *opaque, const struct kuf_event *event)
@@ -609,7 +548,7 @@ static void event(void *opaque, const struct kuf_event *event)
         atomic_store(&source->populated, true);
         break;
     case KUF_EVENT_POISONED:
-    case KUF_EVENT_CLOSED_OFF:
+    case KUF_EVENT_INACCESSIBLE:
     case KUF_EVENT_FATAL:
         atomic_store(&source->error, event->error != 0 ? event->error : -EIO);
         fprintf(stderr, "lost: %s\n", event->text);
@@ -627,12 +566,8 @@ static void serve_memory(struct machine *machine, struct source *source)
         .event = event,
         .opaque = source,
     };
-    if (machine->vm >= 0) {
-        options.flags = KUF_OPEN_VM_FD;
-        options.vm_fd = machine->vm;
-    } else {
-        options.flags = KUF_OPEN_USER_MODE_ONLY; /* enough for threads, which need no privilege then */
-    }
+    if (machine->vm < 0)
+        options.flags = KUF_OPEN_USER_MODE_ONLY; /* enough for threads, and needs no privilege */
     int result = kuf_open(&options, &machine->kuf);
     check_open(result, kuf_error());
 
@@ -646,11 +581,11 @@ static void serve_memory(struct machine *machine, struct source *source)
         fail("kuf_add_memory: %s", kuf_error());
 }
 
-/* Draws the bar anew on a terminal; elsewhere a line for each quarter. */
+/* Redraws the bar on a terminal; otherwise prints a line for each quarter. */
 static void show_progress(struct kuf *kuf)
 {
     static int quarter = -1;
-    struct kuf_progress progress = { .size = sizeof(progress) };
+    struct kuf_progress_info progress = { .size = sizeof(progress) };
     if (kuf_progress(kuf, KUF_ALL, &progress) < 0)
         fail("kuf_progress: %s", kuf_error());
     int percent = (int)(progress.present * 100 / progress.total);
@@ -695,18 +630,18 @@ static void show_block_times(struct kuf *kuf)
                (double)times[i].total_ns / 1e6, (unsigned long long)times[i].faults, (double)times[i].max_ns / 1e6);
 }
 
-/* Shows the counters. Fails unless pages came both ways that were asked for. */
+/* Shows the counters. Fails unless pages were filled on demand and, if requested, by populate. */
 static void show_stats(struct kuf *kuf, const struct options *options)
 {
-    struct kuf_stats stats = { .size = sizeof(stats) };
+    struct kuf_stats_info stats = { .size = sizeof(stats) };
     if (kuf_stats(kuf, &stats) < 0)
         fail("kuf_stats: %s", kuf_error());
     uint64_t filled = stats.bytes_copied + stats.bytes_zeroed + stats.bytes_in_place;
     uint64_t demand = filled - stats.bytes_populated;
-    printf("faults        %llu (%llu of them for a page already asked for); fill callbacks: %llu\n",
+    printf("faults        %llu (%llu of them for a page already requested); fill callbacks: %llu\n",
            (unsigned long long)stats.faults, (unsigned long long)(stats.faults_joined + stats.faults_late),
            (unsigned long long)stats.fills);
-    printf("filled        by demand %.1f MiB, by populate %.1f MiB\n", (double)demand / (double)MIB,
+    printf("filled        on demand %.1f MiB, by populate %.1f MiB\n", (double)demand / (double)MIB,
            (double)stats.bytes_populated / (double)MIB);
     show_block_times(kuf);
     show_histogram("wait for a page, from reading the fault", &stats.blocked);
@@ -715,7 +650,7 @@ static void show_stats(struct kuf *kuf, const struct options *options)
     if (stats.faults == 0 || demand == 0)
         fail("no page was filled on demand");
     if (options->populate && filled < GUEST_DATA + options->data)
-        fail("populate has ended with only %llu bytes filled", (unsigned long long)filled);
+        fail("populate ended with only %llu bytes filled", (unsigned long long)filled);
 }
 
 static struct outcome restore_lazily(const struct options *options, int file)
@@ -724,12 +659,12 @@ static struct outcome restore_lazily(const struct options *options, int file)
     struct machine machine;
     uint64_t start = now_ns();
     machine_open(&machine, options);
-    /* First the service, then the vCPUs' state: KVM may read guest memory as soon as a vCPU has state. */
+    /* Start the service before restoring the vCPUs: KVM may read guest memory as soon as a vCPU has state. */
     serve_memory(&machine, &source);
     snapshot_restore_vcpus(&machine, file);
     machine_start(&machine);
 
-    struct kuf_populate populate = { .size = sizeof(populate), .gpa = KUF_ALL, .rate = options->rate };
+    struct kuf_populate_request populate = { .size = sizeof(populate), .gpa = KUF_ALL, .rate = options->rate };
     if (options->populate && kuf_populate(machine.kuf, &populate) < 0)
         fail("kuf_populate: %s", kuf_error());
     while (atomic_load(&machine.running) > 0 || (options->populate && !atomic_load(&source.populated))) {
@@ -746,20 +681,20 @@ static struct outcome restore_lazily(const struct options *options, int file)
     show_stats(machine.kuf, options);
     if (atomic_load(&source.error) != 0)
         fail("pages were lost: %s", strerror(-atomic_load(&source.error)));
-    /* Without populate there are pages that the guest has never touched: a close that leaves them open is refused. */
-    if (kuf_close(&machine.kuf, KUF_CLOSE_POPULATE) < 0)
+    /* Without populate, some pages are still absent; kuf_close refuses to leave absent pages without a flag. */
+    if (kuf_close(&machine.kuf, KUF_END_POPULATE) < 0)
         fail("kuf_close: %s", kuf_error());
     machine_close(&machine);
     return outcome;
 }
 
 /*
- * The guest, or a thread in its place, has touched a page that could not be filled and is poisoned. A VMM would inject a
- * machine check into the guest; here it is the end.
+ * The guest, or a thread in its place, has touched a page that is poisoned because it could not be filled. A VMM would
+ * inject a machine check into the guest; this example ends.
  */
 static void memory_is_lost(int signal)
 {
-    static const char text[] = "lazy_restore: FAIL: the guest has touched a page that could not be read from the file\n";
+    static const char text[] = "lazy_restore: FAIL: the guest touched a page that could not be read from the file\n";
     (void)signal;
     if (write(STDERR_FILENO, text, sizeof(text) - 1) < 0)
         _exit(EXIT_FAILURE);
@@ -789,7 +724,7 @@ static struct options parse(int argc, char **argv)
     struct options options = { .data = 128 * MIB, .vcpus = 2, .populate = true };
     for (int c; (c = getopt_long(argc, argv, "h", names, NULL)) != -1;) {
         switch (c) {
-        case 'm': options.data = number(optarg, 64, 1022) * MIB; break;
+        case 'm': options.data = number(optarg, 16, 1022) * MIB; break;
         case 'v': options.vcpus = (unsigned)number(optarg, 1, VCPUS_MAX); break;
         case 'n': options.populate = false; break;
         case 'r': options.rate = number(optarg, 0, 1 << 20) * MIB; break;
@@ -811,7 +746,7 @@ int main(int argc, char **argv)
     struct machine trial = { .kvm = -1, .vm = -1 };
     const char *why = options.thread ? NULL : kvm_open(&trial);
     if (why != NULL) {
-        fprintf(stderr, "NOTE: no KVM guest here (/dev/kvm: %s); threads stand in for its vCPUs\n", why);
+        fprintf(stderr, "NOTE: no KVM guest here (/dev/kvm: %s); using threads in place of vCPUs\n", why);
         options.thread = true;
     }
     if (trial.vm >= 0)
@@ -829,7 +764,7 @@ int main(int argc, char **argv)
         fail("the eagerly restored guest found wrong bytes");
     if (lazy.bad_pages != 0 || lazy.sum != sum)
         fail("the lazily restored guest found wrong bytes");
-    printf("ok            the lazily restored guest ran %.1f times sooner and found every byte in its place\n",
+    printf("ok            the lazily restored guest ran %.1f times sooner and found the right bytes\n",
            (double)eager.first_ns / (double)lazy.first_ns);
     return EXIT_SUCCESS;
 }

@@ -9,7 +9,7 @@
 static int fill(void *opaque, struct kuf_fill *run)
 {
     memset(run->buf, *(const char *)opaque, run->len); /* a VMM reads its snapshot at run->memory_offset */
-    return KUF_FILLED;
+    return KUF_FILL_DONE;
 }
 
 int main(void)
@@ -23,5 +23,5 @@ int main(void)
     if (kuf_add_memory(kuf, &slot) < 0)
         return fprintf(stderr, "FAIL: %s\n", kuf_error()), 1;
     printf("the first touch of page 3 reads '%c'\n", ram[3 * 4096]);
-    return kuf_close(&kuf, KUF_CLOSE_POISON) < 0;
+    return kuf_close(&kuf, KUF_END_POISON) < 0;
 }

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * postcopy.c - memory that arrives over a connection while the guest already runs, and a connection that breaks
+ * postcopy.c - guest memory arrives over a connection while the guest runs, and the connection breaks
  *
- * Two processes. The source has the memory. The destination has nothing yet and runs at once: threads, in place of vCPUs,
- * touch every page and check it. Its fill callback asks the source for the run and returns KUF_DEFERRED; a receiver
- * thread hands whatever arrives to kuf_resolve, asked for or not, because the source also pushes all memory in the
- * background. Several times in the middle the connection is lost, with requests unanswered and half a message under way.
- * The destination connects again and asks once more for what kuf_pending lists. When the source has nothing left to push,
- * kuf_populate asks for the pages that were lost on the way and that nobody has touched. In the end both sides compare a
- * checksum of all memory.
+ * There are two processes. The source has the memory. The destination has none and runs at once: threads, in place of
+ * vCPUs, touch and check each page. Its fill callback requests the run from the source and returns KUF_FILL_DEFERRED; a
+ * receiver thread passes all pages that arrive to kuf_resolve, requested or not, because the source also pushes all
+ * memory in the background. The connection breaks several times, with unanswered requests and half a message in flight.
+ * The destination connects again and repeats the requests that kuf_pending lists. When the source has pushed all
+ * memory, kuf_populate requests the pages that were lost with a connection and never touched. At the end both sides
+ * compare a checksum of all memory.
  *
  * Build:  cc -O2 -pthread -o postcopy postcopy.c $(pkg-config --cflags --libs kuf)
  * Run:    ./postcopy [--cuts N]
@@ -26,24 +26,25 @@
 
 #include "example.h"
 
-enum { PAGES = 8192, TOUCHERS = 2, PUSH_PAGES = 16, PUSH_PAUSE_US = 300, OVERDUE_NS = 500000000 };
+enum { PAGES_MAX = 8192, TOUCHERS = 2, PUSH_PAGES = 16, PUSH_PAUSE_US = 300, OVERDUE_NS = 500000000 };
 enum { CUTS_MAX = 16, WATCHDOG_S = 30 };
 
-#define MEMORY ((uint64_t)PAGES * PAGE)
+#define MEMORY (32 * MIB)
+#define PAGES (MEMORY / PAGE)
 #define RUN_MAX MIB
 
 static const char usage[] =
     "usage: postcopy [--cuts N]\n"
     "Receives a guest's memory over a socket while the guest runs.\n"
-    "  --cuts N   how often the connection is lost, 0 to 16 (default 3)\n";
+    "  --cuts N   the number of times the connection is lost, 0 to 16 (default 3)\n";
 
-/* ---- The protocol: a header, and the pages behind it for PAGES ---- */
+/* ---- The protocol: a header, followed by the bytes for CONTENT ---- */
 
 enum kind {
     REQUEST = 1, /* destination: send me len bytes at gpa */
     CONTENT,     /* source: len bytes follow, for gpa */
-    PUSHED,      /* source: everything was sent once */
-    CHECKSUM,    /* both: gpa is the checksum of my memory */
+    PUSHED,      /* source: all memory was sent once */
+    CHECKSUM,    /* both: gpa is the checksum of the sender's memory */
 };
 
 struct message {
@@ -55,7 +56,7 @@ struct message {
 
 static const uint32_t message_magic = 0x50435059;
 
-/* Returns false when the connection is gone. */
+/* Returns false if the connection is lost. */
 static bool send_fully(int link, const void *bytes, uint64_t len)
 {
     const uint8_t *at = bytes;
@@ -71,7 +72,7 @@ static bool send_fully(int link, const void *bytes, uint64_t len)
     return true;
 }
 
-/* Returns false when the connection is gone, also in the middle. */
+/* Returns false if the connection is lost, also in the middle. */
 static bool receive_fully(int link, void *bytes, uint64_t len)
 {
     uint8_t *at = bytes;
@@ -93,7 +94,7 @@ static bool send_message(int link, enum kind kind, uint64_t gpa, uint64_t len)
     return send_fully(link, &message, sizeof(message));
 }
 
-/* What comes from the other side is checked before it becomes an address. */
+/* Checks a message from the other side before it is used as an address. */
 static bool receive_message(int link, struct message *message)
 {
     if (!receive_fully(link, message, sizeof(*message)))
@@ -104,7 +105,7 @@ static bool receive_message(int link, struct message *message)
         return true;
     if (message->len == 0 || message->len > RUN_MAX || message->len % PAGE != 0 || message->gpa % PAGE != 0 ||
         message->gpa > MEMORY - message->len)
-        fail("the other side names a range outside the memory");
+        fail("the other side sent a range outside the memory");
     return true;
 }
 
@@ -130,14 +131,14 @@ static void *map_memory(void)
 struct source {
     uint8_t *memory;
     int link;
-    uint64_t cursor;      /* pushed up to here */
-    pthread_mutex_t lock; /* held for whole messages; guards what is below */
+    uint64_t cursor;      /* the end of the pushed memory */
+    pthread_mutex_t lock; /* held for whole messages; guards the fields below */
     uint64_t sent;
     unsigned cuts, cuts_done;
-    bool stopped; /* nothing more goes out on this connection */
+    bool stopped; /* no more messages are sent on this connection */
 };
 
-/* Whether the connection is to break at the next request. Nothing is pushed until then, so that there is one. */
+/* Whether to break the connection at the next request. Pushing stops until then, so that a request does follow. */
 static bool cut_is_due(struct source *source)
 {
     pthread_mutex_lock(&source->lock);
@@ -147,7 +148,7 @@ static bool cut_is_due(struct source *source)
     return due;
 }
 
-/* The connection breaks in the middle of an answer; the requests behind it are lost with it. */
+/* Breaks the connection in the middle of an answer; the requests behind it are lost. */
 static void cut(struct source *source, const struct message *request)
 {
     pthread_mutex_lock(&source->lock);
@@ -159,7 +160,7 @@ static void cut(struct source *source, const struct message *request)
     pthread_mutex_unlock(&source->lock);
 }
 
-/* Returns whether it was sent. */
+/* Returns whether the bytes were sent. */
 static bool send_content(struct source *source, uint64_t gpa, uint64_t len)
 {
     pthread_mutex_lock(&source->lock);
@@ -170,7 +171,7 @@ static bool send_content(struct source *source, uint64_t gpa, uint64_t len)
     return sent;
 }
 
-/* Pushes all memory in address order. What was under way when the connection broke is not pushed again. */
+/* Pushes all memory in address order. It does not repeat pages that were in flight when the connection broke. */
 static void *push_main(void *argument)
 {
     struct source *source = argument;
@@ -197,7 +198,7 @@ static void stop_pushing(struct source *source)
     pthread_mutex_unlock(&source->lock);
 }
 
-/* Serves one connection. Returns true when the destination has all memory, false when the connection was lost. */
+/* Serves one connection. Returns true if the destination has all memory, false if the connection was lost. */
 static bool serve_connection(struct source *source, uint64_t sum)
 {
     struct message message;
@@ -214,7 +215,7 @@ static bool serve_connection(struct source *source, uint64_t sum)
         else if (message.kind == CHECKSUM && message.gpa == sum)
             done = true;
         else
-            fail("source: the destination has other bytes");
+            fail("source: the destination has different bytes");
     }
     stop_pushing(source);
     pthread_join(pusher, NULL);
@@ -248,19 +249,19 @@ struct destination {
     uint8_t *memory;
     struct sockaddr_un address;
     socklen_t address_len;
-    pthread_mutex_t lock; /* guards what is below; held while a request is sent, so that requests stay whole */
+    pthread_mutex_t lock; /* guards the fields below; held while a request is sent, so that requests stay whole */
     pthread_cond_t changed;
     int link;             /* -1: lost */
-    uint64_t sum;         /* of all memory, once it is here; else 0 */
+    uint64_t sum;         /* the checksum of all memory, or 0 while memory is missing */
     uint64_t source_sum;
     unsigned connections;
     uint64_t requests, requests_again;
-    uint64_t received, new_bytes; /* of the receiver thread alone */
+    uint64_t received, new_bytes; /* used by the receiver thread only */
     atomic_uint next_toucher;
     atomic_uint bad_pages;
 };
 
-/* Sends if there is a connection. A request that is not sent, or that the connection loses, is asked for again by kuf_pending. */
+/* Sends if there is a connection. kuf_pending later lists a request that was not sent or was lost. */
 static void tell_source(struct destination *destination, enum kind kind, uint64_t gpa, uint64_t len)
 {
     pthread_mutex_lock(&destination->lock);
@@ -270,18 +271,18 @@ static void tell_source(struct destination *destination, enum kind kind, uint64_
     pthread_mutex_unlock(&destination->lock);
 }
 
-/* The fill callback. The answer may well be resolved before this returns. */
+/* The fill callback. The answer may be resolved before it returns. */
 static int fill_from_source(void *opaque, struct kuf_fill *fill)
 {
     tell_source(opaque, REQUEST, fill->gpa, fill->len);
-    return KUF_DEFERRED;
+    return KUF_FILL_DEFERRED;
 }
 
-/* Asks once more for what has been owed for so long. */
+/* Repeats the requests that are older than age_ns. */
 static void ask_again(struct destination *destination, uint64_t age_ns)
 {
-    static struct kuf_fault pending[PAGES];
-    ssize_t n = kuf_pending(destination->kuf, pending, PAGES);
+    static struct kuf_fault pending[PAGES_MAX];
+    ssize_t n = kuf_pending(destination->kuf, pending, PAGES_MAX);
     if (n < 0)
         fail("kuf_pending: %s", kuf_error());
     for (ssize_t i = 0; i < n; i++) {
@@ -300,7 +301,7 @@ static void ask_again(struct destination *destination, uint64_t age_ns)
         tell_source(destination, CHECKSUM, sum, 0);
 }
 
-/* Waits for so long, or until there is no connection. Returns whether there is one. */
+/* Waits for ns or until the connection is lost. Returns whether it still exists. */
 static bool stays_connected(struct destination *destination, uint64_t ns)
 {
     struct timespec until;
@@ -318,9 +319,10 @@ static bool stays_connected(struct destination *destination, uint64_t ns)
 }
 
 /*
- * Lives as long as a connection. First it asks for all that the one before has lost; later for what is overdue, because a
- * run whose callback had sent its request but not returned was not pending at the first look. A thread of its own: while
- * requests go out, answers come in, and with nobody to read them both sides would wait for each other.
+ * Runs as long as a connection. First it repeats all requests that the last connection lost; later those that are
+ * overdue, because kuf_pending did not list a run whose callback had sent the request but not returned. It is a
+ * separate thread because the receiver must read answers while requests are sent; otherwise both sides would wait for
+ * each other.
  */
 static void *ask_again_main(void *argument)
 {
@@ -333,15 +335,15 @@ static void *ask_again_main(void *argument)
     return NULL;
 }
 
-/* Everything was pushed once. What the breaks have swallowed is still absent: ask for it. */
+/* The source has pushed all memory once. Requests the pages that lost connections left absent. */
 static void ask_for_the_rest(struct destination *destination)
 {
-    struct kuf_populate everything = { .size = sizeof(everything), .gpa = KUF_ALL };
+    struct kuf_populate_request everything = { .size = sizeof(everything), .gpa = KUF_ALL };
     if (kuf_populate(destination->kuf, &everything) < 0)
         fail("kuf_populate: %s", kuf_error());
 }
 
-/* Takes what one connection brings. Returns true when the source has confirmed the checksum, false when it was lost. */
+/* Receives on one connection. Returns true if the source confirmed the checksum, false if the connection was lost. */
 static bool receive(struct destination *destination, int link)
 {
     static uint8_t content[RUN_MAX];
@@ -361,7 +363,7 @@ static bool receive(struct destination *destination, int link)
             destination->source_sum = message.gpa;
             return true;
         } else {
-            fail("the source asks for pages");
+            fail("the source sent a request");
         }
     }
     return false;
@@ -383,7 +385,7 @@ static void set_link(struct destination *destination, int link)
     pthread_mutex_unlock(&destination->lock);
 }
 
-/* The receiver thread: connects as often as it takes. */
+/* The receiver thread: connects again after each loss. */
 static void *receiver_main(void *argument)
 {
     struct destination *destination = argument;
@@ -396,7 +398,7 @@ static void *receiver_main(void *argument)
         if (pthread_create(&asker, NULL, ask_again_main, destination) != 0)
             fail("cannot start a thread");
         done = receive(destination, link);
-        shutdown(link, SHUT_RDWR); /* whoever is sending is let go */
+        shutdown(link, SHUT_RDWR); /* unblocks threads that send */
         set_link(destination, -1);
         pthread_join(asker, NULL);
         close(link);
@@ -419,13 +421,13 @@ static void *toucher_main(void *argument)
 static void on_event(void *opaque, const struct kuf_event *event)
 {
     (void)opaque;
-    if (event->kind == KUF_EVENT_POISONED || event->kind == KUF_EVENT_CLOSED_OFF || event->kind == KUF_EVENT_FATAL)
+    if (event->kind == KUF_EVENT_POISONED || event->kind == KUF_EVENT_INACCESSIBLE || event->kind == KUF_EVENT_FATAL)
         fail("lost: %s", event->text);
 }
 
 static void open_service(struct destination *destination)
 {
-    /* USER_MODE_ONLY: enough for threads, which need no privilege then. With a KVM guest leave it out. */
+    /* USER_MODE_ONLY needs no privilege and is enough for threads. A VMM with a KVM guest must leave it out. */
     struct kuf_options options = {
         .size = sizeof(options),
         .flags = KUF_OPEN_USER_MODE_ONLY,
@@ -440,7 +442,7 @@ static void open_service(struct destination *destination)
         fail("kuf_add_memory: %s", kuf_error());
 }
 
-/* The guest runs until it has touched all memory; then the checksum goes to the source. */
+/* Runs the guest until it has touched all memory, then sends the checksum to the source. */
 static void run_guest(struct destination *destination)
 {
     pthread_t touchers[TOUCHERS];
@@ -459,11 +461,11 @@ static void run_guest(struct destination *destination)
 
 static void report(const struct destination *destination, unsigned cuts)
 {
-    struct kuf_stats stats = { .size = sizeof(stats) };
+    struct kuf_stats_info stats = { .size = sizeof(stats) };
     if (kuf_stats(destination->kuf, &stats) < 0)
         fail("kuf_stats: %s", kuf_error());
     printf("connections   %u, of which %u were lost\n", destination->connections, cuts);
-    printf("requests      %llu, of which %llu asked again after a loss\n", (unsigned long long)destination->requests,
+    printf("requests      %llu, of which %llu repeated after a loss\n", (unsigned long long)destination->requests,
            (unsigned long long)destination->requests_again);
     printf("received      %.1f MiB, of which %.1f MiB were new; %llu faults\n",
            (double)destination->received / (double)MIB, (double)destination->new_bytes / (double)MIB,
@@ -471,11 +473,11 @@ static void report(const struct destination *destination, unsigned cuts)
     printf("checksum      here %016llx, source %016llx; bad pages: %u\n", (unsigned long long)destination->sum,
            (unsigned long long)destination->source_sum, atomic_load(&destination->bad_pages));
     if (destination->sum != destination->source_sum || atomic_load(&destination->bad_pages) != 0)
-        fail("the memory did not arrive as it was sent");
+        fail("the memory differs from the source's");
     if (destination->new_bytes != MEMORY)
         fail("%llu bytes became present, not all", (unsigned long long)destination->new_bytes);
     if (destination->connections != cuts + 1)
-        fail("the connection was not lost as it was to be");
+        fail("the number of lost connections is wrong");
 }
 
 static void destination_main(struct destination *destination, unsigned cuts)
@@ -491,14 +493,14 @@ static void destination_main(struct destination *destination, unsigned cuts)
     run_guest(destination);
     pthread_join(receiver, NULL);
     report(destination, cuts);
-    if (kuf_close(&destination->kuf, 0) < 0) /* all is present: nothing to say about the rest */
+    if (kuf_close(&destination->kuf, 0) < 0) /* needs no flag, because all pages are present */
         fail("kuf_close: %s", kuf_error());
     munmap(destination->memory, MEMORY);
 }
 
 /* ---- */
 
-/* A listening socket under a name that the kernel chooses. */
+/* Returns a listening socket with a name that the kernel chooses. */
 static int listen_anywhere(struct destination *destination)
 {
     struct sockaddr_un any = { .sun_family = AF_UNIX };
@@ -531,7 +533,7 @@ int main(int argc, char **argv)
 
     struct destination destination = { .link = -1 };
     int listener = listen_anywhere(&destination);
-    pid_t source = fork(); /* before the library is open: a handle belongs to the process that opened it */
+    pid_t source = fork(); /* before kuf_open: a handle belongs to the process that opened it */
     if (source < 0)
         fail("fork: %s", strerror(errno));
     if (source == 0)
@@ -541,6 +543,6 @@ int main(int argc, char **argv)
 
     int status;
     if (waitpid(source, &status, 0) < 0 || !WIFEXITED(status) || WEXITSTATUS(status) != 0)
-        fail("the source has failed");
+        fail("the source failed");
     return EXIT_SUCCESS;
 }

@@ -1,18 +1,18 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * probe.c - says what this host can do to serve guest page faults, and for what it cannot, why not
+ * probe.c - prints which mechanisms can serve guest page faults on this host, and why the others cannot
  *
  * Build:  cc -O2 -o probe probe.c $(pkg-config --cflags --libs kuf)
  * Run:    ./probe            for people
  *         ./probe --json     for programs
  *
- * A VM's descriptor is part of the question (the KVM mechanisms depend on it), so a VM is made where /dev/kvm opens.
- * Exits 0 when something can be served here, 77 when nothing can.
+ * It creates a VM if /dev/kvm can be opened, because the KVM mechanisms depend on the VM. It exits with 0 if a
+ * mechanism works here, otherwise with 77.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <getopt.h>
-#include <kuf.h>
+#include <kuf-kvm.h>
 #include <linux/kvm.h>
 #include <sys/ioctl.h>
 
@@ -20,7 +20,7 @@
 
 static const char usage[] =
     "usage: probe [--json]\n"
-    "Says which mechanisms can serve guest page faults on this host, and why the others cannot.\n";
+    "Prints which mechanisms can serve guest page faults on this host, and why the others cannot.\n";
 
 static const char *const mechanism_names[KUF_MECHANISM_COUNT] = {
     [KUF_MECHANISM_AUTO] = "none",
@@ -37,13 +37,13 @@ static const struct {
     { KUF_FEATURE_KERNEL_FAULTS, "kernel-faults", "userfaultfd serves KVM guests for this process" },
     { KUF_FEATURE_POISON, "poison", "touching a page that could not be filled raises SIGBUS" },
     { KUF_FEATURE_MINOR, "minor", "shared memory is filled in place, without a copy" },
-    { KUF_FEATURE_HUGE, "huge", "anonymous memory can be filled on huge pages" },
-    { KUF_FEATURE_THREAD_ID, "thread-id", "waiting times are known thread by thread" },
+    { KUF_FEATURE_HUGE, "huge", "anonymous memory can be filled with huge pages" },
+    { KUF_FEATURE_THREAD_ID, "thread-id", "waiting times are known for each thread" },
 };
 
 enum { FEATURES = sizeof(features) / sizeof(features[0]) };
 
-/* Returns a VM's descriptor, or -1 with the reason in *why. */
+/* Returns the descriptor of a new VM, or -1 with the reason in *why. */
 static int open_vm(const char **why)
 {
     int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
@@ -54,20 +54,20 @@ static int open_vm(const char **why)
     return vm;
 }
 
-/* kuf_probe answers for KVM guests. An emulator's memory can be served with less: the way to find out is to open. */
+/* kuf_probe answers for KVM guests. An emulator needs less; kuf_open tells whether that works. */
 static bool serves_user_mode(void)
 {
-    struct kuf_options options = { .size = sizeof(options), .flags = KUF_OPEN_USER_MODE_ONLY };
+    struct kuf_options options = { .size = sizeof(options), .flags = KUF_OPEN_USER_MODE_ONLY | KUF_OPEN_CALLER_DRIVEN };
     struct kuf *kuf;
     return kuf_open(&options, &kuf) == 0 && kuf_close(&kuf, 0) == 0;
 }
 
-static bool works(const struct kuf_probe *probe, unsigned mechanism)
+static bool works(const struct kuf_probe_info *probe, unsigned mechanism)
 {
     return probe->mechanisms & 1u << mechanism;
 }
 
-static void print_text(const struct kuf_probe *probe, const char *kvm, bool user_mode)
+static void print_text(const struct kuf_probe_info *probe, const char *kvm, bool user_mode)
 {
     uint32_t version = kuf_version();
     printf("libkuf        %u.%u.%u\n", version >> 16, version >> 8 & 255, version & 255);
@@ -80,10 +80,10 @@ static void print_text(const struct kuf_probe *probe, const char *kvm, bool user
             printf(" (%s)", strerror(-probe->error[i]));
         printf("\n              %s\n", probe->why[i]);
     }
-    printf("\n%-13s %-4s memory that only user mode touches can be served (KUF_OPEN_USER_MODE_ONLY)\n", "user-mode",
+    printf("\n%-13s %-4s memory touched only from user mode can be served (KUF_OPEN_USER_MODE_ONLY)\n", "user-mode",
            user_mode ? "yes" : "no");
     for (unsigned i = 0; i < FEATURES; i++)
-        printf("%-13s %-4s %s\n", features[i].name, kuf_has_feature(features[i].feature) == 1 ? "yes" : "no",
+        printf("%-13s %-4s %s\n", features[i].name, probe->features & features[i].feature ? "yes" : "no",
                features[i].meaning);
     printf("uffd features 0x%llx\n", (unsigned long long)probe->uffd_features);
 }
@@ -103,7 +103,7 @@ static void print_json_string(const char *text)
     putchar('"');
 }
 
-static void print_json(const struct kuf_probe *probe, const char *kvm, bool user_mode)
+static void print_json(const struct kuf_probe_info *probe, const char *kvm, bool user_mode)
 {
     uint32_t version = kuf_version();
     printf("{\"version\":\"%u.%u.%u\",\"kvm\":", version >> 16, version >> 8 & 255, version & 255);
@@ -119,7 +119,7 @@ static void print_json(const struct kuf_probe *probe, const char *kvm, bool user
     printf("],\"features\":{");
     for (unsigned i = 0; i < FEATURES; i++)
         printf("%s\"%s\":%s", i == 0 ? "" : ",", features[i].name,
-               kuf_has_feature(features[i].feature) == 1 ? "true" : "false");
+               probe->features & features[i].feature ? "true" : "false");
     printf("},\"user_mode\":%s,\"uffd_features\":%llu}\n", user_mode ? "true" : "false",
            (unsigned long long)probe->uffd_features);
 }
@@ -143,7 +143,7 @@ int main(int argc, char **argv)
 
     const char *kvm;
     int vm = open_vm(&kvm);
-    struct kuf_probe probe = { .size = sizeof(probe) };
+    struct kuf_probe_info probe = { .size = sizeof(probe) };
     if (kuf_probe(vm, &probe) < 0)
         fail("kuf_probe: %s", kuf_error());
     bool user_mode = serves_user_mode();
@@ -154,6 +154,6 @@ int main(int argc, char **argv)
     if (vm >= 0)
         close(vm);
     if (probe.mechanisms == 0 && !user_mode)
-        skip("nothing can serve page faults on this host");
+        skip("no mechanism can serve page faults on this host");
     return EXIT_SUCCESS;
 }
