@@ -134,6 +134,18 @@ impl Content {
     pub fn is_poison(self) -> bool {
         matches!(self, Self::Poison { .. })
     }
+
+    /// Its number in the tracepoint `install`.
+    pub fn traced(self) -> u32 {
+        match self {
+            Self::Copy(_) => 0,
+            Self::Move(_) => 1,
+            Self::Zero => 2,
+            Self::Map => 3,
+            Self::Verify => 4,
+            Self::Poison { .. } => 5,
+        }
+    }
 }
 
 /// Why an install ended before the end of its run.
@@ -161,6 +173,23 @@ pub enum Stop {
     Other(Errno),
 }
 
+impl Stop {
+    /// As the kernel says it.
+    #[cold]
+    fn errno(self) -> Errno {
+        match self {
+            Self::Exists | Self::Marked => Errno::EXIST,
+            Self::Again => Errno::AGAIN,
+            Self::Unmapped => Errno::NOENT,
+            Self::Dead => Errno::SRCH,
+            Self::Untrue => Errno::PROTO,
+            Self::BadSource => Errno::FAULT,
+            Self::Unsupported => Errno::OPNOTSUPP,
+            Self::NoMemory(errno) | Self::Other(errno) => errno,
+        }
+    }
+}
+
 /// Memory that is registered with a queue and in no slot.
 pub enum Stray {
     /// The page at `hva`; that queue has reported a touch of it.
@@ -176,6 +205,17 @@ pub struct Installed {
     pub pages: u64,
     /// None: the kernel met no obstacle; the run may still be longer than `pages` (call again).
     pub stop: Option<Stop>,
+}
+
+impl Installed {
+    /// The result in the tracepoint `install`.
+    pub fn traced(&self, granule: u64) -> i64 {
+        let errno = match self.stop {
+            Some(stop) if self.pages == 0 => stop.errno(),
+            _ => return (self.pages * granule) as i64,
+        };
+        -i64::from(errno.raw_os_error())
+    }
 }
 
 /// A slot as KVM has it, where its mechanism is one of KVM's.

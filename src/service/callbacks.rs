@@ -42,6 +42,17 @@ pub enum Answer {
     Failed(Errno),
 }
 
+impl Answer {
+    /// The result in the tracepoint `fill_end`.
+    pub fn traced(&self, granule: u64) -> i64 {
+        match self {
+            Self::Filled(n) | Self::Elsewhere(n, _) | Self::Zero(n) => (n * granule) as i64,
+            Self::Deferred => 0,
+            Self::Failed(errno) => -i64::from(errno.raw_os_error()),
+        }
+    }
+}
+
 impl Callbacks {
     /// Asks the callback to write `pages` at `buf`.
     pub fn fill(

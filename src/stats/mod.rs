@@ -7,6 +7,7 @@
 pub mod all_blocked;
 mod blocked;
 mod shard;
+pub mod trace;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;

@@ -5,7 +5,7 @@
 
 . "$(dirname "$0")/common.sh"
 
-[ $# -gt 0 ] || set -- lint house rust fuzz_targets loom simulate header symbols install dist deb abi c fuzz sanitize examples bench
+[ $# -gt 0 ] || set -- lint house rust fuzz_targets loom simulate header symbols trace install dist deb abi c fuzz sanitize examples bench
 
 export KUF_TALLY=$work/tally
 : >"$KUF_TALLY"

@@ -24,6 +24,7 @@ use crate::service::fault::retry::RetryLimits;
 use crate::service::fault::{huge, install, retry, settle, zero};
 use crate::service::Service;
 use crate::source::{Found, Source, Wanted};
+use crate::stats::trace;
 use crate::sync::time::Instant;
 use crate::sync::Arc;
 
@@ -200,17 +201,25 @@ fn supply(service: &Service, run: &Fill, place: &mut Option<FillPlace>) -> Resul
 
 /// Asks the callback or the source. Err is an errno: there is no place to write to.
 fn ask(service: &Service, run: &Fill, place: &mut Option<FillPlace>) -> Result<Answer, Errno> {
-    let stats = service.stats.here();
-    let Some(source) = &run.slot.source else {
-        let to = place.insert(place_for(service, &run.slot, &run.pages, &run.patience)?);
-        stats.fills(1);
-        let answer = ask_caller(service, run, to);
-        return Ok(fetch(service, run, answer, place));
+    let Fill { slot, pages, wanted, .. } = run;
+    if slot.source.is_none() {
+        *place = Some(place_for(service, slot, pages, &run.patience)?);
+    }
+    let (range, demand) = (slot.gpa_of(pages), if wanted.is_some() { KUF_RUN_DEMAND } else { 0 });
+    service.stats.here().fills(1);
+    trace::fill_begin(service, range, demand);
+    let answer = match (&slot.source, place.as_ref()) {
+        (Some(source), _) => ask_source(service, run, source.as_ref(), place),
+        (None, Some(to)) => ask_caller(service, run, to, demand),
+        (None, None) => Answer::Failed(Errno::PROTO),
     };
-    stats.fills(1);
-    let answer = ask_source(service, run, source.as_ref(), place);
     let answer = fetch(service, run, answer, place);
-    Ok(cut_off(run, source.as_ref(), answer))
+    let answer = match &slot.source {
+        Some(source) => cut_off(run, source.as_ref(), answer),
+        None => answer,
+    };
+    trace::fill_end(service, range, answer.traced(slot.granule));
+    Ok(answer)
 }
 
 /// Counts the time that the answer took, up to `now`.
@@ -266,9 +275,8 @@ fn not_installed(
     }
 }
 
-fn ask_caller(service: &Service, run: &Fill, place: &FillPlace) -> Answer {
+fn ask_caller(service: &Service, run: &Fill, place: &FillPlace, demand: u32) -> Answer {
     let in_place = if matches!(place, FillPlace::InPlace { .. }) { KUF_RUN_IN_PLACE } else { 0 };
-    let demand = if run.wanted.is_some() { KUF_RUN_DEMAND } else { 0 };
     service.config.callbacks.fill(&run.slot, run.id, &run.pages, run.thread, place.at(), in_place | demand)
 }
 
@@ -437,9 +445,5 @@ fn cut_off(run: &Fill, source: &dyn Source, answer: Answer) -> Answer {
 
 /// A huge page to fill for `pages`, where the slot wants them.
 fn stage_for(service: &Service, slot: &Slot, pages: &Range<u64>) -> Option<Staging> {
-    if slot.huge.wanted {
-        huge::stage(service, slot, pages)
-    } else {
-        None
-    }
+    slot.huge.wanted.then(|| huge::stage(service, slot, pages)).flatten()
 }

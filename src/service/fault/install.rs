@@ -17,7 +17,7 @@ use crate::service::fault::{batch, complete, huge, parked};
 use crate::service::queues::between::{self, About};
 use crate::service::queues::{quiet, read};
 use crate::service::{Service, Work};
-use crate::stats::Shard;
+use crate::stats::{trace, Shard};
 use crate::sync::time::Instant;
 use crate::sync::Arc;
 
@@ -246,7 +246,10 @@ impl Install<'_> {
                     continue;
                 }
             };
-            let Installed { pages, stop } = self.slot.binding.install(&piece, content);
+            let installed = self.slot.binding.install(&piece, content);
+            let (place, result) = (self.slot.gpa_of(&piece), installed.traced(self.slot.granule));
+            trace::install(self.service, place, content.traced(), result);
+            let Installed { pages, stop } = installed;
             if pages > 0 {
                 self.count(page..page + pages, counted);
                 page += pages;

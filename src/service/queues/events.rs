@@ -15,6 +15,7 @@ use crate::service::fault::complete;
 use crate::service::fault::notice::Notice;
 use crate::service::queues::{children, overtaken, stray, KernelQueue};
 use crate::service::{Fault, Service, Work};
+use crate::stats::trace;
 use crate::sync::atomic::Ordering;
 use crate::sync::time::Instant;
 use crate::sync::{lock, Arc};
@@ -66,6 +67,7 @@ fn count_faults(service: &Service, faults: &[Message]) {
 }
 
 fn fault(service: &Service, slot: &Arc<Slot>, page: u64, flags: u32, thread: u32, read_at: Instant) -> Fault {
+    trace::fault_read(service, slot.gpa_of(&(page..page + 1)).0, flags, thread);
     let wait = service.stats.all_blocked.wait(thread, (Arc::as_ptr(slot).addr(), page), read_at);
     Fault { slot: slot.clone(), page, flags, wait }
 }
