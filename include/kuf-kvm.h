@@ -129,6 +129,11 @@ int kuf_kvm_owned(struct kuf *kuf, uint64_t gpa, uint64_t len);
  */
 int kuf_kvm_quiesce(struct kuf *kuf, int timeout_ms);
 
+/* For #ifdef: this header has the call. */
+#define KUF_HAVE_KUF_KVM_BITMAP 1
+#define KUF_HAVE_KUF_KVM_OWNED 1
+#define KUF_HAVE_KUF_KVM_QUIESCE 1
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif  // __cplusplus

@@ -39,8 +39,9 @@
  *     prints (without KUF_OPEN_DEBUG_ENV) or installs signal handlers, and it stays loaded after dlclose.
  *
  * Link with `pkg-config --cflags --libs kuf`, or dlopen libkuf.so.0. Each call has a page in section 3 of the manual,
- * with notes that are left out here. Everything below exists since 0.1. This file is generated from the library's
- * source.
+ * with notes that are left out here. Everything below exists since 0.1. Code for several versions of this header
+ * tests for a call with #ifdef KUF_HAVE_KUF_OPEN (each call has such a macro), for a flag with #ifdef of the flag, for
+ * a field with KUF_VERSION_MINOR. This file is generated from the library's source.
  */
 
 #ifndef KUF_H
@@ -259,8 +260,7 @@ struct kuf;
 
 /* What works on this host. Filled by kuf_probe. */
 struct kuf_probe_info {
-    /* sizeof(struct kuf_probe_info), set by the caller. Fields that the library does not know are zeroed. */
-    uint32_t size;
+    uint32_t size; /* sizeof(struct kuf_probe_info), set by the caller. Fields unknown to the library are zeroed. */
     uint32_t recommended; /* The KUF_MECHANISM_* that KUF_MECHANISM_AUTO chooses; 0 when none works. */
     uint32_t mechanisms; /* Bit (1 << KUF_MECHANISM_*) for each mechanism that kuf_open would accept now. */
     uint32_t page_size; /* Page size of ordinary memory, in bytes. */
@@ -296,8 +296,7 @@ struct kuf_fill {
     uint32_t reserved; /* Zero. */
 };
 
-/*
- * Fill callback. Returns a KUF_FILL_*, or -errno if the source has failed: the run is then asked for again page by
+/* Fill callback. Returns a KUF_FILL_*, or -errno if the source has failed: the run is then asked for again page by
  * page where a thread is blocked, and a page that fails alone is poisoned. Any other value, or a wrong `filled`,
  * fails the fill (-EPROTO).
  *
@@ -305,8 +304,7 @@ struct kuf_fill {
  * KUF_END_POPULATE, by several threads at once for different runs. It may block: other pages are served while a
  * fill thread is free. It must not touch unresolved guest memory. Calls that could wait for it return -EDEADLK:
  * kuf_close, kuf_add_memory, kuf_remove_memory, kuf_poll, kuf_read, kuf_ensure, kuf_vcpu_fault. A C++ exception or
- * longjmp must not leave it.
- */
+ * longjmp must not leave it. */
 typedef int (*kuf_fill_fn)(void *opaque, struct kuf_fill *fill);
 
 /* What the event callback gets. Valid until the callback returns. */
@@ -320,22 +318,16 @@ struct kuf_event {
     const char *text; /* The same in words. Never NULL. */
 };
 
-/*
- * Event callback. Runs without locks on the thread that detected the event, after the state has changed, and should
- * return soon: that thread serves faults. It may call what a fill callback may call, and kuf_remove_memory.
- */
+/* Event callback. Runs without locks on the thread that detected the event, after the state has changed, and should
+ * return soon: that thread serves faults. It may call what a fill callback may call, and kuf_remove_memory. */
 typedef void (*kuf_event_fn)(void *opaque, const struct kuf_event *event);
 
-/*
- * Log callback: level is a KUF_LOG_*, text is one line without newline, valid during the call. Runs on any thread.
- * Must not call the library.
- */
+/* Log callback: level is a KUF_LOG_*, text is one line without newline, valid during the call. Runs on any thread.
+ * Must not call the library. */
 typedef void (*kuf_log_fn)(void *opaque, uint32_t level, const char *text);
 
-/*
- * Called once no callback of the handle will run any more and opaque is no longer used: before kuf_close returns,
- * or later on the last thread with KUF_END_NOWAIT. Not called if kuf_open fails. Must not call the library.
- */
+/* Called once no callback of the handle will run any more and opaque is no longer used: before kuf_close returns,
+ * or later on the last thread with KUF_END_NOWAIT. Not called if kuf_open fails. Must not call the library. */
 typedef void (*kuf_release_fn)(void *opaque);
 
 /*
@@ -446,8 +438,7 @@ struct kuf_populate_request {
 
 /* State of a slot or of all slots, in bytes: present + removed + absent + filling + deferred + poisoned = total. */
 struct kuf_progress_info {
-    /* sizeof(struct kuf_progress_info), set by the caller. Fields that the library does not know are zeroed. */
-    uint32_t size;
+    uint32_t size; /* sizeof(struct kuf_progress_info), set by the caller. Fields unknown to the library are zeroed. */
     uint32_t flags; /* KUF_PROGRESS_*. */
     uint64_t gpa; /* The slot's gpa; 0 with KUF_ALL. */
     uint64_t total; /* All of the slot, or of all slots. */
@@ -461,8 +452,7 @@ struct kuf_progress_info {
 
 /* Settings in effect, with defaults filled in. Filled by kuf_settings. */
 struct kuf_settings_info {
-    /* sizeof(struct kuf_settings_info), set by the caller. Fields that the library does not know are zeroed. */
-    uint32_t size;
+    uint32_t size; /* sizeof(struct kuf_settings_info), set by the caller. Fields unknown to the library are zeroed. */
     uint32_t mechanism; /* KUF_MECHANISM_* of the handle. */
     uint32_t open_flags; /* KUF_OPEN_*. No mode flag stands for the mode with a fill callback. */
     uint32_t flags; /* KUF_SETTING_*; 0 with KUF_ALL. */
@@ -486,8 +476,7 @@ struct kuf_histogram {
 
 /* Counters since kuf_open. Each is read on its own, so sums may be off by what is in progress. */
 struct kuf_stats_info {
-    /* sizeof(struct kuf_stats_info), set by the caller. Fields that the library does not know are zeroed. */
-    uint32_t size;
+    uint32_t size; /* sizeof(struct kuf_stats_info), set by the caller. Fields unknown to the library are zeroed. */
     uint32_t reserved; /* Zero. */
     uint64_t faults; /* Page faults read from the kernel. */
     uint64_t faults_minor; /* Of these: the page was in the page cache of a shared file already. */
@@ -769,9 +758,6 @@ int kuf_record_start(struct kuf *kuf, uint32_t flags);
  *
  * fd: a file, pipe or stream socket, from where it stands; neither synced nor closed. -1: drop the recording.
  *
- * Blocks on fd as long as it takes, even if it is non-blocking; kuf_close waits for it. kuf_close drops a recording
- * that was not written.
- *
  * Returns 0. Also from callbacks.
  * -EINVAL: the handle is not recording. -EBADF: fd is not open for writing; the recording goes on.
  * -ENOSPC, -EFBIG, -EDQUOT, -EIO, -EPIPE: as write(2). The recording is over and kept: call again with another fd
@@ -869,6 +855,32 @@ int kuf_watch_threads(struct kuf *kuf, const uint32_t *threads, size_t n);
  * Returns the number of threads known, which may be more than n. Also from callbacks.
  */
 ssize_t kuf_block_times(struct kuf *kuf, struct kuf_block_time *times, size_t n);
+
+/* For #ifdef: this header has the call. */
+#define KUF_HAVE_KUF_VERSION 1
+#define KUF_HAVE_KUF_ERROR 1
+#define KUF_HAVE_KUF_PROBE 1
+#define KUF_HAVE_KUF_OPEN 1
+#define KUF_HAVE_KUF_CLOSE 1
+#define KUF_HAVE_KUF_ADD_MEMORY 1
+#define KUF_HAVE_KUF_REMOVE_MEMORY 1
+#define KUF_HAVE_KUF_FD 1
+#define KUF_HAVE_KUF_POLL 1
+#define KUF_HAVE_KUF_READ 1
+#define KUF_HAVE_KUF_RESOLVE 1
+#define KUF_HAVE_KUF_VCPU_FAULT 1
+#define KUF_HAVE_KUF_ENSURE 1
+#define KUF_HAVE_KUF_POPULATE 1
+#define KUF_HAVE_KUF_RECORD_START 1
+#define KUF_HAVE_KUF_RECORD_STOP 1
+#define KUF_HAVE_KUF_REPLAY 1
+#define KUF_HAVE_KUF_DISCARD 1
+#define KUF_HAVE_KUF_PENDING 1
+#define KUF_HAVE_KUF_PROGRESS 1
+#define KUF_HAVE_KUF_SETTINGS 1
+#define KUF_HAVE_KUF_STATS 1
+#define KUF_HAVE_KUF_WATCH_THREADS 1
+#define KUF_HAVE_KUF_BLOCK_TIMES 1
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -327,7 +327,7 @@ pub struct kuf_handle {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct kuf_probe_info {
-    /// sizeof(struct kuf_probe_info), set by the caller. Fields that the library does not know are zeroed.
+    /// sizeof(struct kuf_probe_info), set by the caller. Fields unknown to the library are zeroed.
     pub size: u32,
     /// The KUF_MECHANISM_* that KUF_MECHANISM_AUTO chooses; 0 when none works.
     pub recommended: u32,
@@ -613,7 +613,7 @@ pub struct kuf_populate_request {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct kuf_progress_info {
-    /// sizeof(struct kuf_progress_info), set by the caller. Fields that the library does not know are zeroed.
+    /// sizeof(struct kuf_progress_info), set by the caller. Fields unknown to the library are zeroed.
     pub size: u32,
     /// KUF_PROGRESS_*.
     pub flags: u32,
@@ -639,7 +639,7 @@ pub struct kuf_progress_info {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct kuf_settings_info {
-    /// sizeof(struct kuf_settings_info), set by the caller. Fields that the library does not know are zeroed.
+    /// sizeof(struct kuf_settings_info), set by the caller. Fields unknown to the library are zeroed.
     pub size: u32,
     /// KUF_MECHANISM_* of the handle.
     pub mechanism: u32,
@@ -681,7 +681,7 @@ pub struct kuf_histogram {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct kuf_stats_info {
-    /// sizeof(struct kuf_stats_info), set by the caller. Fields that the library does not know are zeroed.
+    /// sizeof(struct kuf_stats_info), set by the caller. Fields unknown to the library are zeroed.
     pub size: u32,
     /// Zero.
     pub reserved: u32,

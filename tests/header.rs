@@ -52,7 +52,8 @@ fn short(header: &Header) -> String {
         }
         let indent = &line[..line.len() - line.trim_start().len()];
         let item = *lines.peek().unwrap_or(&"");
-        let is_small = item.starts_with("#define") || item.starts_with("    ") && item.ends_with(';');
+        let is_small = ["#define", "typedef"].iter().any(|word| item.starts_with(word))
+            || item.starts_with("    ") && item.ends_with(';');
         match body.as_slice() {
             // Scripts read the version.
             [only] if is_small && item.len() + only.len() + 7 <= WIDTH && !item.contains("_VERSION_") => {
@@ -72,7 +73,20 @@ fn short(header: &Header) -> String {
             }
         }
     }
+    let calls = calls(&whole);
+    let end = out.iter().rposition(|line| line.starts_with("#ifdef __cplusplus")).expect("the end of the calls");
+    let have = calls.iter().map(|call| format!("#define KUF_HAVE_{} 1", call.to_uppercase()));
+    let have =
+        ["/* For #ifdef: this header has the call. */".to_owned()].into_iter().chain(have).chain([String::new()]);
+    out.splice(end..end, have);
     out.join("\n") + "\n"
+}
+
+/// The names of the calls that a header declares.
+fn calls(header: &str) -> Vec<&str> {
+    let declared = header.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_lowercase()));
+    let declared = declared.filter(|line| !line.starts_with("typedef")).filter_map(|line| line.split_once('('));
+    declared.filter_map(|(before, _)| before.rsplit([' ', '*']).next()).collect()
 }
 
 /// The group of a constant: KUF_OPEN_ of KUF_OPEN_DIRECT.

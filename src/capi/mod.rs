@@ -457,13 +457,14 @@ pub unsafe extern "C" fn kuf_record_start(kuf: *mut kuf_handle, flags: u32) -> c
 ///
 /// fd: a file, pipe or stream socket, from where it stands; neither synced nor closed. -1: drop the recording.
 ///
-/// Blocks on fd as long as it takes, even if it is non-blocking; kuf_close waits for it. kuf_close drops a recording
-/// that was not written.
-///
 /// Returns 0. Also from callbacks.
 /// -EINVAL: the handle is not recording. -EBADF: fd is not open for writing; the recording goes on.
 /// -ENOSPC, -EFBIG, -EDQUOT, -EIO, -EPIPE: as write(2). The recording is over and kept: call again with another fd
 ///   or -1.
+///
+/// # Notes
+/// Blocks on fd as long as it takes, even if it is non-blocking; kuf_close waits for it. kuf_close drops a recording
+/// that was not written.
 ///
 /// # Safety
 /// `kuf` came from kuf_open.

@@ -3,7 +3,7 @@
 #
 # Compiles each header alone: without another header before it, twice, as C11 and as C++17, with warnings as errors, those
 # for `~FLAG` and for structs that begin at zero among them. Checks that the headers have the version and the calls of this
-# tree. (tests/header.rs checks that they are cbindgen's output.)
+# tree, and a macro for each call. (tests/header.rs checks that they are cbindgen's output.)
 
 . "$(dirname "$0")/common.sh"
 
@@ -43,4 +43,17 @@ declared() {
 exported() { sed -n "/^$1/,/^}/p" src/capi/libkuf.map | grep -oE '^ +kuf_[a-z_]+;' | tr -d ' ;' | sort; }
 try "kuf.h declares what libkuf.map exports" diff <(declared kuf) <(exported KUF_0)
 try "kuf-kvm.h declares what libkuf.map exports as experimental" diff <(declared kuf-kvm) <(exported KUF_EXPERIMENTAL)
+
+# A program asks the preprocessor for a call: KUF_HAVE_KUF_OPEN. kuf-kvm.h includes kuf.h.
+{
+    printf '#include <kuf-kvm.h>\n'
+    sed -nE 's/^ +(kuf_[a-z_]+);$/\1/p' src/capi/libkuf.map | while read -r call; do
+        printf '#if KUF_HAVE_%s != 1\n#error no macro for %s\n#endif\n' "${call^^}" "$call"
+        printf '__typeof__(%s) *use_%s = %s;\n' "$call" "$call" "$call"
+    done
+    printf '#ifdef KUF_HAVE_KUF_FROM_A_LATER_VERSION\nint later = kuf_from_a_later_version();\n#endif\n'
+} >"$work/have.c"
+try "each exported call has its macro KUF_HAVE_*" gcc -std=gnu11 -Wall -Wextra -Wundef -Werror -Iinclude -fsyntax-only "$work/have.c"
+try "each macro KUF_HAVE_* has its call" diff <(sed -nE 's/^#define KUF_HAVE_(\w+) 1$/\L\1/p' include/*.h | sort) \
+    <(sed -nE 's/^ +(kuf_[a-z_]+);$/\1/p' src/capi/libkuf.map | sort)
 finish
