@@ -111,10 +111,7 @@ impl From<Error> for std::io::Error {
 
 impl From<NoMemory> for Error {
     fn from(_: NoMemory) -> Self {
-        Self::new(
-            Errno::NOMEM,
-            "there is no memory to keep account of it: nothing was changed, or not all of it was done",
-        )
+        Self::new(Errno::NOMEM, "no memory for the library's records: nothing was changed, or only a part was done")
     }
 }
 

@@ -31,7 +31,7 @@ pub fn report(vm_fd: Option<c_int>) -> Result<Report> {
         Ok((_, open::Way::UserMode)) => open::open(false).map(|(_, way)| way.text().into()),
         other => other.map(|(_, way)| way.text().into()),
     };
-    let by_name = |works: Result<()>| works.map(|()| "works; to be asked for by name".into());
+    let by_name = |works: Result<()>| works.map(|()| "works; ask for it by name".into());
     let (bitmap, asynchronous) = (by_name(kvm_bitmap()), by_name(kvm_async(vm.as_ref())));
     let auto = userfaultfd.clone().map(|_| "userfaultfd".into());
     Ok(Report { features, found: [auto, userfaultfd, bitmap, asynchronous] })
@@ -49,7 +49,7 @@ pub fn kvm_async(vm: Option<&OwnedFd>) -> Result<()> {
     // A VM names the mark only while userfaults are enabled. Another user has enabled them then, and disabling them
     // would release that user's guest.
     if marks(vm_extension(vm, KVM_CAP_MEMORY_ATTRIBUTES)) {
-        return Err(Error::new(Errno::EXIST, "userfaults are enabled on this VM already, by somebody else"));
+        return Err(Error::new(Errno::EXIST, "userfaults are enabled on this VM already, by another user"));
     }
     let args = [KVM_USERFAULT_DISABLE, 0, 0, 0];
     let mut cap = kvm_enable_cap { cap: KVM_CAP_USERFAULT_ASYNC, flags: 0, args, pad: [0; 64] };
@@ -88,7 +88,7 @@ fn system_extension(extension: u32) -> std::result::Result<c_int, kvm_ioctls::Er
 
 fn no_kvm(what: &str, error: kvm_ioctls::Error) -> Error {
     let reason = Reason(Errno::from_raw_os_error(error.errno()));
-    Error::new(Errno::NOTSUP, words!("{what}: cannot be found out without /dev/kvm ({reason})"))
+    Error::new(Errno::NOTSUP, words!("{what}: not known without /dev/kvm ({reason})"))
 }
 
 /// Tests the bitmap on a VM made for it. Other features were proposed for bit 3 of the memslot flags too, so the kernel

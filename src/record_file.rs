@@ -84,7 +84,7 @@ impl Recording {
         }
         let length = u32_at(&header, 12) as usize;
         if version == 0 || !(HEADER..=MAX_HEADER).contains(&length) {
-            return Err(damaged("version and header length do not go together"));
+            return Err(damaged("version and header length contradict each other"));
         }
         header.resize(length, 0);
         if read(&mut header[PREFIX..])? < length - PREFIX {
@@ -104,7 +104,7 @@ impl Recording {
             return Err(Error::new(Errno::FBIG, words!("the recording has {count} runs: at most {MAX_RUNS}")));
         }
         if !(count * ENTRY.start..=count * ENTRY.end).contains(&length) {
-            return Err(damaged("so many runs do not take so many bytes"));
+            return Err(damaged("the length of the entries does not fit the number of runs"));
         }
         let entries = read_whole(&mut read, length)?;
         let mut sum = [0; SUM];
@@ -142,10 +142,10 @@ impl Recording {
     fn check(&self) -> Result<()> {
         let mut runs = self.runs();
         for _ in 0..self.count {
-            runs.next().ok_or_else(|| damaged("a run is not in any address space"))?;
+            runs.next().ok_or_else(|| damaged("a run outside the address space"))?;
         }
         if !runs.left.is_empty() {
-            return Err(damaged("there are more runs than it says"));
+            return Err(damaged("more runs than the header says"));
         }
         Ok(())
     }

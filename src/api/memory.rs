@@ -157,13 +157,13 @@ impl<'a> Memory<'a> {
             return invalid(words!("kvm->memslot_flags has unknown bits {:#x}", memslot_flags & !MEMSLOT_FLAGS));
         }
         if new.kvm_attributes & KVM_MEMORY_ATTRIBUTE_USERFAULT != 0 {
-            return invalid("kvm->attributes: KVM_MEMORY_ATTRIBUTE_USERFAULT is the library's to set");
+            return invalid("kvm->attributes: only the library sets KVM_MEMORY_ATTRIBUTE_USERFAULT");
         }
         if new.len == 0 {
             return invalid("memory->len is 0");
         }
         if new.hva == 0 {
-            return invalid("memory->hva is 0: it has to be where the slot is mapped");
+            return invalid("memory->hva is 0: set it to the address of the mapping");
         }
         // The sum also keeps addresses below KUF_ALL, which is no address.
         let offset = new.file.map_or(0, |(_, offset)| offset);

@@ -216,7 +216,7 @@ impl Options {
         }
         if self.adopt_only && self.follow_fork {
             let text =
-                "KUF_OPEN_FOLLOW_FORK is for the library's own userfaultfd: who opened the adopted one decides there";
+                "KUF_OPEN_FOLLOW_FORK is for the library's own userfaultfd: for an adopted one its UFFDIO_API decides";
             return invalid(text);
         }
         if direct && self.cpus.is_some() {

@@ -316,6 +316,6 @@ pub fn discard(flags: u32) -> Result<bool> {
     match flags {
         KUF_DISCARD_REFILL => Ok(false),
         KUF_DISCARD_ZERO => Ok(true),
-        _ => invalid("flags: one of KUF_DISCARD_REFILL and KUF_DISCARD_ZERO says what the range reads as then"),
+        _ => invalid("flags: set one of KUF_DISCARD_REFILL and KUF_DISCARD_ZERO"),
     }
 }

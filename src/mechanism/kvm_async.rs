@@ -150,7 +150,7 @@ impl KvmAsync {
             .map_err(|e| Error::system("eventfd", e))?;
         let vm = Vm { fd: vm, event };
         vm.capability(KVM_USERFAULT_ENABLE).map_err(|errno| match errno {
-            Errno::EXIST => Error::new(Errno::EXIST, "userfaults are enabled on this VM already, by somebody else"),
+            Errno::EXIST => Error::new(Errno::EXIST, "userfaults are enabled on this VM already, by another user"),
             Errno::IO => Error::new(Errno::IO, "this VM belongs to another process: only that one can serve it"),
             errno => Error::system("enabling KVM userfaults", errno),
         })?;

@@ -138,8 +138,8 @@ pub fn refuse_resident(hva: Range<u64>) -> Result<()> {
         let pages = len.div_ceil(page) as usize;
         if let Some(n) = resident[..pages].iter().position(|byte| byte & 1 != 0) {
             let text = words!(
-                "hva {:#x} was touched before its slot was added: KVM may hold on to what it has looked up there. Add the \
-                 memory before anything touches it and before a vCPU loads its MSRs",
+                "hva {:#x} was touched before its slot was added: KVM may keep an old translation. Add the memory before \
+                 anything touches it and before a vCPU loads its MSRs",
                 at + n as u64 * page
             );
             return Err(Error::new(Errno::BUSY, text));
@@ -180,7 +180,7 @@ pub fn page_size_in(text: &[u8], hva: u64) -> Result<u64> {
             return bytes.ok_or_else(|| Error::new(Errno::INVAL, "unreadable KernelPageSize"));
         }
     }
-    Err(Error::new(Errno::INVAL, "the page size could not be found out: set memory->page_size"))
+    Err(Error::new(Errno::INVAL, "the page size is not known: set memory->page_size"))
 }
 
 fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {

@@ -190,8 +190,9 @@ impl Service {
             return;
         }
         self.wake_all();
-        let text =
-            words!("the fault service is dead: {what}; unresolved pages stay closed until kuf_close poisons them");
+        let text = words!(
+            "the fault service is dead: {what}; unresolved pages stay inaccessible until kuf_close poisons them"
+        );
         self.config.callbacks.event(KUF_EVENT_FATAL, 0, 0, Some(Errno::IO), &text);
     }
 

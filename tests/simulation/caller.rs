@@ -236,7 +236,7 @@ fn poisoned(gpa: u64, len: u64) {
             kernel.pages.get(&at).map(|page| !page.right.may_fail)
         };
         if kernel::with(wrong) == Some(true) {
-            violation(&format!("page {page} of slot {slot} was poisoned, and nobody has failed to fill it"));
+            violation(&format!("page {page} of slot {slot} was poisoned, and no fill of it has failed"));
         }
     }
 }

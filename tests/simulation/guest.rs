@@ -139,7 +139,7 @@ pub fn judge(slot: usize, at: u64, touched: Touched) {
                     format!("wrong bytes at {at:#x}: {word:#x}, and not one of {:x?}", page.right.words)
                 }),
                 (Touched::Sigbus, Some(page)) if !page.right.may_fail && !poisons => {
-                    Err(format!("SIGBUS at {at:#x}, a page that nobody has failed to fill"))
+                    Err(format!("SIGBUS at {at:#x}, a page of which no fill has failed"))
                 }
                 _ => Ok(()),
             }

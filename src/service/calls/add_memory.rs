@@ -193,9 +193,10 @@ fn check_source(service: &Service, new: &NewMemory) -> Result<()> {
 /// The mechanism of a new slot, and whether this call made it.
 fn mechanism_for(service: &Service, new: &NewMemory) -> Result<(Arc<dyn Mechanism>, bool)> {
     let Some(fd) = new.uffd else {
-        let own = service.own.clone().ok_or_else(|| {
-            Error::new(Errno::INVAL, "opened with KUF_OPEN_ADOPT_ONLY: each slot has to bring a uffd")
-        })?;
+        let own = service
+            .own
+            .clone()
+            .ok_or_else(|| Error::new(Errno::INVAL, "opened with KUF_OPEN_ADOPT_ONLY: each slot needs memory->uffd"))?;
         return Ok((own, false));
     };
     let host_fd = borrow(fd, "uffd")?;

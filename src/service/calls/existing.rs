@@ -83,8 +83,9 @@ fn refuse(new: &NewMemory, slot: &Slot) -> Result<()> {
     })?;
     found.refuse(new.hva, slot.granule, slot.pages.total()).map_err(|error| match new.fill_all {
         true => {
-            let text = "KUF_MEMORY_FILL_ALL of a file that holds pages needs minor faults, which this kernel has none of for it: \
-                        pass an empty file";
+            let text =
+                "KUF_MEMORY_FILL_ALL of a file that holds pages needs minor faults, which this kernel does not have \
+                        for it: pass an empty file";
             Error::new(Errno::NOTSUP, text)
         }
         false => error,
@@ -100,7 +101,7 @@ fn each(slot: &Slot, mut act: impl FnMut(Range<u64>) -> Result<()>) -> Result<()
     for from in (0..total).step_by(LOOK as usize) {
         let there = slot.binding.resident(&(from..total.min(from + LOOK)));
         let runs = there.ok_or_else(|| {
-            let text = "which pages of this memory exist cannot be seen (/proc/self/pagemap, mincore)";
+            let text = "the library cannot see which pages of this memory exist (/proc/self/pagemap, mincore)";
             Error::new(Errno::NOTSUP, text)
         })?;
         runs.into_iter().try_for_each(&mut act)?;

@@ -21,7 +21,7 @@ pub fn for_kvm(service: &Service, new: &NewMemory) -> Result<ForKvm> {
     let refuse = |text: &'static str| Err(Error::new(Errno::INVAL, text));
     let which = &service.config.mechanism;
     if !matches!(which, Which::Userfaultfd) && new.uffd.is_some() {
-        return refuse("a slot of a KVM mechanism brings no userfaultfd of its own");
+        return refuse("memory->uffd does not go with a KVM mechanism");
     }
     if new.kvm_attributes != 0 && !matches!(which, Which::KvmAsync { .. }) {
         return refuse("kvm->attributes have to be 0 without KUF_MECHANISM_KVM_ASYNC");
@@ -91,7 +91,7 @@ pub fn quiesce(service: &Service, timeout_ms: i32) -> Result<()> {
         match busy {
             None if !queued => return Ok(()),
             _ if deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
-                return Err(Error::new(Errno::TIMEDOUT, "pages are still waited for"));
+                return Err(Error::new(Errno::TIMEDOUT, "threads still wait for pages"));
             }
             Some(slot) => {
                 let claims = slot.claims();

@@ -39,7 +39,7 @@ pub fn check(new: &NewMemory, marks: bool) -> Result<Checked> {
     }
     if let Some(mapping) = mappings.iter().find(|m| !m.shared && m.inode != 0 && !m.anonymous_huge) {
         let text = words!(
-            "hva {:#x} is a private mapping of a file: what the file holds there would be read without a fault",
+            "hva {:#x} is a private mapping of a file: the guest would read the file's bytes without a fault",
             mapping.hva.start
         );
         return Err(Error::new(Errno::INVAL, text));

@@ -42,7 +42,7 @@ pub fn remove_memory(service: &Service, gpa: u64, flags: u32) -> Result<()> {
     end_slot::poison_all(service, views.iter());
     if slot.stays.load(Ordering::SeqCst) {
         let text =
-            "pages of this slot could be neither poisoned nor made inaccessible: it stays, so that nobody reads zeroes";
+            "pages of this slot could be neither poisoned nor made inaccessible: it stays, so that no thread reads zeroes";
         return Err(Error::new(Errno::IO, text));
     }
     take_out::take_out(service, slot, &views, |slot| take_out::detach(slot, false))?;

@@ -305,8 +305,8 @@ const LOOK: u64 = 512;
 /// Makes those of `pages` present that the kernel has. Returns how many pages.
 fn resolve_present(service: &Service, slot: &Arc<Slot>, pages: Range<u64>) -> Result<u64> {
     if slot.in_place() {
-        let text = "the slot is filled in place, where a page that is there need not be whole: name those that are \
-                    with KUF_RESOLVE_IN_PLACE";
+        let text = "the slot is filled in place, where an existing page may be half-filled: name the whole ones with \
+                    KUF_RESOLVE_IN_PLACE";
         return Err(Error::new(Errno::INVAL, text));
     }
     let (mut booked, mut from) = (0, pages.start);
@@ -335,7 +335,7 @@ pub fn there(service: &Service, slot: &Arc<Slot>, pages: &Range<u64>) -> Result<
         }
         let moved = quiet::changed_since(service, slot, before);
         if !moved.map_err(|errno| service.ended_or(slot, errno, |errno| Error::system("looking for pages", errno)))? {
-            let text = "which pages another process has cannot be seen from here: KUF_RESOLVE_ZERO keeps those it has";
+            let text = "the library cannot see which pages another process has: KUF_RESOLVE_ZERO keeps those";
             return Err(Error::new(Errno::NOTSUP, text));
         }
     }

@@ -398,7 +398,7 @@ fn fill_failed(service: &Service, run: &Fill, errno: Errno) -> Result<(), Errno>
     let Fill { slot, id, pages, wanted, .. } = run;
     if pages.end - pages.start == 1 && wanted.is_some() {
         let why = match errno {
-            Errno::EXIST => "was there before it was filled, so that its bytes are not the source's",
+            Errno::EXIST => "existed before it was filled, so its bytes are not the source's",
             _ => "the source failed",
         };
         settle::poison(service, slot, *id, pages.clone(), errno, why);

@@ -332,7 +332,8 @@ impl Install<'_> {
         Counted::Poisoned.add(self.stats, self.slot.granule);
         self.poisoned(pages.clone());
         let (gpa, len) = self.slot.gpa_of(&pages);
-        let text = words!("guest memory {gpa:#x}..{:#x} exists by the kernel's word and does not: poisoned", gpa + len);
+        let text =
+            words!("guest memory {gpa:#x}..{:#x} does not exist although the kernel says so: poisoned", gpa + len);
         let (slot, kind, error) = (Some(self.slot.clone()), KUF_EVENT_POISONED, Some(Errno::EXIST));
         self.service.push(Work::Notice(Notice { slot, kind, gpa, len, error, text }));
     }

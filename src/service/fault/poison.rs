@@ -40,7 +40,7 @@ pub fn touch_poison(service: &Service, slot: &Arc<Slot>, page: u64) {
             Some(Stop::Unmapped | Stop::Dead) => return,
             None if slot.facts().gates_kvm_only => return parked::parked(service, slot, pages),
             Some(_) if !settle::close_off(slot, &pages) => {
-                let text = || words!("a poisoned page of the memory slot at gpa {:#x} stays closed", slot.gpa);
+                let text = || words!("a poisoned page of the memory slot at gpa {:#x} stays inaccessible", slot.gpa);
                 return service.config.callbacks.log(KUF_LOG_WARN, text);
             }
             _ => return,

@@ -182,7 +182,7 @@ pub fn poison_with(
         (0, 0, _) => return 0,
         (_, 0, _) => (KUF_EVENT_POISONED, "poisoned"),
         (_, _, true) => (KUF_EVENT_INACCESSIBLE, "made inaccessible"),
-        (_, _, false) => (KUF_EVENT_INACCESSIBLE, "left closed: whoever touches it stays blocked"),
+        (_, _, false) => (KUF_EVENT_INACCESSIBLE, "left absent: a thread that touches it stays blocked"),
     };
     let text = words!("guest memory {gpa:#x}..{:#x} {why} ({reason}): {how}", gpa + len);
     service.config.callbacks.event_of(Some(&telling), kind, gpa, len, Some(errno), &text);

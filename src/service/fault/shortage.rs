@@ -48,7 +48,7 @@ impl Shortage {
 /// Ends the service if an event was lost for want of memory.
 pub fn end_if_lost(service: &Service) {
     if lost() != service.shortage.lost {
-        service.fail("there was no memory to keep account of what the guest gave back");
+        service.fail("there was no memory to record the pages that the guest gave back");
     }
 }
 
@@ -56,7 +56,7 @@ pub fn end_if_lost(service: &Service) {
 pub fn serve_later(service: &Service, fault: Fault) {
     service.stats.here().install_no_memory(1);
     if service.shortage.lasts(service.life.age()) {
-        return service.fail("there is no memory to keep account of what is being filled");
+        return service.fail("there is no memory to record the pages that are being filled");
     }
     thread::sleep(Duration::from_millis(1));
     service.push(Work::Fault(fault));

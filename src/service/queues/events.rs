@@ -262,8 +262,8 @@ fn warn_of_signals(service: &Service, work: &mut Vec<Work>) {
     if service.queues.was_warned() {
         return;
     }
-    let text = "KVM queued a fault and its signal did not come: somebody else reads the library's eventfd, or KVM \
-                dropped it; faults are found by looking twice a second";
+    let text = "KVM queued a fault and its signal did not come: another reader took it from the library's eventfd, or \
+                KVM dropped it; the library looks for faults twice a second";
     let (kind, text) = (KUF_KVM_EVENT_UNSIGNALLED, text.into());
     work.push(Work::Notice(Notice { slot: None, kind, gpa: 0, len: 0, error: None, text }));
 }

@@ -27,8 +27,8 @@ pub fn gate_to_add<'a>(
     hva: &Range<u64>,
 ) -> Result<Moment<'a>> {
     let Some(gate) = gate_when_quiet(service, mechanism, PATIENCE) else {
-        let text = "events of an munmap, mremap, madvise or fork, perhaps of what was mapped there before, are \
-                    still on their way: try again";
+        let text = "events of an munmap, mremap, madvise or fork, perhaps of an earlier mapping there, are still on \
+                    their way: try again";
         return Err(Error::new(Errno::AGAIN, text));
     };
     for queue in service.queues.list().iter().filter(|queue| queue.mechanism.id() == mechanism.id()) {

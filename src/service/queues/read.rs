@@ -182,7 +182,7 @@ fn unreadable(service: &Service, queue: &KernelQueue, errno: Errno) {
     let map = service.memory.map();
     let slot = map.slots().iter().find(|slot| mechanism.facts().adopted && slot.mechanism.id() == mechanism.id());
     let (gpa, len) = slot.map_or((0, 0), |slot| (slot.gpa, slot.len));
-    let text = words!("{text}: it is tried again, and nothing under it is served meanwhile");
+    let text = words!("{text}: the library tries again, and serves nothing under it until then");
     service.push(Work::Notice(Notice { slot: None, kind: KUF_EVENT_UNREADABLE, gpa, len, error: Some(errno), text }));
 }
 

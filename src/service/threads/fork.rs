@@ -249,7 +249,7 @@ fn read_through_fork(service: &Service, watch: &Watch, queue: &Arc<KernelQueue>)
 fn fork_is_stuck(service: &Service, errno: Errno) {
     let callbacks = &service.config.callbacks;
     if spare_descriptor::is_shortage(errno) {
-        let text = "reading the userfaultfd while the process forks: it is tried again, and fork(2) waits";
+        let text = "reading the userfaultfd while the process forks: the library tries again, and fork(2) waits";
         callbacks.event(KUF_EVENT_UNREADABLE, 0, 0, Some(errno), text);
     } else if service.life.fail() {
         let text = "the fault service is dead: the userfaultfd cannot be read, and fork(2) does not return";
@@ -274,7 +274,7 @@ fn wait_for_descriptor(service: &Service) -> bool {
 fn keep_from_child(map: &Map, mechanism: u32, errno: Errno, work: &mut Vec<Work>) {
     advise_on_fork(map, mechanism, Advice::LinuxDontFork);
     let reason = Reason(errno);
-    let text = words!("the process forked and its child could not have been served ({reason}): it has no guest memory");
+    let text = words!("the process forked; its child cannot be served ({reason}) and has no guest memory");
     work.push(Work::Notice(Notice { slot: None, kind: KUF_EVENT_FORKED, gpa: 0, len: 0, error: Some(errno), text }));
 }
 

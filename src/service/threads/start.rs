@@ -67,7 +67,7 @@ fn decide_on_spinning(service: &Service) {
     if several && !quota {
         service.threads.may_spin.store(true, Ordering::Relaxed);
     } else {
-        service.config.callbacks.log(KUF_LOG_INFO, || "spin_us has no effect: there is one CPU for everybody".into());
+        service.config.callbacks.log(KUF_LOG_INFO, || "spin_us has no effect: all threads share one CPU".into());
     }
 }
 
