@@ -1,7 +1,8 @@
 //! Guest page faults served for virtual machine monitors.
 //!
-//! A VMM that restores a snapshot lazily, receives a post-copy migration or keeps guest memory elsewhere has to catch the
-//! guest's first touch of each page, get the page, put it in place and let the guest go on. A [`Kuf`] does that for one VM:
+//! A VMM that restores a snapshot lazily, receives a post-copy migration or keeps guest memory elsewhere must catch the
+//! guest's first access to each page, get the page's bytes, install them and let the guest continue. A [`Kuf`] does that for
+//! one VM:
 //!
 //! ```
 //! use kuf::{End, Filled, Kuf, Memory, Options, Run};
@@ -11,13 +12,13 @@
 //!     run.buf().fill(7);
 //!     Filled::Done
 //! });
-//! // Without `user_mode_only`, accesses of KVM are served too, which takes a privilege.
+//! // Without `user_mode_only`, accesses of KVM are served too, which needs a privilege.
 //! let kuf = Kuf::open(options.user_mode_only())?;
 //!
 //! # let (len, access) = (1 << 20, libc::PROT_READ | libc::PROT_WRITE);
 //! # let guest = unsafe { libc::mmap(std::ptr::null_mut(), len, access, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0) };
 //! # let guest = guest.cast::<u8>();
-//! // SAFETY: `guest` is mapped for as long as the process lives, and only used by raw pointers.
+//! // SAFETY: `guest` is mapped for as long as the process lives, and the program uses it by raw pointers only.
 //! let memory = unsafe { Memory::new(0, len as u64, guest) };
 //! let slot = kuf.add_memory(memory)?;
 //!
@@ -33,22 +34,22 @@
 //! ```
 //!
 //! Words: a memory slot is a guest physical range with the host mapping behind it. A page is absent, being filled, present, or
-//! removed (the guest gave it back: it reads as zero). To resolve a page is to make it present and wake the threads that wait
-//! for it. On a demand fault a thread waits; populate fills pages that no thread waits for. A poisoned page raises SIGBUS when
-//! touched.
+//! removed (the guest gave it back: it reads as zero). To resolve a page is to make it present and wake the threads that are
+//! blocked on it. A demand fault has a blocked thread; populate fills pages in the background. Touching a poisoned page raises
+//! SIGBUS.
 //!
-//! The same service has a C ABI (`include/kuf.h`), whose functions and structs are in [`sys`]. With the feature `vm-memory`, the
-//! regions of that crate are added without `unsafe`.
+//! The same service has a C ABI (`include/kuf.h`); [`sys`] has its functions and structs. With the feature `vm-memory`, a program
+//! adds the regions of that crate without `unsafe`.
 //!
-//! Where to look in the source:
+//! The modules of the source:
 //!
 //! | module | content |
 //! |---|---|
-//! | `abi`, `abi_kvm` | the structs and constants of `kuf.h` and `kuf-kvm.h`: the ground floor |
+//! | `abi`, `abi_kvm` | the structs and constants of `kuf.h` and `kuf-kvm.h`: the lowest layer |
 //! | `capi` | every `extern "C"` function, the structs of `kuf.h` converted, the panic guard |
 //! | `api` | the interface for Rust programs, over which `capi` is a layer; the handle |
-//! | `caller` | the traits that callbacks implement, and what they are given |
-//! | `service` | one handle: `fault` (the way of a fault), `threads`, `background`, `calls` |
+//! | `caller` | the trait of the fill callback, and the values that callbacks get |
+//! | `service` | one handle: `queues` and `fault` (the path of a fault), `threads`, `background`, `calls` |
 //! | `mechanism` | the differences between kernels, behind two traits: `userfaultfd`, `kvm_bitmap`, `kvm_async` |
 //! | `memory` | memory slots, address translation, huge pages to fill |
 //! | `mapping` | where guest memory is mapped in the host; shared files and their second mapping, fill buffers |
@@ -60,7 +61,7 @@
 //! | `record_file` | the file of a recorded working set |
 //! | `probe`, `stats`, `error`, `panics`, `sync` | this host; counters; failures in words; panics kept inside; std, or a model of it |
 //!
-//! `docs/architecture.md` follows one fault through them.
+//! `docs/architecture.md` follows a fault through them.
 
 #![deny(unsafe_op_in_unsafe_fn)]
 #![warn(clippy::undocumented_unsafe_blocks)]

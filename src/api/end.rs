@@ -1,29 +1,29 @@
-//! What becomes of pages that are not filled.
+//! The fate of unresolved pages at the end, and of dropped pages.
 
 use crate::abi::*;
 
-/// What becomes of the unresolved pages of a slot or handle that ends. They are never left to read as zeroes.
+/// How to end a slot or handle that has unresolved pages. They are never left to read as zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// There are none: else the call fails with EBUSY, and all goes on as before.
+    /// End only if there are none. Otherwise the call fails with EBUSY, and the slot or handle goes on.
     Complete,
-    /// They are filled first. If one cannot be filled the call fails with EIO, and all goes on as before.
+    /// Fill them first. If one cannot be filled, the call fails with EIO, and the slot or handle goes on.
     Populate,
-    /// They are filled first, and those that cannot be filled are poisoned.
+    /// Fill them first, and poison those that cannot be filled.
     PopulateOrPoison,
-    /// They are poisoned: a touch raises SIGBUS. Stop the vCPUs before.
+    /// Poison them: a touch raises SIGBUS. Stop the vCPUs first.
     Poison,
-    /// They are left to another handler of the same userfaultfd. Only for a handle of which every slot came with
-    /// [`Memory::userfaultfd`](crate::Memory::userfaultfd), and not for a single slot.
+    /// Leave them to another handler of the same userfaultfd. Only for a handle, and only if each of its slots has a
+    /// [`Memory::userfaultfd`](crate::Memory::userfaultfd); otherwise EINVAL.
     HandOver,
 }
 
-/// What becomes of pages whose content is dropped.
+/// The contents of dropped pages at their next touch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Discard {
-    /// The next touch fills them again.
+    /// The source fills them again.
     Refill,
-    /// The guest gave them back: they read as zero.
+    /// They read as zero: the guest has given them back.
     Zero,
 }
 

@@ -32,7 +32,7 @@ impl Fault {
         false
     }
 
-    /// Where it begins in its slot: the offset in an image of this slot.
+    /// `gpa` minus the slot's first address: the offset in an image of this slot, in bytes.
     pub fn memory_offset(&self) -> u64 {
         self.0.memory_offset
     }
@@ -42,7 +42,7 @@ impl Fault {
         self.0.memory_opaque.addr()
     }
 
-    /// Whether a thread is blocked until it is resolved.
+    /// Whether a thread is blocked until the page is resolved.
     pub fn is_demand(&self) -> bool {
         self.has(KUF_FAULT_DEMAND)
     }
@@ -52,12 +52,12 @@ impl Fault {
         self.has(KUF_FAULT_WRITE)
     }
 
-    /// Whether it is a forked child's.
+    /// Whether the fault is a forked child's. Resolve it like any other.
     pub fn is_forked(&self) -> bool {
         self.has(KUF_FAULT_FORKED)
     }
 
-    /// Thread id of the first thread that touched the page, if the kernel names it.
+    /// The thread ID of the first thread that touched the page, if the kernel reports it.
     pub fn thread(&self) -> Option<u32> {
         (self.0.thread != 0).then_some(self.0.thread)
     }
@@ -67,8 +67,8 @@ impl Fault {
         Duration::from_nanos(self.0.age_ns)
     }
 
-    /// Where the bytes of the page may be written before [`Kuf::resolve_in_place`](crate::Kuf::resolve_in_place), if the slot
-    /// is filled in place. Valid until the page is resolved.
+    /// Where to write the bytes of the page before [`Kuf::resolve_in_place`](crate::Kuf::resolve_in_place); valid until the page
+    /// is resolved. None if the slot is not filled in place, and from `pending`.
     pub fn place(&self) -> Option<NonNull<u8>> {
         NonNull::new(self.0.place.cast())
     }

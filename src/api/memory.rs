@@ -15,8 +15,8 @@ use crate::uapi::kvm::{KVM_MEMORY_ATTRIBUTE_USERFAULT, KVM_MEM_LOG_DIRTY_PAGES, 
 /// The flags that a memslot set by the library may have besides KVM_MEM_USERFAULT.
 const MEMSLOT_FLAGS: u32 = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY;
 
-/// A memory slot to be added: a guest physical range and the host mapping behind it. Descriptors are borrowed and
-/// duplicated.
+/// A memory slot to add with [`Kuf::add_memory`](crate::Kuf::add_memory): a guest physical range and the mapping behind it.
+/// Descriptors are borrowed; the library duplicates them.
 pub struct Memory<'a> {
     pub(crate) new: NewMemory,
     pub(crate) source: Option<Source<'a>>,
@@ -39,12 +39,12 @@ impl<'a> Memory<'a> {
     /// multiples of the page size of the mapping.
     ///
     /// # Safety
-    /// The library writes to this memory whenever it likes, from [`Kuf::add_memory`](crate::Kuf::add_memory) on, until
+    /// The library may write to this memory at any time from [`Kuf::add_memory`](crate::Kuf::add_memory) on, until
     /// [`Slot::remove`](crate::Slot::remove) or the end of the handle has returned (after
-    /// [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting), until the fill callback is dropped).
-    /// - As long, the memory stays mapped, but for what madvise(2), munmap(2) and mremap(2) may do to the memory of any guest.
-    ///   [`Memory::keep`] can keep its owner alive.
-    /// - As long, it is used by raw pointers only, and no reference to its bytes exists: they change at any time.
+    /// [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting): until the fill callback is dropped). During that time:
+    /// - The memory stays mapped. madvise(2), munmap(2) and mremap(2) of a guest's memory are allowed. [`Memory::keep`] can keep
+    ///   its owner alive.
+    /// - The program uses it by raw pointers only, and no reference to its bytes exists: they change at any time.
     pub unsafe fn new(gpa: u64, len: u64, host: *mut u8) -> Self {
         Self::at(gpa, len, host.expose_provenance() as u64)
     }
@@ -81,29 +81,31 @@ impl<'a> Memory<'a> {
         Self { new, source: None }
     }
 
-    /// The shared file (memfd, tmpfs, hugetlbfs) of which the mapping shows the bytes from `offset` on. Pages are then
-    /// filled in place where the kernel can do so: [`Run::buf`](crate::Run::buf) is a page of the file.
+    /// The shared file (memfd, tmpfs, hugetlbfs) that is mapped MAP_SHARED, from byte `offset` on. Pages are then filled in
+    /// place where the kernel has minor faults: [`Run::buf`](crate::Run::buf) is a page of the file.
     ///
     /// # Safety
-    /// Nothing touches pages of the file that are not present, through another mapping or in another process.
+    /// No other mapping, and no other process, touches absent pages of the file.
     pub unsafe fn file(mut self, file: &'a impl AsFd, offset: u64) -> Self {
         self.new.file = Some((file.as_fd().as_raw_fd(), offset));
         self
     }
 
-    /// The userfaultfd that serves the slot, instead of one of the library's own. The library becomes its only reader.
+    /// The userfaultfd that serves the slot, instead of one of the library's own. UFFDIO_API is done on it. The library sets
+    /// O_NONBLOCK on it and must be its only reader.
     pub fn userfaultfd(mut self, userfaultfd: &'a impl AsFd) -> Self {
         self.new.uffd = Some(userfaultfd.as_fd().as_raw_fd());
         self
     }
 
-    /// The page size of the mapping, for memory of another process without a file. It is found out for all other memory.
+    /// The page size of the mapping in bytes. Needed only for memory of another process without a file, if it is not the base
+    /// page size; the library detects all others.
     pub fn page_size(mut self, bytes: u64) -> Self {
         self.new.granule = bytes;
         self
     }
 
-    /// A number that [`Run::tag`](crate::Run::tag) and [`Fault::tag`](crate::Fault::tag) hand back.
+    /// A number for the caller's use, which [`Run::tag`](crate::Run::tag) and [`Fault::tag`](crate::Fault::tag) return.
     pub fn tag(mut self, tag: usize) -> Self {
         self.new.opaque = Opaque(std::ptr::without_provenance_mut(tag));
         self
@@ -115,26 +117,28 @@ impl<'a> Memory<'a> {
         self
     }
 
-    /// Prefer transparent huge pages for memory that is filled ahead of demand.
+    /// Prefer transparent huge pages for private memory that is filled ahead of demand. Best effort; needs
+    /// [`Feature::Huge`](crate::Feature::Huge). The guest physical address and the host address agree modulo 2 MiB.
     pub fn huge(mut self) -> Self {
         self.new.huge = true;
         self
     }
 
-    /// The memory may hold pages already, and what they hold is the guest's own: they count as present. Without this, memory
-    /// that holds pages is refused with EBUSY.
+    /// The memory may hold pages already, and their bytes are the guest's own: they count as present. Without this, memory that
+    /// holds pages is refused with EBUSY.
     pub fn populated(mut self) -> Self {
         self.new.populated = true;
         self
     }
 
-    /// Ask for every page, whatever the file holds already. Needs [`Memory::file`].
+    /// Ask for every page, whatever the file holds already: after a handler that died and may have left half-filled pages.
+    /// Needs [`Memory::file`] and [`Feature::Minor`](crate::Feature::Minor); not with [`Memory::populated`].
     pub fn fill_all(mut self) -> Self {
         self.new.fill_all = true;
         self
     }
 
-    /// A value to keep until the library uses the memory no more, such as the owner of the mapping.
+    /// A value to keep for as long as the library uses the memory, such as the owner of the mapping.
     pub fn keep(mut self, owner: Keep) -> Self {
         self.new.keep = Some(match self.new.keep.take() {
             Some(other) => Arc::new((other, owner)),
@@ -143,7 +147,7 @@ impl<'a> Memory<'a> {
         self
     }
 
-    /// Checks what takes no system call.
+    /// Makes the checks that need no system call.
     pub(crate) fn check(self) -> Result<NewMemory> {
         let Self { mut new, source } = self;
         if new.fill_all && new.file.is_none() {
@@ -192,12 +196,12 @@ impl<'a> Source<'a> {
         Self::of(SourceKind::File { fd: file.as_fd().as_raw_fd(), offset, direct: true })
     }
 
-    /// Memory that stays as it is.
+    /// Bytes that never change.
     pub fn bytes(bytes: &'static [u8]) -> Source<'static> {
         Source::of(SourceKind::Memory { addr: bytes.as_ptr(), len: bytes.len() as u64, offset: 0, keep: None })
     }
 
-    /// Memory that is shared with the slot for as long as the library reads it.
+    /// Bytes that the library keeps for as long as it reads them.
     pub fn shared(bytes: Arc<[u8]>) -> Source<'static> {
         let (addr, len) = (bytes.as_ptr(), bytes.len() as u64);
         Source::of(SourceKind::Memory { addr, len, offset: 0, keep: Some(Arc::new(bytes)) })
@@ -206,8 +210,9 @@ impl<'a> Source<'a> {
     /// The `len` bytes of memory at `addr`.
     ///
     /// # Safety
-    /// The memory stays mapped and unchanged until the slot has been removed or the handle has ended (or, ended without
-    /// waiting, until the fill callback is dropped). It may be unreadable, which makes fills fail.
+    /// The memory stays mapped and unchanged until the slot has been removed or the handle has ended (after
+    /// [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting): until the fill callback is dropped). If it is
+    /// unreadable, fills fail.
     pub unsafe fn raw(addr: *const u8, len: u64) -> Source<'static> {
         Source::of(SourceKind::Memory { addr, len, offset: 0, keep: None })
     }

@@ -11,7 +11,9 @@ use crate::service::config::{Callbacks, Config, Which, POPULATE_INFLIGHT};
 use crate::sync::time::Duration;
 use crate::sync::Arc;
 
-/// The options of a handle, and how its pages are brought.
+/// The options of a handle. The constructor decides how its pages are filled.
+///
+/// [`Kuf::open`](crate::Kuf::open) checks the values: it fails with EINVAL if one is out of its range or contradicts another.
 ///
 /// ```no_run
 /// use std::os::unix::fs::FileExt;
@@ -48,9 +50,9 @@ pub struct Options {
     pub(crate) wrong: Option<&'static str>,
 }
 
-/// How the pages of a handle are brought.
+/// How the pages of a handle are filled.
 pub enum Mode {
-    /// Service threads ask this.
+    /// Service threads call this.
     Serviced(Arc<dyn Fill>),
     /// Service threads ask the source of each slot.
     Sources,
@@ -93,7 +95,7 @@ impl Options {
         Self::new(Mode::Serviced(Arc::new(fill)))
     }
 
-    /// A serviced handle without a fill callback: every slot brings its own [`Source`](crate::Source).
+    /// A serviced handle without a fill callback: every slot has a [`Source`](crate::Source).
     pub fn sources() -> Self {
         Self::new(Mode::Sources)
     }
@@ -105,89 +107,100 @@ impl Options {
     }
 
     /// A caller-driven handle without a service thread: [`Kuf::read`](crate::Kuf::read) reads the kernel itself, which saves
-    /// one wake-up of a thread for each fault. Memory that the guest gives back is reported with
-    /// [`Kuf::discard`](crate::Kuf::discard), and is neither unmapped nor moved before its slot is removed.
+    /// one wake-up of a thread for each fault. The caller reports memory that the guest gives back with
+    /// [`Kuf::discard`](crate::Kuf::discard), and does not unmap or move guest memory before its slot is removed. Not with
+    /// [`Kuf::populate`](crate::Kuf::populate), [`Kuf::replay`](crate::Kuf::replay), [`Options::follow_fork`] and
+    /// [`Options::cpus`].
     pub fn direct() -> Self {
         Self::new(Mode::Direct)
     }
 
-    /// Called for each event, on the thread that found it. It may call what a fill callback may call, and should return soon,
-    /// for the thread serves faults.
+    /// The event callback: called for each event, on the thread that detected it. It may make the calls that a fill callback
+    /// may make, and [`Slot::remove`](crate::Slot::remove). It should return soon, because the thread serves faults.
     pub fn on_event(mut self, event: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Self {
         self.event = Some(Box::new(event));
         self
     }
 
-    /// Called for each log record of `level` and of the more urgent levels.
+    /// The log callback: called for each log record of `level` and of the more urgent levels, on any thread. It must not call
+    /// the library.
     pub fn on_log(mut self, level: LogLevel, log: impl Fn(LogLevel, &str) + Send + Sync + 'static) -> Self {
         self.log = Some(Box::new(log));
         self.log_level = level.number();
         self
     }
 
-    /// Concurrent calls of the fill callback: 1 to 256, 2 by default.
+    /// The number of threads that fill demanded pages, and so of concurrent calls of the fill callback: 1 to 256, 2 by
+    /// default. One more fills ahead of demand.
     pub fn fill_threads(mut self, threads: u32) -> Self {
         self.fill_threads = threads.into();
         self.never_0(threads.into(), "fill_threads is 0")
     }
 
-    /// Bytes filled for one fault at most, its own page included: up to 64 MiB, 2 MiB by default.
+    /// The most bytes that one fault fills, its own page included: up to 64 MiB, 2 MiB by default; rounded to whole pages, at
+    /// least one.
     pub fn demand_run(mut self, bytes: u64) -> Self {
         self.demand_run = bytes;
         self.never_0(bytes, "demand_run is 0")
     }
 
-    /// Bytes that one fill ahead of demand asks for at most: up to 64 MiB, 256 KiB by default.
+    /// The longest run, in bytes, of a fill for which no thread is blocked: up to 64 MiB, 256 KiB by default; rounded to whole
+    /// pages, at least one.
     pub fn populate_run(mut self, bytes: u64) -> Self {
         self.populate_run = bytes;
         self.never_0(bytes, "populate_run is 0")
     }
 
-    /// How many userfaultfds guest memory is divided among: 1 to 64, 1 by default.
+    /// How many userfaultfds share the guest memory, striped in chunks of 16 MiB or more: 1 to 64, 1 by default. With more
+    /// than one, mremap(2) across the border of two chunks fails with EFAULT. Not with [`Options::adopt_only`].
     pub fn userfaultfds(mut self, number: u32) -> Self {
         self.userfaultfds = number.into();
         self.never_0(number.into(), "userfaultfds is 0")
     }
 
-    /// How long a service thread looks for the next fault before it sleeps: whole microseconds, 10 ms at most, none by
-    /// default.
+    /// How long a service thread busy-polls for the next fault before it sleeps: whole microseconds, at most 10 ms, 0 by
+    /// default. It saves the wake-up of the thread, and takes up to one CPU while faults come.
     pub fn spin(mut self, time: Duration) -> Self {
         self.spin_us = time.as_micros().try_into().unwrap_or(u64::MAX);
         self
     }
 
-    /// The CPUs that service threads may use: by default those of the thread that opens the handle.
+    /// The CPUs that service threads may use, by number: by default those of the thread that opens the handle. CPUs that the
+    /// process may not use are left out; EINVAL if none is left.
     pub fn cpus(mut self, cpus: impl IntoIterator<Item = usize>) -> Self {
         self.cpus = Cpus::of_numbers(cpus);
         let there = self.cpus.is_some().into();
         self.never_0(there, "cpus names no CPU, or one that no kernel has")
     }
 
-    /// Accept a userfaultfd that catches accesses from user mode only. It needs no privilege, and cannot serve a KVM guest.
+    /// Accept a userfaultfd that catches accesses from user mode only. It needs no privilege, and cannot serve a KVM guest:
+    /// KVM's accesses would fail with EFAULT.
     pub fn user_mode_only(mut self) -> Self {
         self.user_mode_only = true;
         self
     }
 
-    /// Serve forked children too. Needs CAP_SYS_PTRACE.
+    /// Serve forked children too, from the same source. Needs CAP_SYS_PTRACE, else EPERM.
     pub fn follow_fork(mut self) -> Self {
         self.follow_fork = true;
         self
     }
 
-    /// Open no userfaultfd: every slot brings one ([`Memory::userfaultfd`](crate::Memory::userfaultfd)).
+    /// Open no userfaultfd: every slot has one ([`Memory::userfaultfd`](crate::Memory::userfaultfd)). For a handler without
+    /// privilege that serves other processes.
     pub fn adopt_only(mut self) -> Self {
         self.adopt_only = true;
         self
     }
 
-    /// Look for pages of zeroes in what is filled, and install them as such.
+    /// Look for pages of zeroes in the filled bytes, and install them as zero pages, which take no memory until they are
+    /// written.
     pub fn detect_zero(mut self) -> Self {
         self.detect_zero = true;
         self
     }
 
-    /// Let the environment ask for log records: with KUF_DEBUG=1 there, all of them are also written to standard error.
+    /// If the environment has KUF_DEBUG=1, also write log records of every level to standard error.
     pub fn debug_env(mut self) -> Self {
         self.debug_env = true;
         self

@@ -6,7 +6,7 @@ use crate::abi::*;
 use crate::error::{Error, Result};
 use crate::probe::{report, Report};
 
-/// What works on this host, and why the rest does not.
+/// The mechanisms and features that work on this host, and why the rest does not. Made by [`probe`].
 pub struct Probe {
     report: Report,
     /// KUF_FEATURE_*.
@@ -29,28 +29,32 @@ pub enum Mechanism {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Feature {
-    /// Pages can be poisoned.
+    /// Pages can be poisoned; without it they become inaccessible (PROT_NONE).
     Poison,
-    /// Shared memory can be filled in place.
+    /// Shared memory can be filled in place, without a copy.
     Minor,
-    /// The kernel names the thread of a fault.
+    /// The kernel reports the thread of a fault: block times are known.
     ThreadId,
     /// userfaultfd serves KVM guests for this process.
     KernelFaults,
     /// userfaultfd works for this process at least for accesses from user mode.
     UserFaults,
-    /// Memory can be filled on huge pages.
+    /// Private memory can be filled with transparent huge pages ([`Memory::huge`](crate::Memory::huge)).
     Huge,
 }
 
-/// Finds out what works here. It changes nothing. `vm`: a KVM VM, for the mechanism that needs one to be found out.
+/// Finds out which mechanisms and features work here. It changes nothing. `vm`: a KVM VM, needed only to try
+/// [`Mechanism::KvmAsync`].
+///
+/// EINVAL: `vm` is no KVM VM.
 pub fn probe(vm: Option<BorrowedFd<'_>>) -> Result<Probe> {
     let report = report(vm.map(|vm| vm.as_raw_fd()))?;
     Ok(Probe { features: report.features(), report })
 }
 
 impl Probe {
-    /// Whether a handle can have this mechanism now: how it works here, or the error of `Kuf::open`.
+    /// Whether a handle can use this mechanism now. Ok: how it works here, in words. Err: the error that `Kuf::open` would
+    /// return.
     pub fn mechanism(&self, mechanism: Mechanism) -> std::result::Result<&str, &Error> {
         self.report.found(match mechanism {
             Mechanism::Userfaultfd => KUF_MECHANISM_USERFAULTFD,

@@ -1,11 +1,11 @@
-//! How far a handle is, in numbers.
+//! Progress and statistics of a handle.
 
 use std::ops::Deref;
 
 use crate::abi::*;
 use crate::sync::time::Duration;
 
-/// How far a slot is, or all slots: in bytes, which add up to `total`.
+/// The state of a slot, or of all slots, in bytes. The six states add up to `total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
@@ -19,7 +19,7 @@ pub struct Progress {
     pub absent: u64,
     /// Being filled now.
     pub filling: u64,
-    /// Asked for, and to be resolved by the caller.
+    /// To be resolved by the caller: deferred, or taken with [`Kuf::read`](crate::Kuf::read).
     pub deferred: u64,
     /// Could not be filled.
     pub poisoned: u64,
@@ -27,19 +27,19 @@ pub struct Progress {
     pub is_gone: bool,
 }
 
-/// The counters and latency histograms of a handle, as fields.
+/// The counters and latency histograms of a handle: the fields of `kuf_stats_info`. Times are in nanoseconds.
 #[derive(Clone, Copy)]
 pub struct Stats(kuf_stats_info);
 
-/// How long one thread was kept waiting by page faults.
+/// How long one thread was blocked on page faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BlockTime {
-    /// The thread id as in gettid(2).
+    /// The thread ID as from gettid(2).
     pub thread: u32,
     /// Faults of this thread that have ended.
     pub faults: u64,
-    /// The sum of their waiting times.
+    /// The sum of the times from reading the fault until the page was present.
     pub total: Duration,
     /// The longest of them.
     pub max: Duration,

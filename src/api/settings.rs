@@ -8,19 +8,19 @@ use crate::sync::time::Duration;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Settings {
-    /// How accesses are caught.
+    /// The mechanism of the handle.
     pub mechanism: Mechanism,
     /// Concurrent calls of the fill callback; 0 on a caller-driven handle.
     pub fill_threads: u32,
     /// How many userfaultfds share the slot's memory, or the library has opened for the handle.
     pub userfaultfds: u32,
-    /// How long a service thread looks for the next fault before it sleeps.
+    /// How long a service thread busy-polls for the next fault before it sleeps; 0 also where busy-polling has no effect.
     pub spin: Duration,
-    /// Bytes filled for one fault at most; 0 on a caller-driven handle.
+    /// The most bytes that one fault fills; 0 on a caller-driven handle.
     pub demand_run: u64,
-    /// Bytes that one fill ahead of demand asks for at most; 0 on a caller-driven handle.
+    /// The longest run, in bytes, of a fill for which no thread is blocked; 0 on a caller-driven handle.
     pub populate_run: u64,
-    /// Page size of the slot, or of ordinary memory, in bytes.
+    /// The page size in bytes: of the slot, or of ordinary memory for the handle.
     pub page_size: u64,
     /// Pages of the slot are filled in place.
     pub in_place: bool,

@@ -6,10 +6,10 @@ use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 use crate::api::memory::Memory;
 
 impl Memory<'static> {
-    /// A region of a `GuestMemoryMmap`, at its own guest physical address. The slot keeps the region's mapping, which is
-    /// unmapped only when the library uses it no more. Needs the feature `vm-memory`.
+    /// A region of a `GuestMemoryMmap`, at its own guest physical address. The slot keeps the region's mapping alive
+    /// for as long as the library uses it. Needs the feature `vm-memory`.
     ///
-    /// Pages are filled by copy, also where the region maps a shared file; [`Memory::file`] has them filled in place.
+    /// Pages are filled by copy, also where the region maps a shared file. Add [`Memory::file`] to fill them in place.
     ///
     /// ```
     /// use kuf::{Filled, Kuf, Memory, Options, Run};

@@ -4,13 +4,13 @@ use rustix::io::Errno;
 
 use crate::abi::*;
 
-/// Told about events, on the thread that found them and with no lock held.
+/// An event callback. It runs on the thread that detected the event, and the library holds no lock.
 pub type OnEvent = Box<dyn Fn(&Event<'_>) + Send + Sync>;
 
-/// Given log records.
+/// A log callback.
 pub type OnLog = Box<dyn Fn(LogLevel, &str) + Send + Sync>;
 
-/// Something that the caller should know, as the event callback is told it.
+/// An event, as the event callback gets it.
 #[derive(Clone, Copy, Debug)]
 pub struct Event<'a> {
     pub(crate) kind: u32,
@@ -34,15 +34,15 @@ pub enum EventKind {
     Populated,
     /// The process behind a slot is gone.
     Gone,
-    /// The service of this handle is dead after a failure inside the library.
+    /// The service of this handle has failed. Unresolved pages stay inaccessible, and calls fail with EIO: end the handle.
     Fatal,
-    /// The process forked, and the child's memory is served as well; with an error: it is not.
+    /// The process forked, and the library serves the child's memory too; with an error, it does not.
     Forked,
     /// A replay has ended.
     Replayed,
     /// A userfaultfd cannot be read now. The library tries again every millisecond and loses nothing.
     Unreadable,
-    /// A kind of the mechanisms of `kuf-kvm.h`, or one that is newer than this enum: the number of `kuf.h`.
+    /// Another kind, with its number in `kuf.h` or `kuf-kvm.h`: of a KVM mechanism, or newer than this enum.
     Other(u32),
 }
 
@@ -50,9 +50,9 @@ pub enum EventKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum LogLevel {
-    /// Something failed.
+    /// A failure.
     Error,
-    /// Something that the caller may want to act on.
+    /// A condition on which the caller may want to act.
     Warn,
     /// Once for each open, slot or request.
     Info,
@@ -61,7 +61,7 @@ pub enum LogLevel {
 }
 
 impl<'a> Event<'a> {
-    /// What happened.
+    /// The kind of the event.
     pub fn kind(&self) -> EventKind {
         match self.kind {
             KUF_EVENT_POISONED => EventKind::Poisoned,
@@ -92,12 +92,12 @@ impl<'a> Event<'a> {
         self.len == 0
     }
 
-    /// The error behind the event.
+    /// The error behind the event, if there is one.
     pub fn error(&self) -> Option<Errno> {
         self.error
     }
 
-    /// The same in words.
+    /// The event in words.
     pub fn text(&self) -> &'a str {
         self.text
     }

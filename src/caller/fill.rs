@@ -8,15 +8,15 @@ use rustix::io::Errno;
 
 use crate::abi::*;
 
-/// Brings pages: implemented by the caller, also by closures.
+/// Fills pages. The caller implements it; closures implement it too.
 ///
-/// It is called on a service thread, or on the caller's thread that is inside `ensure`, `vcpu_fault`, or the end of a slot or
-/// handle with [`End::Populate`](crate::End::Populate); by several threads at once for different runs. No lock is held. It
-/// may block and take its time: other pages are served while a fill thread is free. Calls that could wait for it fail with
-/// EDEADLK, on any handle. It must not touch guest memory that is absent, for it would wait for itself. A panic is caught
-/// and counts as a failed fill.
+/// The library calls it on a service thread, or on the caller's thread inside `ensure`, `vcpu_fault`, or the end of a slot or
+/// handle with [`End::Populate`](crate::End::Populate). Several threads may be in it at once for different runs. The library
+/// holds no lock meanwhile. It may block: other pages are served while a fill thread is free. Calls that could wait for it
+/// fail with EDEADLK, on every handle. It must not touch absent guest memory, because the touch would wait for this fill. A
+/// panic is caught and counts as a failed fill.
 pub trait Fill: Send + Sync {
-    /// Brings the bytes of `run`.
+    /// Fills `run`.
     fn fill(&self, run: &mut Run<'_>) -> Filled;
 }
 
@@ -26,24 +26,24 @@ impl<F: Fn(&mut Run<'_>) -> Filled + Send + Sync> Fill for F {
     }
 }
 
-/// The answer of a fill callback.
+/// The result of a fill callback.
 #[must_use]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Filled {
-    /// [`Run::buf`] holds the bytes of the run, or of its first [`Run::set_filled`] bytes.
+    /// [`Run::buf`] holds the bytes of the run, or only the first ones if [`Run::set_filled`] was called.
     Done,
-    /// The run is zero, or its first [`Run::set_filled`] bytes are. The buffer was not written.
+    /// The run is zero, or only its first bytes if [`Run::set_filled`] was called. The buffer was not written.
     Zero,
-    /// `Kuf::resolve` will be called for every page of the run, from any thread and in any pieces. Until then none of it is
-    /// asked for again.
+    /// The caller will call `Kuf::resolve` for every page of the run, from any thread and in any pieces. Until then the
+    /// library does not ask for the run again.
     Deferred,
-    /// The source failed. Where a thread waits, the run is asked for again page by page, and a single page that fails is
-    /// poisoned.
+    /// The source failed, with this errno. Where a thread is blocked, the library asks for the run again page by page, and
+    /// poisons a page that fails alone.
     Failed(Errno),
 }
 
 impl From<std::io::Error> for Filled {
-    /// A failure; EIO where the error has no errno.
+    /// A failure with the errno of the error; EIO if it has none.
     fn from(error: std::io::Error) -> Self {
         Self::Failed(Errno::from_io_error(&error).unwrap_or(Errno::IO))
     }
@@ -55,7 +55,7 @@ impl<E: Into<Self>> From<Result<(), E>> for Filled {
     }
 }
 
-/// A run of pages to be filled.
+/// A run of pages to fill.
 pub struct Run<'a> {
     /// KUF_RUN_*.
     pub(crate) flags: u32,
@@ -120,44 +120,46 @@ impl Run<'_> {
         self.flags & KUF_RUN_IN_PLACE != 0
     }
 
-    /// Thread id of the first thread that touched the run. None: not known, or no thread waits, or it is the calling thread.
+    /// The thread ID of the first thread that touched the run. None: the kernel does not report it, no thread is blocked, or
+    /// it is the calling thread.
     pub fn thread(&self) -> Option<u32> {
         (self.thread != 0).then_some(self.thread)
     }
 
-    /// Where the bytes are written: `len` bytes, page-aligned. What it holds at the start has no meaning.
+    /// Where to write the bytes: `len` bytes, page-aligned. The contents at the start are undefined.
     pub fn buf(&mut self) -> &mut [u8] {
         // SAFETY: the service made room for `len` bytes of mapped memory, which the claim makes this thread's until the
         // callback returns.
         unsafe { std::slice::from_raw_parts_mut(self.buf.as_ptr(), self.len as usize) }
     }
 
-    /// The address of [`Run::buf`]. In place, and after [`Filled::Deferred`], it stays valid until the run is resolved, so
-    /// that data may be received straight into it; the end of the handle or slot with poison takes it away.
+    /// The address of [`Run::buf`]. If the run is filled in place and the result is [`Filled::Deferred`], it stays valid until
+    /// the run is resolved, so that data may be received straight into it. [`End::Poison`](crate::End::Poison) takes it away.
     pub fn buf_ptr(&mut self) -> NonNull<u8> {
         self.buf
     }
 
-    /// Says that only the first `bytes` are there, for [`Filled::Done`] and [`Filled::Zero`]: a multiple of the page size above
-    /// 0. The rest is asked for again when it is wanted.
+    /// For [`Filled::Done`] and [`Filled::Zero`]: only the first `bytes` bytes are filled. A multiple of the page size, not 0,
+    /// at most [`Run::len`]; any other value fails the fill with EPROTO. The library asks for the rest again.
     pub fn set_filled(&mut self, bytes: u64) {
         self.filled = bytes;
     }
 
-    /// Says that the bytes of the run are `bytes`, for [`Filled::Done`]: they go from there to the guest, and the buffer is not
-    /// written. If they are shorter than the run, only as many whole pages are filled; less than one page is a failed fill.
+    /// For [`Filled::Done`]: the bytes of the run are `bytes`, which the library copies to the guest from there, without
+    /// [`Run::buf`]. If they are shorter than the run, only their whole pages are filled; less than one page fails the fill.
     pub fn use_static(&mut self, bytes: &'static [u8]) {
         let whole = (bytes.len() as u64).min(self.len);
         self.set_filled(whole - whole % self.page_size);
         self.src = bytes.as_ptr().cast();
     }
 
-    /// As [`Run::use_static`], for bytes that the caller keeps, such as a mapped image: the first [`Run::set_filled`] bytes
-    /// from `bytes` on.
+    /// As [`Run::use_static`], for memory that the caller keeps, such as a mapped image: [`Run::len`] bytes from `bytes` on, or
+    /// as many as [`Run::set_filled`] says.
     ///
     /// # Safety
-    /// The bytes stay where they are, unchanged, until the slot has been removed or the handle has ended (or, ended without
-    /// waiting, until the fill callback is dropped). They may turn out to be unreadable, which makes the fill fail.
+    /// The bytes stay where they are, unchanged, until the slot has been removed or the handle has ended (after
+    /// [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting): until the fill callback is dropped). If they are
+    /// unreadable, the fill fails.
     pub unsafe fn use_bytes(&mut self, bytes: *const u8) {
         self.src = bytes.cast();
     }

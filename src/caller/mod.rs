@@ -1,5 +1,5 @@
-//! The caller's side of a handle: the traits that its callbacks implement, and the values they are given. The service knows
-//! no others; the C function pointers are one implementation (`capi::callbacks`), closures are another.
+//! The caller's side of a handle: the trait of the fill callback, and the values that callbacks get. The service knows no
+//! other callbacks; the C function pointers are one implementation (`capi::callbacks`), closures are another.
 
 #![deny(missing_docs)]
 
@@ -10,5 +10,5 @@ pub(crate) mod text;
 pub use event::{Event, EventKind, LogLevel, OnEvent, OnLog};
 pub use fill::{Fill, Filled, Run};
 
-/// A value that the library keeps for as long as it needs what the value owns.
+/// An owner of memory, such as a mapping. The library keeps it for as long as it uses that memory.
 pub type Keep = crate::sync::Arc<dyn std::any::Any + Send + Sync>;
