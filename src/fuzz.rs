@@ -1,5 +1,5 @@
-//! The code that the targets in `fuzz/` run: everything that reads bytes from outside, and what has to hold for any
-//! bytes at all. The test below runs it over `fuzz/corpus`, with no tools.
+//! The code that the targets in `fuzz/` run: all code that reads bytes from outside, with the properties that hold for
+//! any bytes. The test below runs it over `fuzz/corpus`, without tools.
 
 use std::mem::{align_of, size_of};
 
@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::os::maps;
 use crate::record_file::{self, Recording, Run};
 
-/// A file of `kuf_record_stop`, as it is and with the checksums that it would have to have.
+/// A file of `kuf_record_stop`, as it is and with correct checksums.
 pub fn recording(bytes: &[u8]) {
     one_recording(bytes);
     one_recording(&record_file::with_checksums(bytes));
@@ -33,7 +33,7 @@ fn one_recording(bytes: &[u8]) {
     let runs: Vec<_> =
         ranges.iter().map(|range| Run { first: range.start / unit, units: (range.end - range.start) / unit }).collect();
     let again = record_file::encode(unit, &runs).expect("memory");
-    // A header may be longer than today's; what is behind it has one form only.
+    // A header may be longer than today's; the bytes after it have one form only.
     let (entries, used) = (record_file::HEADER..again.len() - record_file::SUM, bytes.len() - left.len());
     assert_eq!(again[entries.clone()], bytes[used - record_file::SUM - entries.len()..used - record_file::SUM]);
 }
@@ -54,13 +54,13 @@ pub fn proc_maps(bytes: &[u8]) {
     let _ = maps::page_size_in(text, start);
 }
 
-/// The structs that a caller passes. The first byte says which, the rest is its memory and not a byte more.
+/// The structs that a caller passes. The first byte selects one; the rest is its memory, and not a byte more.
 pub fn structs(bytes: &[u8]) {
     let Some((which, bytes)) = bytes.split_first() else { return };
     match which % 7 {
         0 => with::<kuf_options>(bytes, |options| {
             let options = kuf_options { cpus: std::ptr::null(), ..options };
-            // Keep the descriptor beyond all open ones, for a fuzzer would find its own.
+            // Use a number beyond all open descriptors, for a fuzzer would find its own.
             let options = kuf_options { vm_fd: options.vm_fd.saturating_add(1 << 20), ..options };
             let _ = convert::options(&options).and_then(|(options, _)| options.config());
         }),

@@ -1,5 +1,5 @@
-//! Panics in the library's own code: they are caught, kept as text, and not printed, for the library does not write to
-//! the caller's stderr.
+//! Catches panics of the library's own code and keeps them as text. They are not printed, because the library does not
+//! write to the caller's standard error.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -33,7 +33,7 @@ pub fn quietly<T>(body: impl FnOnce() -> T) -> Result<T, String> {
     with(true, body).map_err(|panic| message(&*panic))
 }
 
-/// Runs the caller's code: its panics are caught as well, but printed as the caller wants. None: it panicked.
+/// Runs the caller's code: its panics are caught too, but printed as the caller wants. None: it panicked.
 pub fn loudly<T>(body: impl FnOnce() -> T) -> Option<T> {
     with(false, body).ok()
 }

@@ -1,8 +1,8 @@
 //! Allocations that report a lack of memory instead of ending the process.
 //!
-//! Everything whose size a caller, a guest or a file decides is allocated through here, or with `try_reserve` in
-//! `refusable`. The memory for a fault is allocated before the fault is read or claimed. The small rest comes from the
-//! reserve (`reserve.rs`).
+//! All memory whose size a caller, a guest or a file decides is allocated here, or with `try_reserve` in `refusable`.
+//! The memory for a fault is allocated before the fault is read or claimed. The small rest comes from the reserve
+//! (`reserve.rs`).
 
 #[cfg(all(not(any(loom, shuttle)), any(test, feature = "reserve")))]
 pub(crate) mod reserve;
@@ -102,7 +102,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[cfg(loom)]
 fn sleep(_: Duration) {}
 
-/// How often [`patiently`] gave a step up for want of memory.
+/// How often [`patiently`] gave a step up because there was no memory.
 static LOST: AtomicUsize = AtomicUsize::new(0);
 
 /// Runs a step that cannot fail and for which the caller should have reserved memory. If there is none, waits for a
@@ -125,7 +125,7 @@ pub fn patiently<T>(mut attempt: impl FnMut() -> Result<T, NoMemory>) -> Result<
     }
 }
 
-/// How often [`patiently`] gave a step up in this process for want of memory.
+/// How often [`patiently`] gave a step up in this process because there was no memory.
 pub fn lost() -> usize {
     LOST.load(Ordering::Relaxed)
 }

@@ -1,5 +1,5 @@
-//! Memory for allocations that cannot fail: the small ones of fixed size that Rust's standard library makes. It ends
-//! the process if there is no memory for them.
+//! Memory for allocations that must not fail: the small ones of fixed size that Rust's standard library makes. The
+//! standard library ends the process if there is no memory for one.
 //!
 //! With the feature `reserve`, which the C library is built with, [`Reserve`] is the library's allocator. It is malloc,
 //! except that a small allocation for which malloc has no memory comes from 256 blocks of 512 bytes and 64 of 16 KiB.
@@ -28,7 +28,7 @@ pub fn refusable<T>(allocate: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Runs a step that cannot fail here: allocations that are refusable elsewhere may use the reserve too.
+/// Runs a step that must not fail: its allocations that are refusable elsewhere may use the reserve too.
 pub fn needed<T>(allocate: impl FnOnce() -> T) -> T {
     let before = NEEDED.replace(true);
     let result = allocate();

@@ -1,7 +1,7 @@
-//! An ordered table whose room is reserved beforehand ([`Table::reserve`]), so that the memory for a fault exists before
-//! the library claims its page. (std's BTreeMap cannot do that.)
+//! An ordered table that reserves its room beforehand ([`Table::reserve`]), so that the memory for a fault exists
+//! before the library claims its page. (std's BTreeMap cannot do that.)
 //!
-//! A treap: a search tree by key that is a heap by a random priority, so it is balanced whatever the order of
+//! It is a treap: a search tree by key that is also a heap by a random priority, so it is balanced for every order of
 //! insertion. The nodes are in one Vec, with a list of the free ones.
 
 use std::ops::Range;

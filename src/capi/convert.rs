@@ -184,7 +184,7 @@ pub fn descriptor(what: &str, fd: i32) -> Result<Option<i32>> {
     }
 }
 
-/// Options of `kuf_open`, without the set of CPUs; and the callbacks that they hold.
+/// Options of `kuf_open` without the set of CPUs, and the callbacks in them.
 pub fn options(o: &kuf_options) -> Result<(Options, Arc<CCallbacks>)> {
     const KNOWN: u32 = KUF_OPEN_CALLER_DRIVEN
         | KUF_OPEN_USER_MODE_ONLY
@@ -226,7 +226,7 @@ pub fn options(o: &kuf_options) -> Result<(Options, Arc<CCallbacks>)> {
     Ok((options, callbacks))
 }
 
-/// The one mode that the caller says.
+/// The mode, of which the caller must have set exactly one.
 fn mode(o: &kuf_options, callbacks: &Arc<CCallbacks>) -> Result<Mode> {
     let flag = |flag, name, mode| (o.flags & flag != 0).then_some((name, mode));
     let said = [
@@ -310,7 +310,7 @@ pub fn resolution(src: *const c_void, flags: u32) -> Result<Resolution> {
     }
 }
 
-/// Flags of `kuf_discard`: whether the guest gave the range back.
+/// Flags of `kuf_discard`. Returns whether the guest gave the range back.
 pub fn discard(flags: u32) -> Result<bool> {
     check_flags("flags", flags, KUF_DISCARD_REFILL | KUF_DISCARD_ZERO)?;
     match flags {

@@ -43,7 +43,7 @@ fn source(s: &kuf_source) -> Result<Source<'static>> {
     Ok(Source::of(kind))
 }
 
-/// What a slot says to the KVM mechanisms: memory attributes, and the memslot that the library sets.
+/// The KVM fields of a slot: memory attributes, and the memslot that the library sets.
 fn for_kvm(k: &kuf_kvm_memory) -> Result<(u64, Option<Memslot>)> {
     check_flags("kvm->flags", k.flags, KUF_KVM_MEMORY_MEMSLOT)?;
     let is_set = k.flags & KUF_KVM_MEMORY_MEMSLOT != 0;
@@ -54,7 +54,7 @@ fn for_kvm(k: &kuf_kvm_memory) -> Result<(u64, Option<Memslot>)> {
     Ok((k.attributes, is_set.then_some(Memslot { id: k.memslot, flags: k.memslot_flags })))
 }
 
-/// A slot of `kuf_add_memory`, with its source and what it says to KVM.
+/// A slot of `kuf_add_memory`, with its source and its KVM fields.
 pub fn memory(m: &kuf_memory, s: Option<&kuf_source>, kvm: Option<&kuf_kvm_memory>) -> Result<Memory<'static>> {
     const KNOWN: u32 = KUF_MEMORY_REMOTE | KUF_MEMORY_FILL_ALL | KUF_MEMORY_HUGE | KUF_MEMORY_POPULATED;
     check_flags("memory->flags", m.flags, KNOWN)?;

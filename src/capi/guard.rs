@@ -1,4 +1,4 @@
-//! The guard around every call: no panic gets out, and every failure leaves its errno and its text.
+//! The guard around every call: no panic leaves the library, and every failure leaves its errno and its text.
 
 use std::ffi::c_int;
 

@@ -86,7 +86,7 @@ pub unsafe fn make_accessible(
     }
 }
 
-/// Buffers to use again, for mapping and first touch would cost more than filling.
+/// Buffers for reuse: mapping and first touch would cost more than filling.
 #[derive(Default)]
 pub struct Pool {
     free: Mutex<Vec<Buffer>>,

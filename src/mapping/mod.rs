@@ -140,7 +140,7 @@ impl Region {
     /// locked memory that cannot be dropped.
     pub fn drop_content(&self, pages: &Range<u64>) -> Result<(), Errno> {
         if !self.private && self.shared.is_none() {
-            // This goes first, for the kernel may refuse it.
+            // Do this first, for the kernel may refuse it.
             self.each_mapped(pages, |at, len| advise(at, len, libc::MADV_REMOVE))?;
         }
         // Unmap even before punching a hole, which leaves poison marks in place.
@@ -208,8 +208,8 @@ impl Region {
         self.each_mapped(pages, |at, len| unsafe { rustix::mm::mprotect(at, len, rights) })
     }
 
-    /// Forbids the kernel to make huge pages out of pages of the mapping. A kernel without huge pages refuses this,
-    /// which is as good.
+    /// Forbids the kernel to make huge pages of the mapping's pages. A kernel without huge pages refuses this, which
+    /// has the same effect.
     pub fn refuse_collapse(&self) {
         let advise = |at, len| {
             // SAFETY: advice about guest memory of a slot; it changes no bytes.
@@ -255,8 +255,8 @@ impl Region {
         offsets.start / self.granule..offsets.end.div_ceil(self.granule)
     }
 
-    /// The pages that lie in `offsets` as a whole. The caller asks for removed bytes, or for data: a page of which only
-    /// a part was removed keeps its bytes.
+    /// The pages that lie in `offsets` as a whole. The caller asks for removed bytes, or for data: a page keeps its
+    /// bytes if only a part of it was removed.
     pub fn pages_inside(&self, offsets: &Range<u64>) -> Range<u64> {
         let start = offsets.start.div_ceil(self.granule);
         start..(offsets.end / self.granule).max(start)

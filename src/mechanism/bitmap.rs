@@ -15,7 +15,7 @@ use crate::sync::{lock, Arc, Mutex};
 use crate::uapi::ioctl;
 use crate::uapi::kvm::*;
 
-/// Guest frames are of this size in the bitmap, whatever the slot's granule.
+/// Bytes of a guest frame in the bitmap, for every granule of the slot.
 const FRAME: u64 = 4096;
 
 /// A KVM memslot as the caller describes it.
@@ -31,7 +31,7 @@ pub struct Memslot {
 pub enum Exits {
     Off,
     On,
-    /// Off for good: the bitmap is about to go.
+    /// Off for good: the bitmap is about to be freed.
     Over,
 }
 

@@ -1,15 +1,15 @@
 //! The gate of a mechanism: a reader-writer lock that can be handed to a thread that wants it exclusively.
 //!
-//! A thread that reads the kernel's queue takes it exclusively, for a moment; a thread that installs holds it shared. A
-//! thread that installs one stretch after another would take a plain lock back before the woken reader is on a CPU, again
-//! and again: faults would then wait for several stretches before they are read.
+//! A thread that reads the kernel's queue takes it exclusively for a moment; a thread that installs holds it shared.
+//! With a plain lock, a thread that installs stretch after stretch would take it again and again before the woken
+//! reader is on a CPU: faults would wait for several stretches before they are read.
 
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{
     lock, read, thread, try_read, try_write, write, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
 };
 
-/// How often [`Gate::let_pass`] looks before it sleeps. Spinning spares the exclusive holder a futex wake.
+/// How often [`Gate::let_pass`] looks before it sleeps. While it spins, the exclusive holder needs no futex wake.
 const PATIENCE: u32 = 50;
 
 /// Held shared while installing, exclusively while reading events and applying them.
@@ -47,8 +47,8 @@ impl Gate {
         Exclusive { _lock: guard, _turn: turn }
     }
 
-    /// Lets the threads that want it exclusively go first. For a thread that does not hold the gate and is about to take it
-    /// shared once more.
+    /// Lets the threads that want it exclusively go first. For a thread that does not hold the gate and is about to
+    /// take it shared again.
     pub fn let_pass(&self) {
         for _ in 0..PATIENCE {
             let free = self.wanted.load(Ordering::Relaxed) == 0;

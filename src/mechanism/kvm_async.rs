@@ -1,10 +1,10 @@
 //! KVM asynchronous userfaults: pages carry a mark (KVM_MEMORY_ATTRIBUTE_USERFAULT). A vCPU that touches a marked page
 //! leaves KVM_RUN; KVM's own access queues the guest frame number, signals an eventfd and waits until the mark is gone.
 //!
-//! The eventfd has one owner, this file, and counts the entries of the queue: never more are read than were signalled,
-//! because reading an empty queue is a kernel oops on the interface as it was posted. An entry that is lost all the same
-//! (there, a failed read has consumed one) starts a sweep: the library's page states are the truth, the queue only a hint
-//! that a thread waits.
+//! This file is the eventfd's only reader, and counts the entries of the queue: it never reads more entries than were
+//! signalled, because a read of an empty queue is a kernel oops on the interface as it was posted. An entry that is
+//! lost all the same (there, a failed read has consumed one) starts a sweep: the library's page states are the truth,
+//! and the queue is only a hint that a thread waits.
 //!
 //! Bytes are written straight into the slot's own host mapping: the mark keeps the guest and KVM off them. It does not
 //! keep the VMM's own threads off; they call `kuf_ensure`.
@@ -29,7 +29,7 @@ use crate::sync::{lock, Arc, Mutex};
 use crate::uapi::ioctl;
 use crate::uapi::kvm::*;
 
-/// How long the signal of an entry that was found without one may be on its way.
+/// How long after an entry was found its signal may still come.
 const SIGNAL_PATIENCE: Duration = Duration::from_millis(250);
 
 /// The kernel calls of this mechanism. They are a trait so that tests can give answers that a sound kernel does not.
@@ -157,7 +157,7 @@ impl KvmAsync {
         Ok(Self::over(Box::new(vm), drain))
     }
 
-    /// Over calls that may be a test's.
+    /// As `new`, over kernel calls that a test may supply.
     pub fn over(calls: Box<dyn Calls>, drain: bool) -> Self {
         let (gate, queue, keep) = (Gate::default(), Mutex::default(), AtomicBool::new(false));
         let facts = Facts {

@@ -1,6 +1,7 @@
 //! KVM userfault bitmap: a memslot with KVM_MEM_USERFAULT has a bitmap, and a vCPU that touches a page whose bit is set
-//! leaves KVM_RUN at once. KVM's own accesses and the VMM's threads are not caught by it: they meet the userfaultfd
-//! underneath, which also blocks every thread at a page whose bit is clear already and whose bytes are not installed yet.
+//! leaves KVM_RUN at once. It does not catch KVM's own accesses and the VMM's threads: these meet the userfaultfd
+//! underneath, which also blocks every thread at a page whose bit is clear already and whose bytes are not installed
+//! yet.
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -80,9 +81,10 @@ impl OverBinding for Exiting {
     }
 
     fn drop_pages(&self, pages: &Range<u64>) -> std::result::Result<(), Errno> {
-        // A bit has no effect on pages that KVM has mapped. Dropping a page removes it from KVM's mappings, so the bit is
-        // set first. The pages include absent ones, whose bits were set already. Without memory to remember which, these
-        // bits are clear after a failure: slower and not wrong, because the userfaultfd still catches the touches.
+        // A bit has no effect on pages that KVM has mapped. Dropping a page removes it from KVM's mappings, so the bit
+        // is set first. The pages include absent ones, whose bits were set already. If there is no memory to remember
+        // which, these bits are clear after a failure: slower but right, because the userfaultfd still catches the
+        // touches.
         let bits = &self.bitmap.bits;
         let before = bits.marked(pages);
         bits.set(pages);

@@ -1,9 +1,9 @@
-//! Whether a slot's next 2 MiB are tried on a huge page.
+//! Decides whether a huge page is tried for a slot's next 2 MiB.
 
 use super::staging;
 use crate::sync::atomic::{AtomicU32, Ordering};
 
-/// How many stretches at most are not tried after one that did not get its huge page.
+/// The most stretches that are skipped after one that did not get its huge page.
 const MOST_SKIPPED: u32 = 64;
 
 /// The record of a slot's attempts to get huge pages.

@@ -55,7 +55,8 @@ impl Memory {
         read(&self.map).clone()
     }
 
-    /// Looks at the slots while none is added or removed. `look` takes no lock under which another thread reads the map.
+    /// Looks at the slots while no thread adds or removes one. `look` takes no lock under which another thread reads
+    /// the map.
     pub fn hold<T>(&self, look: impl FnOnce(&Map) -> T) -> T {
         look(&read(&self.map))
     }
@@ -172,9 +173,9 @@ impl Map {
             .then(|| (&placed.slot, (placed.extent.offset + within) / placed.slot.granule))
     }
 
-    /// The parts of `hva` that slots of `mechanism` have mapped: slot and bytes of it. Whether the pages at the ends count
-    /// is for the caller to say: [`Slot::pages_of`] has all that are touched, [`Slot::pages_inside`] those that are covered
-    /// as a whole.
+    /// The parts of `hva` that slots of `mechanism` have mapped: slot and bytes of it. The caller decides about the
+    /// pages at the ends: [`Slot::pages_of`] has all touched pages, [`Slot::pages_inside`] those that are covered as a
+    /// whole.
     pub fn within_hva(&self, mechanism: u32, hva: Range<u64>) -> impl Iterator<Item = (&Arc<Slot>, Range<u64>)> {
         let of = self.placed_in(mechanism, &hva);
         self.index[of].iter().filter_map(move |placed| Some((&placed.slot, placed.within(&hva)?)))

@@ -22,7 +22,7 @@ use crate::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use crate::sync::time::Instant;
 use crate::sync::{lock, wait, wait_timeout, Arc, Condvar, Mutex, MutexGuard};
 
-/// A pointer of the caller's that the library only hands back.
+/// A pointer of the caller's, which the library only passes back.
 #[derive(Clone, Copy)]
 pub struct Opaque(pub *mut c_void);
 
@@ -73,13 +73,13 @@ pub struct Slot {
     pub opaque: Opaque,
     /// How faults on its pages are caught.
     pub mechanism: Arc<dyn Mechanism>,
-    /// Pages that exist without an install are the guest's own.
+    /// Existing pages that the library did not install are the guest's own.
     pub populated: bool,
-    /// KUF_MEMORY_FILL_ALL: every page is asked for, whatever the file holds.
+    /// KUF_MEMORY_FILL_ALL: every page is asked for, also those that the file holds.
     pub fills_all: bool,
     /// Fills look for pages of zeroes.
     pub detects_zero: bool,
-    /// The owner of the memory, if the caller leaves it to the slot.
+    /// The owner of the memory, if the caller has passed it to the slot.
     _keep: Option<Keep>,
     /// Where its pages come from; None: the fill callback, or kuf_read.
     pub source: Option<Arc<dyn Source>>,
@@ -91,7 +91,7 @@ pub struct Slot {
     pub kvm: KvmWaits,
     /// Its pages may be huge ones.
     pub huge: Huge,
-    /// States: read freely, changed with `claims` locked.
+    /// Page states: any thread reads them, and changes them with `claims` locked.
     pub pages: Pages,
     /// 0, or the errno with which the memory or its process went away.
     pub gone: AtomicI32,
@@ -103,7 +103,7 @@ pub struct Slot {
     pub stays: AtomicBool,
     /// How many calls are about to remove it: readahead stops meanwhile.
     pub removing: AtomicU32,
-    /// How many threads are in a callback, or read the caller's memory, for it or for a view of it.
+    /// How many threads are in a callback for it or a view of it, or read the caller's memory for it.
     pub pins: AtomicU32,
     /// Where access to it is sequential. Locked after `claims`.
     pub streams: Mutex<Streams>,
@@ -135,7 +135,7 @@ impl Deref for Slot {
 }
 
 impl Slot {
-    /// A slot with every page absent, and with what it takes to serve a fault where there is no memory for more.
+    /// A slot with every page absent. It has the entries to serve a fault when there is no more memory.
     pub fn new(parts: Parts) -> Result<Self, Error> {
         let Parts { region, opaque, mechanism, source, parent, kvm, huge, populated, fills_all, detects_zero, keep } =
             parts;
@@ -191,7 +191,7 @@ impl Slot {
         Ok(view)
     }
 
-    /// Whether pages of zeroes are left out, so that a thread that needs them present has to install them.
+    /// Whether pages of zeroes become holes, so that a thread that needs them present has to install them.
     pub fn leaves_zeroes(&self) -> bool {
         self.detects_zero && !self.private && !self.facts().gates_kvm_only
     }
@@ -292,7 +292,7 @@ impl Slot {
         self.mechanism.facts()
     }
 
-    /// The content to install for a fault on a present page, so that the toucher goes on. None: no install is needed,
+    /// The content to install for a fault on a present page, so that the toucher continues. None: no install is needed,
     /// because the fault is older than the page's present content.
     pub fn remap(&self) -> Option<Content> {
         let content = if self.shared.is_some() { Content::Map } else { Content::Zero };

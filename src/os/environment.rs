@@ -1,9 +1,9 @@
-//! What the environment of the process asks for.
+//! Requests in the environment of the process.
 
 use std::ffi::{c_char, CStr};
 
 extern "C" {
-    // Not in the libc crate. NULL in a program that has gained rights when it was started.
+    // Not in the libc crate. NULL in a program that gained privileges when it was started (set-user-ID).
     fn secure_getenv(name: *const c_char) -> *mut c_char;
 }
 

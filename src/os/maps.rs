@@ -114,7 +114,7 @@ impl Query {
     }
 }
 
-/// The page size of the mapping at `hva`, for mappings without a file that says it.
+/// The page size of the mapping at `hva`, for mappings whose file does not tell it.
 pub fn page_size(hva: u64) -> Result<u64> {
     page_size_in(&read(c"/proc/self/smaps")?, hva)
 }
@@ -187,7 +187,7 @@ fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
     text.split(|byte| *byte == b'\n')
 }
 
-/// The words of a line. A word that is not UTF-8 is part of a file name, which does not matter here.
+/// The words of a line. A word that is not UTF-8 is part of a file name, and is not used.
 fn words_of(line: &[u8]) -> impl Iterator<Item = &str> {
     let words = line.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty());
     words.map(|word| std::str::from_utf8(word).unwrap_or(""))

@@ -27,7 +27,7 @@ pub enum State {
     Filling = 1,
     /// The page holds its bytes.
     Present = 2,
-    /// The guest gave the page back, or it was unmapped: it is zero at the next touch, whatever the source has.
+    /// The guest gave the page back, or it was unmapped: it is zero at the next touch, and the source is not asked.
     Removed = 3,
 }
 

@@ -19,16 +19,16 @@ use crate::pages::{Pages, State};
 /// dense.
 pub const NEAR: u64 = 64 << 10;
 
-/// A place is dense from this many of the pages that [`Pages::asked_around`] counts.
+/// A place is dense if at least this many of the pages counted by [`Pages::asked_around`] are present or being filled.
 const DENSE: u32 = 8;
 
 /// How many pages that were present already a stream may skip beyond its window.
 const SKIP: u64 = 64;
 
-/// How many streams a slot keeps.
+/// The number of streams that a slot keeps.
 const STREAMS: usize = 16;
 
-/// How many beginnings of streams one thread may have.
+/// The number of beginnings of streams that one thread may have.
 const BEGINNINGS: usize = 4;
 
 /// How far a slot's faults may reach, in pages.
@@ -62,7 +62,7 @@ impl Reach {
 pub struct Plan {
     /// Absent pages to fill at once, the faulting page among them.
     pub run: Range<u64>,
-    /// Pages to fill afterwards, as far as they are absent, while the faulting thread goes on.
+    /// Pages to fill afterwards, if they are absent, while the faulting thread runs.
     pub rest: Rest,
     /// The pages that the stream has gone through since its last fault without another fault.
     pub passed: Range<u64>,

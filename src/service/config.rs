@@ -93,14 +93,14 @@ pub struct NewMemory {
     pub opaque: Opaque,
     /// The source of its pages. None: the fill callback.
     pub source: Option<NewSource>,
-    /// What to keep as long as the slot lives.
+    /// An owner to keep for as long as the slot lives.
     pub keep: Option<Keep>,
 }
 
 /// A populate request.
 pub struct NewPopulate {
     pub stop: bool,
-    /// Fill as if a thread waited for each page: poison pages that cannot be filled, and go on with the rest.
+    /// Fill as if a thread waited for each page: poison pages that cannot be filled, and continue with the rest.
     pub sweep: bool,
     /// None: all slots.
     pub range: Option<(u64, u64)>,

@@ -1,8 +1,8 @@
 //! The fault service of one handle.
 //!
-//! The way of a fault, left to right: `queues` (read it from the kernel) → `demand` (find its page) → `fill` (ask the
-//! caller) → `install` (make the page present). Pages that the caller resolves without being asked enter at `resolve`;
-//! background fills at `populate` and `replay`. `recorder` notes the demanded pages.
+//! The path of a fault: `queues` (read it from the kernel) → `demand` (find its page) → `fill` (ask the caller) →
+//! `install` (make the page present). Pages that the caller resolves without being asked enter at `resolve`; background
+//! fills at `populate` and `replay`. `recorder` notes the demanded pages.
 
 pub mod background;
 mod buffers;

@@ -45,7 +45,7 @@ const FEW: u64 = 16 << 10;
 /// holes are read, as zeroes.
 const MOST_HOLES: usize = 1 << 16;
 
-/// The alignment of offsets that O_DIRECT needs, enough for any disk.
+/// The alignment of offsets that O_DIRECT needs; enough for every disk.
 const BLOCK: u64 = 4096;
 
 /// The part of a file that a slot's pages come from.

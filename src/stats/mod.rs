@@ -98,7 +98,7 @@ impl Stats {
         sum
     }
 
-    /// Block times, longest sum first. Fills `out` as far as it goes and returns how many there are.
+    /// Block times, longest sum first. Fills `out` as far as it has room and returns how many there are.
     pub fn block_times(&self, out: &mut [std::mem::MaybeUninit<kuf_block_time>]) -> usize {
         let mut all = lock(&self.blocked).clone();
         for (thread, blocked) in self.own.iter().flat_map(Shard::blocked_threads) {

@@ -14,7 +14,7 @@
 pub mod thread;
 pub mod time;
 
-// No backend replaces these types: they do not influence the schedule.
+// All backends use these types of std: they do not influence the schedule.
 pub use std::sync::{Arc, Once, PoisonError, TryLockError, Weak};
 
 #[cfg(kuf_tsan)]

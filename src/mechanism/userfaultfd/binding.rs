@@ -61,7 +61,7 @@ impl Registered {
             for (queue, hva) in pieces().take(done) {
                 let _ = ioctl::unregister(self.uffd.queue_fd(queue), hva.start, hva.end - hva.start);
             }
-            // The kernel says ENOMEM of a process that has ended, and where memory is short.
+            // ENOMEM: the process has ended, or memory is short.
             let dead =
                 self.uffd.facts.remote && (errno == Errno::SRCH || errno == Errno::NOMEM && !self.uffd.is_alive());
             return Err(register_error(if dead { Errno::SRCH } else { errno }, start, len, self.uffd.facts.remote));
@@ -74,7 +74,7 @@ impl Registered {
         if let Some(first) = self.region.next_extent(0).filter(|_| self.uffd.fds.len() > 1) {
             let stripes = Stripes::new(first.hva, self.region.len, self.region.granule, self.uffd.fds.len());
             match self.register(Some(&stripes)) {
-                // No more mappings to be had (vm.max_map_count): it stays one.
+                // The process has no mapping left (vm.max_map_count): the region stays undivided.
                 Err(error) if error.errno() == Errno::NOMEM => {}
                 result => {
                     // No thread installs before the gate is free.
@@ -86,14 +86,14 @@ impl Registered {
         self.register(None)
     }
 
-    /// Whether the kernel puts a huge page in the place of shared pages of which some are missing, and maps it, without a
-    /// fault: before Linux 6.4, which has brought this feature too.
+    /// Whether the kernel may put a huge page in the place of shared pages of which some are missing, and map it
+    /// without a fault: before Linux 6.4. A feature that 6.4 added shows this.
     fn collapse_fills(&self) -> bool {
         open::offered(true).is_ok_and(|(features, _)| features & UFFD_FEATURE_WP_UNPOPULATED == 0)
     }
 
-    /// From Linux 7.3 on a mode that memory is registered with cannot be given up by registering it again, and the caller
-    /// may have registered an adopted userfaultfd's memory for more.
+    /// From Linux 7.3 on, registering memory again cannot remove a mode, and the caller may have registered the memory
+    /// of an adopted userfaultfd for more modes.
     fn register_piece(&self, queue: usize, start: u64, len: u64, modes: u64) -> std::result::Result<(), Errno> {
         let register = |more| ioctl::register(self.uffd.queue_fd(queue), start, len, modes | more);
         let callers = [UFFDIO_REGISTER_MODE_WP, UFFDIO_REGISTER_MODE_RWP];
@@ -180,9 +180,9 @@ impl Registered {
         }
     }
 
-    /// The same of a huge page of another process, which cannot be looked up. The kernel takes a huge page from the pool before
-    /// it reads what is to be copied, and looks whether one is there already last of all: bytes that cannot be read are what
-    /// stops it where it finds one in the pool.
+    /// The same for a huge page of another process, which cannot be looked up. The kernel first takes a huge page from
+    /// the pool, then reads the bytes to copy, and only then looks whether a page is there. So a copy of unreadable
+    /// bytes fails for the bytes if the pool has a page.
     fn existing_huge(&self, fd: BorrowedFd<'_>, hva: u64, size: u64) -> Stop {
         match ioctl::copy(fd, hva, self.uffd.unreadable, size).1 {
             Some(Errno::FAULT) => Stop::Exists,
@@ -191,8 +191,8 @@ impl Registered {
         }
     }
 
-    /// As [`Registered::existing`], of a forked child's private memory: a mark of poison goes where no page is, and nowhere
-    /// else. The child's removals are reported before they happen, so that no existing page goes meanwhile.
+    /// As [`Registered::existing`], for a forked child's private memory: a poison mark goes only where no page is. The
+    /// child's removals are reported before they happen, so no existing page disappears meanwhile.
     fn existing_in_child(&self, fd: BorrowedFd<'_>, hva: u64) -> Stop {
         match ioctl::poison(fd, hva, self.region.granule) {
             (0, Some(Errno::AGAIN)) => Stop::Again,
@@ -201,8 +201,8 @@ impl Registered {
         }
     }
 
-    /// The kernel has reported that the page to be mapped is not in its file. It can be looked up for another process too:
-    /// the file is known here.
+    /// The kernel has reported that the page to map is not in its file. This can be looked up for another process too,
+    /// because the library has the file.
     fn missing(&self, pages: &Range<u64>) -> Stop {
         let page = pages.start..pages.start + 1;
         match self
@@ -216,11 +216,12 @@ impl Registered {
         }
     }
 
-    /// Whether something is in the place of the page at `hva`. A page of shared memory that is made anew may be in the way
-    /// without being in this page table: after MADV_DONTNEED, or where another mapping has made it. None: it cannot be seen.
+    /// Whether something is in the place of the page at `hva`. A new page of shared memory may be in the way without
+    /// being in this page table: after MADV_DONTNEED, or where another mapping has made it. None: the library cannot
+    /// see it.
     fn is_there(&self, hva: u64, content: Content) -> Option<bool> {
         if content.is_poison() && self.region.granule != page_size() {
-            // pagemap does not show a mark in the place of a huge page, and here it is a mark as a rule: put back for another
+            // pagemap does not show a mark in the place of a huge page. Here it is usually a mark, put back for another
             // thread that touched the page.
             return None;
         }
@@ -232,8 +233,8 @@ impl Registered {
         }
     }
 
-    /// The kernel has said that nothing is mapped at `hva`, or not under this userfaultfd. Believed if it says so of
-    /// another request as well, which puts no page there: a page that counts as unmapped reads as zero from then on.
+    /// The kernel has said that nothing is mapped at `hva`, or not under this userfaultfd. Believed if another request,
+    /// which installs no page, gets the same answer: a page that counts as unmapped reads as zero from then on.
     fn unmapped(&self, fd: BorrowedFd<'_>, hva: u64) -> Stop {
         let asked = match &self.region.shared {
             Some(_) => ioctl::copy(fd, hva, self.uffd.unreadable, self.region.granule).1,

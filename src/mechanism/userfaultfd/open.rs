@@ -1,4 +1,4 @@
-//! Getting a userfaultfd, and saying why not.
+//! Opens a userfaultfd, or says why it cannot.
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
@@ -32,8 +32,8 @@ impl Way {
     }
 }
 
-/// A new userfaultfd without UFFDIO_API: the device first, then the system call; user mode only when it was asked for
-/// and nothing better is granted.
+/// A new userfaultfd without UFFDIO_API: the device first, then the system call. One for user mode only if the caller
+/// has asked for it and nothing better is granted.
 pub fn open(user_mode_only: bool) -> Result<(OwnedFd, Way)> {
     let device = from_device();
     if let Ok(fd) = device {

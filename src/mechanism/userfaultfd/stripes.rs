@@ -1,8 +1,8 @@
 //! Which of several userfaultfds a page is under.
 //!
-//! A userfaultfd has one list of waiting threads, under one lock: each fault is put on it, each read moves entries, and each
-//! install walks the whole list for the threads to wake. With several userfaultfds a slot is divided in stripes, which they
-//! have in turn, so that vCPUs in different parts of memory seldom contend for one lock.
+//! A userfaultfd has one list of waiting threads, under one lock: each fault is put on it, each read moves entries, and
+//! each install searches the whole list for the threads to wake. With several userfaultfds a slot is divided in
+//! stripes, which alternate between them, so that vCPUs in different parts of memory seldom contend for one lock.
 //!
 //! Each stripe is a separate mapping in the kernel. So stripes are few and large, and end where huge pages end.
 
@@ -13,11 +13,12 @@ use crate::mapping::Extent;
 /// No stripe is shorter: sequential access stays on one queue for long, and a small slot is one mapping.
 const SHORTEST: u64 = 16 << 20;
 
-/// About as many to a slot at most. Mappings are limited (vm.max_map_count, 65530 to a process).
+/// The number of stripes of a slot, at most about this many. Mappings are limited (vm.max_map_count, 65530 for a
+/// process).
 const MOST: u64 = 64;
 
-/// How a slot is divided. By where it was added, not by where it may have been moved since: a mapping that moves keeps
-/// its userfaultfd.
+/// How a slot is divided. It depends on the address where the slot was added, not on later moves: a mapping that moves
+/// keeps its userfaultfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stripes {
     /// Address of the slot's first byte when it was added: borders are multiples of `len` there.

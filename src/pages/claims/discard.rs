@@ -13,8 +13,8 @@ impl<W: Waits> Claims<W> {
             "events are read with the gate held"
         );
         self.isolate(&range);
-        // A page that is being made zero stays with its owner, for zero is right. Were each removal to take it away, a
-        // thread that gives the page back over and over would keep it from ever becoming present.
+        // A page that is being made zero stays with its owner, because zero is right. If each removal took it away, a
+        // thread that gives the page back again and again would keep it from ever becoming present.
         let zeroed = |c: &Claim<W>| c.owner == Owner::Fill && c.origin == State::Removed && c.cancel.is_none();
         self.each(range.clone(), |_, claim| {
             if claim.in_place && matches!(claim.owner, Owner::Fill | Owner::Host) && !zeroed(claim) {
@@ -64,7 +64,7 @@ impl<W: Waits> Claims<W> {
                     claim.cancel = Some(if removed { Cancel::Removed } else { Cancel::Again });
                     claim.early = None;
                     if !removed {
-                        // If the slot ends before the owner is done, `shut` must not take the page for one that was
+                        // If the slot ends before the owner is done, `shut` must not treat the page as one that was
                         // zero.
                         claim.origin = State::Absent;
                     }

@@ -51,14 +51,14 @@ impl<W: Waits> Claims<W> {
         (id, waiters)
     }
 
-    /// Leaves what is filled in place, of what `id` holds off of `range`, to the end of the slot: from here on no owner may
-    /// give the pages up, and their bytes stay where they are.
+    /// For the claims of `id` in `range` that the kernel refuses for now: leaves those that are filled in place to the
+    /// end of the slot. From here on no owner may give the pages up, and their bytes stay where they are.
     pub fn leave_held_off(&mut self, range: Range<u64>, id: Id) {
         let end = self.fresh();
         self.isolate(&range);
         self.each(range, |_, claim| {
             let whole = claim.in_place && claim.origin == State::Absent && claim.is_held_off();
-            // Early bytes are still to be used, and a callback that resolves its own pages may go on writing there.
+            // Early bytes are still to be used, and a callback that resolves its own pages may continue to write there.
             let last = claim.early.is_none() && claim.lender.is_none();
             if claim.id == id && claim.owner == Owner::Fill && whole && last {
                 (claim.id, claim.held_off) = (end, end);

@@ -143,7 +143,7 @@ impl<W: Waits> Claims<W> {
             return None;
         }
         self.each(range.clone(), |_, claim| {
-            // Skip what the owner has poisoned or deferred: that is settled.
+            // Skip parts that the owner has poisoned or deferred: they are settled.
             if claim.id != id || !is_busy(claim.owner) {
                 return true;
             }

@@ -2,7 +2,7 @@
 //!
 //! A page in [`State::Filling`] belongs to exactly one claim here, and only the claim's owner may put bytes in its
 //! place. The table lives under the slot's mutex; states are changed together with it, and read without it. A claim has
-//! an identity, so that an owner that comes back late (a slow callback, say) learns which pages are still its own: the
+//! an identity, so that an owner that comes back late (from a slow callback) learns which pages are still its own: the
 //! caller may have resolved others, or the guest may have given them back and touched them again.
 //!
 //! The way of a claim: `claim` → (fill) → `begin_install` → kernel → `settle`. On the way it may be deferred to the
@@ -68,8 +68,8 @@ pub struct Claim<W> {
 }
 
 impl<W> Claim<W> {
-    /// Whether only the kernel holds the install off. A cancelled claim is not held off: its owner has still to drop
-    /// its bytes.
+    /// Whether only the kernel delays the install. A cancelled claim is not delayed: its owner still has to drop its
+    /// bytes.
     fn is_held_off(&self) -> bool {
         self.held_off == self.id && self.cancel.is_none()
     }

@@ -18,7 +18,7 @@ pub fn settings(service: &Service, gpa: u64) -> Result<kuf_settings_info> {
 
 fn of_handle(service: &Service) -> kuf_settings_info {
     let config = &service.config;
-    // What the options say about fills is of no effect where the caller reads faults itself.
+    // The options for fills have no effect where the caller reads faults itself.
     let filling = |value| if config.serviced { value } else { 0 };
     let spins = service.threads.may_spin();
     kuf_settings_info {

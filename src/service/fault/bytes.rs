@@ -54,7 +54,7 @@ pub struct Bytes<'a> {
     pub base: u64,
     /// Pages that are known to be zero, in order.
     pub zeroes: &'a [Range<u64>],
-    /// The page that is to be present whatever it holds.
+    /// A page that must become present, zero or not.
     pub wanted: Option<u64>,
     /// No thread is likely to touch the pages soon: faults go first.
     pub background: bool,

@@ -1,4 +1,4 @@
-//! The way of a fault after `service::queues` has read it, in reading order: `demand` → `fill` → `install`.
+//! The path of a fault after `service::queues` has read it, in reading order: `demand` → `fill` → `install`.
 
 pub mod ask;
 pub mod batch;

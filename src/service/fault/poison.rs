@@ -76,7 +76,7 @@ enum Marking {
 }
 
 impl Marking {
-    /// None: the page is not poisoned any more.
+    /// None: the page is no longer poisoned.
     fn begin(slot: &Slot, page: u64) -> Option<Self> {
         match slot.parent.as_ref().filter(|_| slot.shared.is_some()) {
             Some(root) => root.claims().is_poisoned(page).then_some(Self::Shared),

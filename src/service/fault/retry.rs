@@ -1,5 +1,6 @@
-//! How long one piece of work waits for passing conditions: a shortage of memory, and events of other threads on their way.
-//! Each limit holds for all its pages together: where there is no memory for a page there is none for the next either.
+//! How long one piece of work waits for conditions that pass: a shortage of memory, and events of other threads that
+//! are on their way. Each limit holds for all its pages together: if there is no memory for one page, there is none for
+//! the next either.
 
 use std::cell::Cell;
 
@@ -114,7 +115,7 @@ impl RetryLimits {
         self.tries.get().is_none()
     }
 
-    /// Pages were installed.
+    /// Notes that pages were installed.
     pub fn got_through(&self) {
         self.tries.set(self.tries.get().map(|tries| if tries == 0 { 0 } else { TRIES.min(tries + EARNED) }));
     }

@@ -1,4 +1,4 @@
-//! How a claim ends other than by its install: given up, poisoned, made inaccessible, or with bytes that came early.
+//! The ends of a claim other than its install: given up, poisoned, made inaccessible, or with early bytes.
 
 use rustix::io::Errno;
 
@@ -30,7 +30,7 @@ pub fn abandon_quietly(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range
     abandon_as(service, slot, id, pages, None)
 }
 
-/// As [`abandon_quietly`]: the pages become `to`, or what they were when `to` is None.
+/// As [`abandon_quietly`]: the pages become `to`, or return to their former state when `to` is None.
 pub fn abandon_as(
     service: &Service,
     slot: &Arc<Slot>,
@@ -40,8 +40,8 @@ pub fn abandon_as(
 ) -> Waiters<Waiter> {
     loop {
         install_early(service, slot, id, &pages);
-        // With the gate held, so that no removal comes between: a page that the guest gave back must not return to its state
-        // before.
+        // Hold the gate, so that no removal comes between: a page that the guest gave back must not return to its
+        // former state.
         let gate = slot.mechanism.gate().read();
         let mut whole = install::settle_cancelled(service, slot, id, pages.clone());
         let given_back = {

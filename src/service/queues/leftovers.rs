@@ -1,15 +1,15 @@
 //! Leftovers of munmap(2) and mremap(2): late events, and registered pages in no slot.
 //!
-//! An event is sent after the mapping has changed, so that its addresses may be used again before it is read. Where several
-//! userfaultfds share a slot one munmap(2) makes an event for each, and a thread makes the next when the last was read;
-//! mremap(2) makes an UNMAP of the old addresses after its REMAP. The slot may be off these addresses before the first: by
-//! kuf_remove_memory, or because it never had them. An event that is read when another slot has the addresses would be taken
-//! for that slot's own. So a slot enters the map only when no event is on its way. The kernel says whether one is: it
-//! refuses installs from before a mapping changes until the event was read. A slot that mremap(2) moves there cannot wait:
-//! see [`crate::service::queues::overtaken`].
+//! The kernel sends an event after the mapping has changed, so the addresses may be used again before the event is
+//! read. Where several userfaultfds share a slot, one munmap(2) makes an event for each, one after the other; mremap(2)
+//! makes an UNMAP of the old addresses after its REMAP. The slot may have left these addresses before the first event:
+//! by kuf_remove_memory, or because it never had them. If another slot has the addresses when such an event is read,
+//! the event would be applied to that slot. So a slot enters the map only when no event is on its way. The kernel shows
+//! this: it refuses installs from before a mapping changes until the event was read. A slot that mremap(2) moves there
+//! cannot wait: see [`crate::service::queues::overtaken`].
 //!
-//! Pages in no slot are registered still after mremap(2) with MREMAP_DONTUNMAP, or where a mapping was extended. To wake
-//! their touchers is not enough: they would fault again for ever.
+//! After mremap(2) with MREMAP_DONTUNMAP, or where a mapping was extended, pages in no slot are still registered. To
+//! wake their touchers is not enough: they would fault again for ever.
 //!
 //! mremap(2) may also move the memory of a slot that is just being taken off: the library unregisters the old addresses, and
 //! reads the REMAP when the slot is off the map. It unregisters the new addresses when no event is on its way.
@@ -29,8 +29,8 @@ const MOST: usize = 1024;
 pub struct Leftovers {
     /// Ranges that slots have moved away from and that are still mapped, and where those have moved to.
     pub(super) left: Mutex<Vec<Range<u64>>>,
-    /// Ranges whose memory has left by an event that was read, once for each UNMAP event that is still to come of that:
-    /// memory that has come there since is not unmapped by it. None is owed when no event is on its way.
+    /// Ranges whose memory has left by an event that was read, once for each UNMAP event of it that is still to come:
+    /// these do not unmap memory that is there now. When no event is on its way, no UNMAP is to come.
     pub(super) owed: Mutex<Vec<Range<u64>>>,
     /// Some UNMAP is owed. Changed with `owed` locked.
     pub(super) owes: AtomicBool,
@@ -43,13 +43,13 @@ pub struct Leftovers {
 }
 
 impl Leftovers {
-    /// An UNMAP event was read of what is at `range`, or another slot comes there.
+    /// An UNMAP event of `range` was read, or another slot comes there.
     pub fn forget(&self, range: &Range<u64>) {
         self.forget_left(range);
         let _ = take_within(&mut lock(&self.moved_on), range);
     }
 
-    /// An UNMAP event was read of what slots have left at `range`.
+    /// An UNMAP event of memory that slots have left at `range` was read.
     pub fn forget_left(&self, range: &Range<u64>) {
         let _ = take_within(&mut lock(&self.left), range);
     }

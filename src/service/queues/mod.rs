@@ -123,8 +123,8 @@ impl KernelQueue {
 #[derive(Default)]
 pub struct Queues {
     list: RwLock<Arc<Vec<Arc<KernelQueue>>>>,
-    /// Held from the lookup of the mechanism of a caller's userfaultfd until its slot is on the map, and while a userfaultfd
-    /// is given up: one queue has one mechanism. Locked before any gate; no callback runs under it.
+    /// Held from the lookup of the mechanism of a caller's userfaultfd until its slot is on the map, and while a
+    /// userfaultfd is given up: one queue has one mechanism. Locked before any gate; no callback runs under it.
     adopting: Mutex<()>,
     /// For the userfaultfd of a forked child.
     pub spare: Reserve,

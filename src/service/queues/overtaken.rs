@@ -1,14 +1,15 @@
-//! Events that are read when other memory is at their addresses.
+//! Events that are read when other memory is already at their addresses.
 //!
-//! An event is sent after the mapping has changed, and the next one when that was read: mremap(2) makes a REMAP and then an
-//! UNMAP of the old addresses, munmap(2) an UNMAP for each userfaultfd. Another thread's mremap may bring the memory of
-//! another slot to these addresses at any moment, and its REMAP may be read first. kuf_add_memory waits for a moment without
-//! events; mremap does not. So each queue knows which UNMAPs are still to come of memory whose departure was read before:
-//! these change nothing any more. And memory that another comes to the place of must have left it: until its own event is
-//! read, the map has it *aside*, at addresses where no memory can be.
+//! The kernel sends an event after the mapping has changed, and the next one when that event was read: mremap(2) makes
+//! a REMAP and then an UNMAP of the old addresses, munmap(2) an UNMAP for each userfaultfd. Another thread's mremap may
+//! move the memory of another slot to these addresses at any moment, and its REMAP may be read first. kuf_add_memory
+//! waits for a moment without events; mremap does not. So each queue keeps a list of the UNMAPs that are still to come
+//! of memory that is known to have left: these change nothing any more. And if memory moves to the place of a slot,
+//! that slot's memory must have left: until its own event is read, the map has the slot *aside*, at addresses where no
+//! memory can be.
 //!
-//! Which of two slots an event is about is known only as long as they leave the place in the order in which they came. An
-//! mremap of the second that is read before that of the first is taken for the first one's.
+//! The library can tell which of two slots an event is about only if they leave the place in the order in which they
+//! came. If the mremap of the second is read before that of the first, it is taken for the first one's.
 
 use std::ops::Range;
 
@@ -18,17 +19,18 @@ use crate::service::Service;
 use crate::sync::atomic::Ordering;
 use crate::sync::{lock, Arc, Mutex};
 
-/// No process has memory at this address or above. What was set aside from an address is a multiple of this above it.
+/// No process has memory at this address or above. A slot that is aside from an address is at a multiple of this above
+/// that address.
 const ASIDE: u64 = 1 << 57;
 
-/// How much memory can be aside from one address: one after the other came there before any event of the first was read.
+/// How many slots can be aside from one address: each came there before any event of the one before it was read.
 const LEVELS: Range<u64> = 1..64;
 
-/// How many UNMAP events to come are remembered of each queue at most: a thread has one on its way, and a userfaultfd may
-/// report moves and no UNMAP.
+/// The most coming UNMAP events that a queue remembers: a thread has one on its way, and a userfaultfd may report moves
+/// but no UNMAP.
 const MOST: usize = 256;
 
-/// Memory has left `hva`, and an UNMAP event of that is to come from this queue.
+/// Memory has left `hva`, and this queue will report an UNMAP of it.
 fn owes(queue: &KernelQueue, hva: Range<u64>) {
     let mut owed = lock(&queue.leftovers.owed);
     if owed.len() >= MOST {
@@ -38,14 +40,14 @@ fn owes(queue: &KernelQueue, hva: Range<u64>) {
     queue.leftovers.owes.store(true, Ordering::Relaxed);
 }
 
-/// No UNMAP is to come any more of memory that has left before. The gate is held exclusively.
+/// No UNMAP of memory that has left is to come any more. The gate is held exclusively.
 pub fn owes_nothing(queue: &KernelQueue) {
     let mut owed = lock(&queue.leftovers.owed);
     owed.clear();
     queue.leftovers.owes.store(false, Ordering::Relaxed);
 }
 
-/// An UNMAP event of `range` was read. Returns the parts of it that slots are to be told of. The gate is held exclusively.
+/// An UNMAP event of `range` was read. Returns the parts that apply to slots. The gate is held exclusively.
 pub fn unmapped(service: &Service, queue: &KernelQueue, range: &Range<u64>) -> Vec<Range<u64>> {
     let (news, still_owed) = {
         let mut owed = lock(&queue.leftovers.owed);
@@ -53,7 +55,7 @@ pub fn unmapped(service: &Service, queue: &KernelQueue, range: &Range<u64>) -> V
         queue.leftovers.owes.store(!owed.is_empty(), Ordering::Relaxed);
         (news, owed.clone())
     };
-    // Where another UNMAP is still to come, this one is of memory that has left before.
+    // If another UNMAP is still to come here, this one is of memory that has left before.
     let mut gone = vec![range.clone()];
     still_owed.iter().for_each(|part| drop(take_within(&mut gone, part)));
     gone.iter().for_each(|part| queue.leftovers.forget_left(part));
@@ -81,12 +83,12 @@ pub fn moved(service: &Service, queue: &KernelQueue, from: &Range<u64>, to: &Ran
         rest.into_iter().for_each(|part| owes(queue, part));
     };
     for other in service.queues.list().iter().filter(|other| other.mechanism.id() == queue.mechanism.id()) {
-        // What was there was unmapped or moved, or the kernel would not have moved memory there. If it was this mremap that
-        // unmapped it, the UNMAP of that was read before.
+        // The memory there before was unmapped or moved, or the kernel would not have moved memory there. If this
+        // mremap unmapped it, the UNMAP of that was read before.
         let there = [within(&other.leftovers.left, to), within(&other.ended, to)];
         there.into_iter().flatten().for_each(|part| owes_once(other, part));
     }
-    // If what was left behind moves, it was not unmapped then: it is now.
+    // If the memory that was left behind moves, it was not unmapped then: it is now.
     let mut first = vec![from.clone()];
     for part in within(&queue.leftovers.left, from) {
         let _ = take_within(&mut first, &part);
@@ -96,7 +98,7 @@ pub fn moved(service: &Service, queue: &KernelQueue, from: &Range<u64>, to: &Ran
 }
 
 /// The memory that an event of `hva` is about, in parts: where the map has it, and the address in `hva` where the part
-/// begins. What was set aside from there has left before what is there now.
+/// begins. A slot that is aside from there has left before the one that is there now.
 pub fn known_as(service: &Service, mechanism: u32, hva: &Range<u64>) -> Vec<(Range<u64>, u64)> {
     let mut rest = vec![hva.clone()];
     let mut found = Vec::new();
@@ -109,7 +111,7 @@ pub fn known_as(service: &Service, mechanism: u32, hva: &Range<u64>) -> Vec<(Ran
     found
 }
 
-/// Where the map is to have slots that were at `place`, to which other memory has come.
+/// Where the map is to have the slots that were at `place`, to which other memory has moved.
 pub fn aside_from(service: &Service, queue: &KernelQueue, place: &Range<u64>) -> Option<u64> {
     let map = service.memory.map();
     let is_free = |by: u64| map.mapped_in(queue.mechanism.id(), place.start + by..place.end + by).next().is_none();
@@ -121,8 +123,8 @@ pub fn aside_from(service: &Service, queue: &KernelQueue, place: &Range<u64>) ->
     Some(place.start + level)
 }
 
-/// What is still aside when no event is on its way any more: its end was not reported. The gate is held exclusively, and all
-/// messages that were read of the mechanism's queues have been applied.
+/// The slots that are still aside when no event is on its way: their end was not reported. The gate is held
+/// exclusively, and all messages that were read of the mechanism's queues have been applied.
 pub fn still_aside(service: &Service, queue: &KernelQueue) -> Vec<Range<u64>> {
     let (id, aside) = (queue.mechanism.id(), &queue.leftovers.aside);
     let its = |other: &&Arc<KernelQueue>| other.mechanism.id() == id;

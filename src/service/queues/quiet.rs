@@ -1,5 +1,5 @@
-//! Waits until no event of the kernel is on its way: to add a slot, to remove one, to give a userfaultfd up, and to be sure
-//! that a mapping had not moved when its pages were dropped.
+//! Waits until no event of the kernel is on its way: to add a slot, to remove one, to give up a userfaultfd, and to
+//! make sure that a mapping had not moved when its pages were dropped.
 
 use rustix::io::Errno;
 

@@ -1,8 +1,8 @@
 //! Reading the kernel: messages in, faults out, with the removals of a batch applied before its faults.
 //!
-//! The kernel hands out page faults before other events, and a thread in madvise or munmap goes on as soon as its event
-//! has been read. So reading and applying happen with the gate held exclusively: no install that was decided on before
-//! can reach the kernel after. A page that was given back is then refilled with zeroes, never with old bytes.
+//! The kernel hands out page faults before other events, and a thread in madvise or munmap continues as soon as its
+//! event has been read. So reading and applying happen with the gate held exclusively: no earlier install can reach the
+//! kernel afterwards. A page that was given back is then filled with zeroes, never with old bytes.
 
 use rustix::io::Errno;
 

@@ -20,7 +20,7 @@ pub fn stray(service: &Service, queue: &KernelQueue, hva: u64, read_at: Instant)
     // on its way it may yet turn out that the range was unmapped.
     if queue.mechanism.is_quiet(queue.number) && queue.leftovers.again(page, read_at) {
         queue.mechanism.disown(Stray::Page { queue: queue.number, hva: page });
-        // No UNMAP comes of it.
+        // No UNMAP event follows.
         queue.leftovers.forget_left(&(page..page + rustix::param::page_size() as u64));
         queue.forget_given_back(&(page..page + 1), true);
     } else {
@@ -31,7 +31,7 @@ pub fn stray(service: &Service, queue: &KernelQueue, hva: u64, read_at: Instant)
 
 /// A REMAP event was read, and is about to be applied. The gate is held exclusively.
 pub fn moved_away(service: &Service, queue: &KernelQueue, from: &Range<u64>, to: u64) {
-    // What was aside leaves no memory behind: other memory has come there.
+    // A slot that was aside leaves no memory behind: other memory has taken its place.
     let its = overtaken::known_as(service, queue.mechanism.id(), from);
     let leaves: Vec<_> = its.into_iter().filter(|(part, at)| part.start == *at).map(|(part, _)| part).collect();
     let map = service.memory.map();
@@ -45,7 +45,8 @@ pub fn moved_away(service: &Service, queue: &KernelQueue, from: &Range<u64>, to:
     let left_before = moved(&lock(&queue.leftovers.left));
     let new_place = to..to + (from.end - from.start);
     overtaken::moved(service, queue, from, &new_place);
-    // What was left at the new place is gone. The ranges stay disjoint, however often memory moves to and fro.
+    // The memory that was left at the new place is gone. The ranges stay disjoint, however often memory moves to and
+    // fro.
     queue.leftovers.forget(from);
     let its = service.queues.list();
     let its = its.iter().filter(|other| other.mechanism.id() == queue.mechanism.id());
@@ -59,7 +60,7 @@ pub fn moved_away(service: &Service, queue: &KernelQueue, from: &Range<u64>, to:
     lock(&queue.ended).extend(ended);
 }
 
-/// No event of memory that was taken off or has moved is on its way any more. The gate is held exclusively.
+/// No event is on its way any more of memory that was taken off or has moved. The gate is held exclusively.
 pub fn no_event_is_late(service: &Service, queue: &KernelQueue) {
     lock(&queue.ended).clear();
     overtaken::owes_nothing(queue);

@@ -1,4 +1,4 @@
-//! The calls of the C interface as tests make them: where the library keeps a call is said here alone.
+//! The calls of the C interface as tests make them. Only this file knows where the library keeps a call.
 
 use crate::error::Result;
 use crate::service::background::populate;
@@ -11,7 +11,7 @@ use crate::uapi::kvm::KVM_MEMORY_EXIT_FLAG_USERFAULT;
 pub trait Calls {
     fn add(&self, slot: NewMemory) -> Result<()>;
     fn remove(&self, gpa: u64, flags: u32) -> Result<()>;
-    /// Returns how many bytes it brought.
+    /// Returns the number of bytes that it made present.
     fn resolve(&self, gpa: u64, bytes: &[u8]) -> Result<u64>;
     fn ensure(&self, gpa: u64, len: u64) -> Result<()>;
     fn discard(&self, gpa: u64, len: u64, removed: bool) -> Result<()>;
@@ -51,9 +51,9 @@ impl Calls for Service {
 
 /// The parts of `kuf_close`, in their order.
 pub trait Close {
-    /// Fills what it is to fill. It may refuse, and the service goes on.
+    /// Makes the fills. It may refuse, and the service continues.
     fn prepare_close(&self, flags: u32) -> Result<()>;
-    /// The last that may refuse.
+    /// The last part that may refuse.
     fn begin_end(&self, flags: u32) -> Result<()>;
     fn rest_of_end(&self, flags: u32);
 }

@@ -1,5 +1,5 @@
-//! A KVM whose queue of userfaults is as it may not be: the test double behind [`Calls`], where the ioctls and the eventfd
-//! are. Everything above it is the library.
+//! A KVM whose queue of userfaults breaks the interface: the test double behind [`Calls`], at the ioctls and the
+//! eventfd. All code above it is the library's.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

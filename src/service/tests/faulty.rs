@@ -1,4 +1,4 @@
-//! A userfaultfd that fails as a test says: the test double over [`Userfaultfd`] and what it does for a slot.
+//! A userfaultfd that fails as a test says: the test double over [`Userfaultfd`] and its bindings.
 
 use std::ops::Range;
 use std::ptr::NonNull;

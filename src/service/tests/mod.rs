@@ -1,5 +1,5 @@
-//! Behaviour that a real kernel does not show on demand: a userfaultfd that refuses, a KVM that loses faults, a library that
-//! fails inside. Each file of tests is named by its behaviour; what they share:
+//! Behaviour that a real kernel does not show on demand: a userfaultfd that refuses, a KVM that loses faults, a library
+//! that fails inside. The name of each file of tests is its behaviour. The tests share:
 //!
 //! - `rig`: the set-up, the caller's callbacks, and memory
 //! - `calls`: the calls of the C interface

@@ -62,7 +62,7 @@ pub struct Event {
 /// A fill callback calls this first. None: it fills.
 type Instead = Arc<dyn Fn(&mut Run<'_>) -> Option<Filled> + Send + Sync>;
 
-/// The caller: tells its callbacks how to behave, and keeps what they got.
+/// The caller: it controls its callbacks, and keeps the events that they got.
 #[derive(Default)]
 pub struct Caller {
     pub events: Mutex<Vec<Event>>,
@@ -180,7 +180,7 @@ pub fn config(caller: &Arc<Caller>) -> Config {
     }
 }
 
-/// A slot of [`PAGES`] pages at gpa 0. As with [`config`], a test changes what it is about.
+/// A slot of [`PAGES`] pages at gpa 0. As with [`config`], a test changes the fields that it is about.
 pub fn memory(hva: u64) -> NewMemory {
     NewMemory {
         gpa: 0,
@@ -209,7 +209,7 @@ pub fn mapping() -> u64 {
     at.unwrap().expose_provenance() as u64
 }
 
-/// Takes what is mapped there away and maps new anonymous memory in its place.
+/// Unmaps the memory there and maps new anonymous memory in its place.
 pub fn map_anew(hva: u64) {
     let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED);
     // SAFETY: in place of a mapping of a test, which no other thread uses.

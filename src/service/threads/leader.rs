@@ -18,14 +18,14 @@ use crate::sync::atomic::{fence, AtomicBool, AtomicU32, AtomicU64, AtomicU8, Ato
 use crate::sync::time::{Duration, Instant};
 use crate::sync::{lock, wait, wait_timeout, Condvar, Mutex, MutexGuard};
 
-/// How often the thread that stands by checks the leader after it found trouble. Each check takes a few microseconds
-/// from the thread on that CPU, perhaps a guest's, so the checks become rarer while all is well.
+/// How often the thread that stands by checks the leader after it found trouble. Each check takes a few microseconds of
+/// a CPU, perhaps of a guest's, so the checks become rarer while all is well.
 const TICK: Duration = Duration::from_millis(1);
 
-/// The number of checks at each interval before it doubles.
+/// The number of checks at each interval before the interval doubles.
 const LOOKS: u64 = 16;
 
-/// How often the interval doubles: four milliseconds at the longest.
+/// How often the interval doubles: up to four milliseconds.
 const DOUBLINGS: u64 = 2;
 
 /// How long the thread that stands by sleeps when the leader is outside the caller's code. It then reads the kernel's queues,
@@ -35,7 +35,7 @@ pub const LONG: Duration = Duration::from_secs(2);
 /// How long the leader may be inside the caller's code before it loses the lead.
 const TOO_LONG: Duration = Duration::from_micros(500);
 
-/// A fill below this is quick: about what it costs to wake another thread.
+/// A fill below this is quick: about the cost of waking another thread.
 const QUICK: Duration = Duration::from_micros(20);
 
 /// Queued quick fills that take longer than this together are worth a second thread.

@@ -105,7 +105,7 @@ pub fn start(service: &Service, name: Name, body: impl FnOnce() + Send + 'static
     })
 }
 
-/// Allocates what a new thread needs (its thread-local data and its malloc arena), and counts it as begun.
+/// Makes the allocations of a new thread (its thread-local data and its malloc arena), and counts it as begun.
 pub fn begins(service: &Service) {
     let _ = last_text();
     drop(try_box(0_u64));
