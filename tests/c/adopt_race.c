@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Slots that share a userfaultfd of the host's come and go on several threads: every one of them is served. */
+/*
+ * Slots that share a userfaultfd of the caller's are added and removed on several threads: every one of them is served.
+ */
 #include "uffd.h"
 
 #define BASE UINT64_C(0x40000000)
@@ -39,7 +41,7 @@ static int both(struct change first, struct change second)
     return (first.got == 0) + (second.got == 0);
 }
 
-/* A toucher that is not served hangs: the watchdog says so. */
+/* A toucher that is not served hangs, and the watchdog reports it. */
 static int touched(int slot)
 {
     struct toucher toucher = {.memory = ram + (size_t)slot * page, .gpa = BASE + (uint64_t)slot * page, .length = page,
@@ -61,7 +63,7 @@ int main(void)
         /* The first two: one of them adopts the userfaultfd. */
         changed += both((struct change){.slot = 0, .add = true}, (struct change){.slot = 1, .add = true});
         served += touched(0) + touched(1);
-        /* The last one goes when another comes. */
+        /* The last one is removed while another is added. */
         must(kuf_remove_memory(kuf, BASE, KUF_END_POPULATE) == 0, "a slot is removed");
         must(madvise(ram, page, MADV_DONTNEED) == 0, "its page is dropped");
         changed += both((struct change){.slot = 1, .add = false}, (struct change){.slot = 0, .add = true});

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Readahead: a fault also brings the pages that follow where access is sequential, the missing ones where it is dense, and
- * none elsewhere. Fills ahead of touchers delay no thread, and cost nothing when they fail.
+ * Readahead: a fault also fills the pages after it where access is sequential, the missing pages around it where access
+ * is dense, and no others elsewhere. Fills ahead of touchers delay no thread, and cost nothing when they fail.
  */
 #include "harness.h"
 
@@ -22,10 +22,10 @@ static atomic_int held;
 /* The page whose fills are held up. */
 static _Atomic uint64_t hold_gpa = NO_GPA;
 static atomic_int demand_held;
-/* How many runs had been brought ahead when this page was asked for. */
+/* How many runs had been filled ahead when this page was asked for. */
 static _Atomic uint64_t mark_gpa = NO_GPA;
 static atomic_uint ahead_at_mark;
-/* All the source's bytes, where fills have to be quick however this program was compiled; else NULL. */
+/* All the source's bytes, where fills have to be quick whatever the options of the compiler; else NULL. */
 static unsigned char *image;
 
 static void longest(_Atomic uint64_t *of, uint64_t length)
@@ -124,7 +124,7 @@ static unsigned faults_of(struct kuf *kuf)
 
 /* ---- Sequential ---------------------------------------------------------------------------------------------------- */
 
-/* Goes through `count` pages from each start in turn, and lets what is brought ahead come. */
+/* Touches `count` pages from each start in turn, and lets the fills ahead finish. */
 static void walk(struct kuf *kuf, const uint64_t *starts, unsigned streams, uint64_t count)
 {
     uint64_t window[4] = {0}, here[4] = {0}, expected = present(kuf);
@@ -182,7 +182,7 @@ static void sparse(void)
     struct kuf *kuf = begin_part((struct kuf_options){.size = 0});
     uint64_t touched = 0;
     bool right = true;
-    /* 37 and 213 have no common factor with what is gone round. */
+    /* 37 and 213 have no common factor with the number of pages. */
     for (uint64_t i = 0; i < 213; i++, touched++)
         right = right && good(i * 37 % 213 * 37);
     ok(right, "far apart and in no order: each page has its own bytes");
@@ -218,7 +218,7 @@ static void dense(void)
     comes_to(present(kuf), sizeof(order), "below a quarter, each page comes by itself");
     right = right && good(320 + 20);
     is(atomic_load(&longest_demanded), 5 * (long long)page, "the eighth of 32 brings its neighbours, up to those that are there");
-    /* Unless the source seems slow, which it does on a machine that is busy: then touchers come to the rest themselves. */
+    /* Unless the source seems slow, which it does on a busy machine: then touchers demand the rest themselves. */
     for (int i = 0; i < 200 && present(kuf) < 32; i++)
         sleep_ms(1);
     bool filled_up = present(kuf) == 32;
@@ -241,7 +241,7 @@ static void nearly_dense(uint64_t first)
         must(good(first + order[i]), "page %" PRIu64 " comes", first + order[i]);
 }
 
-/* How long the quickest of some fills takes that are asked for one by one, on this thread. */
+/* The time of the quickest of some fills that this thread asks for one by one. */
 static uint64_t quickest_fill(struct kuf *kuf)
 {
     uint64_t quickest = UINT64_MAX;
@@ -255,8 +255,9 @@ static uint64_t quickest_fill(struct kuf *kuf)
 }
 
 /*
- * Missing pages in a dense place come before the next fault, if fills have been quick of late, and without taking the
- * place of one. Whether they have been is for the machine to say: it is tried in one place after the other.
+ * The missing pages of a dense place are filled before the next fault, if fills have been quick lately, and without the
+ * place of a demand fill. Only the machine decides whether they have been quick: the test tries one place after the
+ * other.
  */
 static void dense_first(void)
 {
@@ -270,7 +271,7 @@ static void dense_first(void)
     struct kuf *kuf = begin_part((struct kuf_options){.fill_threads = 1});
     uint64_t took = quickest_fill(kuf);
     end_part(kuf);
-    /* Quick is below what it costs to wake a thread, which the library takes to be 20 us. */
+    /* Quick is below the cost of waking a thread, for which the library assumes 20 us. */
     if (took > 15000) {
         skip_part("no fill is quick on this machine: the quickest took %.1f us", (double)took / 1e3);
         munmap(image, PAGES * page);
@@ -326,7 +327,7 @@ static void dense_first(void)
 
 /* ---- Waiting for readahead ------------------------------------------------------------------------------------------ */
 
-/* Windows of 1, 2, 4, 8 and 16 pages, and one of 32: pages 47 to 62 are being brought ahead, and are held up. */
+/* Windows of 1, 2, 4, 8 and 16 pages, and one of 32: pages 47 to 62 are being filled ahead, and are held. */
 static void walk_until_held(void)
 {
     atomic_store(&hold_ahead, true);
@@ -346,7 +347,7 @@ static void nobody_waits(void)
     ok(joins(start(touch_page, (void *)(uintptr_t)FAR_AWAY)), "a page is filled while what is brought ahead is held up");
     ok(good(FAR_AWAY - 100) && good(FAR_AWAY - 200), "and others");
 
-    /* The only place for demand is taken too: events are read all the same. */
+    /* The only place for demand is taken too: the library reads events all the same. */
     atomic_store(&hold_gpa, gpa_of(FAR_AWAY + 50));
     pthread_t waits = start(touch_page, (void *)(uintptr_t)(FAR_AWAY + 50));
     wait_until(atomic_load(&demand_held) == 1);
@@ -356,7 +357,10 @@ static void nobody_waits(void)
     ok(joins(waits), "the demanded page comes");
     ok(holds_zeroes(ram + FAR_AWAY * page, page), "pages that were given back are zero");
 
-    /* A toucher of a page whose fill blocks waits for that fill; if the page is discarded meanwhile, the source is asked anew. */
+    /*
+     * A toucher of a page whose fill blocks waits for that fill. If the page is discarded meanwhile, the source is
+     * asked again.
+     */
     pthread_t catches_up = start(touch_page, (void *)(uintptr_t)50);
     wait_until(stats_of(kuf).faults_joined >= 1);
     is(kuf_discard(kuf, gpa_of(48), 8 * page, KUF_DISCARD_REFILL), 0, "pages that are being brought ahead are discarded");
@@ -369,7 +373,7 @@ static void nobody_waits(void)
     end_part(kuf);
 }
 
-/* A discard ends what is brought ahead in its slot: a run in a callback, and one that has not been asked for. */
+/* A discard ends the fills ahead in its slot: a run in a callback, and one that has not been asked for. */
 static void discarded(void)
 {
     if (page != 4096)
@@ -401,7 +405,7 @@ static void discarded(void)
 static atomic_bool blocking, go, blocks;
 static atomic_int blocked_ahead;
 
-/* Quick, until a run ahead of demand lets another page be touched, whose fill blocks, as does the run after it. */
+/* Quick, until a run ahead of demand lets another page be touched, whose fill blocks, as does the next run. */
 static int fill_then_block(void *opaque, struct kuf_fill *fill)
 {
     if (!(fill->flags & KUF_RUN_DEMAND) && atomic_exchange(&blocking, false)) {
@@ -429,8 +433,8 @@ static void *touch_when_told(void *unused)
 }
 
 /*
- * A fill of a quick source blocks, and so does what is brought ahead by the thread that has taken the lead since: a third
- * one reads the kernel. Which thread comes to what is the scheduler's to say, so this is tried until it has come about.
+ * A fill of a quick source blocks, and so does a fill ahead on the thread that has taken the lead since: a third thread
+ * reads the kernel. The scheduler decides which thread gets which fill, so the test repeats until this happens.
  */
 static void both_block(void)
 {
@@ -465,7 +469,7 @@ static void both_block(void)
     }
 }
 
-/* Lets go of what is held up a moment after the main thread has begun to wait for it. */
+/* Releases the held fill a moment after the main thread has begun to wait for it. */
 static void *let_go_soon(void *unused)
 {
     (void)unused;
@@ -474,7 +478,7 @@ static void *let_go_soon(void *unused)
     return NULL;
 }
 
-/* Once is enough: on a machine that is busy with other things a round may take longer than the library waits. */
+/* Once is enough: on a busy machine a round may take longer than the library waits. */
 static void removal_waits(void)
 {
     bool at_once = false;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Every call from many threads at one handle, which is then closed under them: each gets an answer, none hangs. */
+/* Every call from many threads at one handle, which is then closed under them: each call returns, none hangs. */
 #include "harness.h"
 
 #define BASE UINT64_C(0x10000000)
@@ -15,7 +15,7 @@ static bool driven;
 /* No page of Linux is larger. */
 enum { PAGE_MAX = 64 << 10 };
 
-/* One call of thread `which`, the `n`th; what it may answer while the handle is open. */
+/* The `n`th call of thread `which`, with the results that are allowed while the handle is open. */
 static long call(struct kuf *kuf, int which, long n, bool *fine)
 {
     size_t page = page_size();
@@ -122,7 +122,7 @@ static void *hammer(void *argument)
         bool fine = false;
         long got = call(kuf, caller->which, n, &fine);
         atomic_fetch_add(&calls[caller->which], 1);
-        /* Once closing has begun: this, and nothing else. */
+        /* Once closing has begun: this errno and no other. */
         if (got == -EBADF)
             return NULL;
         if (!fine && got != -ECANCELED) {

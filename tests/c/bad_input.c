@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Every mistake a caller can make gets its own errno and a text that names it, and changes nothing: bad_input_rows.h, row
- * by row. With --markdown, prints the table for docs/bad-input.md instead.
+ * Every mistake of a caller gets its own errno and a text that names it, and changes nothing: bad_input_rows.h, row by
+ * row. With --markdown, prints the table for docs/bad-input.md instead.
  */
 #include "harness.h"
 
@@ -12,7 +12,7 @@
 #define GPA_A UINT64_C(0x10000000)          /* 16 pages, the first four present */
 #define GPA_B (GPA_A + 16 * (uint64_t)PAGE) /* 16 pages, right behind A */
 #define GPA_C UINT64_C(0x20000000)          /* 16 pages of a shared file */
-#define GPA_D UINT64_C(0x30000000)          /* 64 pages, used up by the rows that run inside a callback */
+#define GPA_D UINT64_C(0x30000000)          /* 64 pages; the rows that run inside a callback use them up */
 #define GPA_SPARE UINT64_C(0x40000000)
 #define GPA_NONE UINT64_C(0x7fff0000)
 #define PAGE page_size()
@@ -33,12 +33,12 @@ static struct fixture {
 
 static struct source source = SOURCE_INIT;
 
-/* The last CPU of the largest set that is taken. */
+/* The last CPU of the largest set that is accepted. */
 static const unsigned char no_such_cpu[8192] = {[8191] = 0x80};
 
 /* ---- Calls of the rows --------------------------------------------------------------------------------------------- */
 
-/* Memory that can be added as it is; a row changes a field. */
+/* Memory that can be added as it is; a row changes one field. */
 static struct kuf_memory m;
 
 #define add_memory(from, ...) (m = from(), __VA_ARGS__, kuf_add_memory(f.served, &m))
@@ -66,7 +66,7 @@ static int add_spare(struct kuf *kuf)
 
 static const struct kuf_source zero_source = {.size = sizeof(zero_source), .kind = KUF_SOURCE_ZERO};
 
-/* A source that can be given as it is; a row changes a field. */
+/* A source that can be used as it is; a row changes one field. */
 static struct kuf_source s;
 
 #define add_source(...) (s = zero_source, __VA_ARGS__, add_source_to(f.served, s))
@@ -125,7 +125,7 @@ static int open_mode(uint32_t mode, kuf_fill_fn fill)
     return got;
 }
 
-/* A row that says nothing of the mode is about something else. */
+/* A row without a mode is about something else. */
 static int open_these(struct kuf_options options)
 {
     struct kuf *kuf = f.served;
@@ -214,7 +214,7 @@ static int start_twice(void)
     return got;
 }
 
-/* While a recording is running, which goes on if this is refused. */
+/* While a recording is running, which continues if this call is refused. */
 static int stop_to(int fd)
 {
     must(kuf_record_start(f.served, 0) == 0, "a recording runs");
@@ -223,7 +223,7 @@ static int stop_to(int fd)
     return got;
 }
 
-/* The fixture's recording with so many bytes of it, and one byte changed. */
+/* The first bytes of the fixture's recording, so many, with one byte changed. */
 static int replay_changed(struct kuf *kuf, size_t length, size_t at, unsigned char change)
 {
     unsigned char copy[sizeof(f.recording)];
@@ -236,7 +236,7 @@ static int replay_changed(struct kuf *kuf, size_t length, size_t at, unsigned ch
     return got;
 }
 
-/* The fixture's own pointer stays, whatever the call does. */
+/* The call cannot change the fixture's own pointer. */
 static int close_copy(struct kuf *kuf, uint32_t flags)
 {
     struct kuf *copy = kuf;
@@ -313,7 +313,7 @@ static struct state state_now(void)
     return state;
 }
 
-/* Whether each word is somewhere in the text, in any case. */
+/* Whether the text contains each word, in any case. */
 static bool names_all(const char *text, const char *words)
 {
     char copy[128], *rest = copy;
@@ -326,7 +326,7 @@ static bool names_all(const char *text, const char *words)
 
 static void judge(const struct row *row)
 {
-    /* A text of another failure first: a row that sets none must not pass with the text of the row before it. */
+    /* Set the text of another failure first: a row that sets no text must not pass with that of the row before it. */
     (void)kuf_probe(-424242, &(struct kuf_probe_info){.size = sizeof(struct kuf_probe_info)});
     char before_text[512];
     snprintf(before_text, sizeof(before_text), "%s", kuf_error());
@@ -400,7 +400,7 @@ static void run_row(const struct row *row)
 
 /* ---- The fixture --------------------------------------------------------------------------------------------------- */
 
-/* A userfaultfd as a host opens it, or -1. */
+/* A userfaultfd as a caller opens it, or -1. */
 static int open_uffd(void)
 {
     int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
@@ -458,7 +458,7 @@ static void make_fixture(void)
     f.a = map_anonymous(16 * PAGE);
     f.b = map_anonymous(16 * PAGE);
     f.d = map_anonymous(64 * PAGE);
-    /* Far from where other mappings go, so that its hole stays one. */
+    /* Far from the kernel's other mappings, so that its hole stays a hole. */
     f.torn = mmap((void *)UINT64_C(0x200000000000), 4 * PAGE, PROT_READ | PROT_WRITE,
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
     must(f.torn != MAP_FAILED, "a mapping that ends early");
@@ -494,7 +494,7 @@ static void make_fixture(void)
     f.closed = open_driven(NULL);
     struct kuf *copy = f.closed;
     close_with(copy, 0);
-    /* The rows that open try it the way that works here. */
+    /* The rows that call kuf_open use the mode that works here. */
     f.plain = (struct kuf_options){.size = sizeof(struct kuf_options), .flags = KUF_OPEN_CALLER_DRIVEN};
     if (kuf_open(&f.plain, &copy) == -EPERM)
         f.plain.flags |= KUF_OPEN_USER_MODE_ONLY;
@@ -546,7 +546,7 @@ int main(int argc, char **argv)
     begin();
     make_fixture();
 
-    /* A fault that is read and not answered: the rows must leave what is owed as it is. */
+    /* A fault that is read and not answered: the rows must not change the list of pending pages. */
     pthread_t toucher = start(touch_driven, NULL);
     is(kuf_poll(f.driven, -1), 1, "a fault to read");
     is(kuf_read(f.driven, f.faults, 4), 1, "a fault is read");

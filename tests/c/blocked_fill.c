@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A callback that blocks keeps no other page and no event waiting, whatever else wakes the library's threads meanwhile. The
- * callbacks here wait for what another thread does, so a library that does not read the kernel hangs.
+ * A callback that blocks keeps no other page and no event waiting, whatever else wakes the library's threads meanwhile.
+ * The callbacks here wait for an act of another thread, so a library that does not read the kernel hangs.
  */
 #include "harness.h"
 
@@ -24,7 +24,7 @@ static int fill(void *opaque, struct kuf_fill *fill)
     return KUF_FILL_DONE;
 }
 
-/* Writes a line to a log, say. */
+/* Writes a line to a log, for example. */
 static void slow_event(void *opaque, const struct kuf_event *event)
 {
     (void)opaque, (void)event;
@@ -90,7 +90,7 @@ static void blocked(uint32_t threads, void *(*other)(void *), const char *what)
     munmap(ram, PAGES * page);
 }
 
-/* Memory is given back with a lock held that the callback takes too: kuf.h forbids that for touches only. */
+/* Memory is given back with a lock held that the callback takes too: kuf.h forbids this only for touches. */
 static pthread_mutex_t shared_lock = PTHREAD_MUTEX_INITIALIZER;
 static atomic_bool stop;
 

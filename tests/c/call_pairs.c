@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Every pair of calls on one slot, on two threads at once. Whatever the order: each call answers as documented, every page
- * ends with bytes of the source, or zero where a call gave it back, or poisoned where a call said so; memory that
- * kuf_remove_memory has let go is the caller's alone, and no event of it comes any more.
+ * Every pair of calls on one slot, on two threads at once. In whatever order: each call returns a documented result;
+ * every page ends with bytes of the source, or zero where a call gave it back, or poisoned where a call poisoned it.
+ * Memory that kuf_remove_memory has released is the caller's alone, and no event of it comes any more.
  */
 #include "harness.h"
 
@@ -19,7 +19,7 @@ static atomic_bool let_go, discards, adds;
 static atomic_int late, early;
 static pthread_barrier_t both;
 
-/* ---- The calls. Each returns what the library said. ------------------------------------------------------------------ */
+/* ---- The calls. Each returns the library's result. ------------------------------------------------------------------- */
 
 static int resolve(void)
 {
@@ -92,7 +92,7 @@ static int close_poisoned(void)
     return kuf_close(&handle, KUF_END_POISON);
 }
 
-/* Of a file all of it is filled again, so that it shows whether the new slot is served. */
+/* All pages of a file are filled again, which shows whether the new slot is served. */
 static int add_again(void)
 {
     struct kuf_memory slot = {.size = sizeof(slot), .gpa = BASE, .len = length, .hva = (uintptr_t)ram};
@@ -126,7 +126,7 @@ static const struct call {
 };
 enum { CALLS = sizeof(calls) / sizeof(calls[0]) };
 
-/* Whether `one` may answer so when `other` is made at the same time. */
+/* Whether `one` may return this result when `other` is made at the same time. */
 static bool may_answer(const struct call *one, const struct call *other, int got)
 {
     if (got == 0)
@@ -181,7 +181,7 @@ static bool is_filled_with(const unsigned char *memory, unsigned char value)
     return true;
 }
 
-/* How many pages hold what they may not. */
+/* The number of pages with wrong contents. */
 static int wrong_pages(const struct side *one, const struct side *other, bool scribbled)
 {
     unsigned does = one->call->does | other->call->does;
@@ -216,7 +216,7 @@ static void round_of(const struct call *first, const struct call *second, bool f
     atomic_store(&source.generation, 2);
 
     unsigned does = first->does | second->does;
-    /* With a poisoned page it cannot be written all through, and a slot that was added again has it. */
+    /* With a poisoned page the memory cannot be written as a whole, and a slot that was added again has such a page. */
     bool may_scribble = !(does & (POISONS | ADDS));
     struct side sides[2] = {{.call = first, .delay = seed % 3 == 0 ? seed % 4000 : 0},
                             {.call = second, .delay = seed % 3 == 1 ? seed % 4000 : 0}};

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The Makefile includes this file before each C test: a call that fails with an errno that its text in the header does not
- * name, or without words in kuf_error(), ends the program, failed. wrapped.h has a macro for each call. An address of a
- * function stays one of the library's.
+ * The Makefile includes this file before each C test: a call that fails with an errno that its text in the header does
+ * not name, or without a text in kuf_error(), fails the program. wrapped.h has a macro for each call. The address of a
+ * function stays the library's.
  */
 #ifndef KUF_TESTS_CHECKED_H
 #define KUF_TESTS_CHECKED_H

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* kuf_close: refuses, poisons, fills or hands over what is unresolved; ends every wait; releases exactly once. */
+/* kuf_close: refuses, poisons, fills or hands over unresolved pages; ends every wait; releases exactly once. */
 #include "harness.h"
 
 #include <linux/userfaultfd.h>
@@ -193,7 +193,7 @@ static void while_calls_wait(void)
         }
         close_with(kuf, KUF_END_POISON);
         pthread_join(thread, NULL);
-        /* A thread that had not come to wait yet finds the handle closed. */
+        /* A thread that has not begun to wait yet finds the handle closed. */
         ok(waiting.got == -ECANCELED || (what == 0 && waiting.got == -EBADF), "%s: a wait ends with -ECANCELED (%d)",
            names[what], waiting.got);
     }
@@ -212,7 +212,7 @@ static void handing_over(void)
     unsigned char *ram = map_anonymous(length);
     struct kuf_memory memory = {.size = sizeof(memory), .gpa = BASE, .len = length,
                                 .hva = (uintptr_t)ram, .uffd = uffd};
-    is(kuf_add_memory(kuf, &memory), 0, "memory under the host's userfaultfd: %s", kuf_error());
+    is(kuf_add_memory(kuf, &memory), 0, "memory under the caller's userfaultfd: %s", kuf_error());
     is(kuf_ensure(kuf, BASE, page, -1), 0, "one page is filled");
     struct kuf_progress_info progress = progress_of(kuf, BASE);
     close_with(kuf, KUF_END_HANDOVER);
@@ -226,7 +226,7 @@ static void handing_over(void)
     struct uffd_msg message;
     while (read(uffd, &message, sizeof(message)) != (ssize_t)sizeof(message))
         sleep_ms(1);
-    is(message.event, UFFD_EVENT_PAGEFAULT, "KUF_END_HANDOVER: a fault comes to the host's own descriptor");
+    is(message.event, UFFD_EVENT_PAGEFAULT, "KUF_END_HANDOVER: a fault comes to the caller's own descriptor");
     unsigned char *bytes = map_anonymous(page);
     write_content(bytes, BASE + length - page, page, 1);
     struct uffdio_copy copy = {.dst = (uintptr_t)ram + length - page, .src = (uintptr_t)bytes, .len = page};
@@ -238,7 +238,7 @@ static void handing_over(void)
 /* A terabyte that was hardly touched: to poison it page by page would take many seconds and 2 GiB of page tables. */
 static void long_runs(void)
 {
-    /* Where the kernel has neither poison nor PAGEMAP_SCAN, an entry of each page is read when the slot is added. */
+    /* Without poison and PAGEMAP_SCAN, the library reads an entry for each page when the slot is added. */
     const uint64_t size = UINT64_C(1) << (poison_event() == KUF_EVENT_POISONED ? 40 : 34), near_end = size - 4 * page;
     const struct {
         uint64_t at;
@@ -271,7 +271,7 @@ static void long_runs(void)
     }
 }
 
-/* A callback that kuf_close waits for waits itself for a thread that touches a page which the guest has given back. */
+/* A callback for which kuf_close waits itself waits for a thread that touches a page which the guest has given back. */
 static atomic_bool inside, may_touch, touched;
 
 static int fill_when_touched(void *opaque, struct kuf_fill *fill)

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * The end of a handle and of a slot while other threads keep giving memory back and touching it. The kernel refuses to
- * open or to poison a page from before a REMOVE event until it was read, which with such threads is nearly always: the end
- * comes all the same, or says what it could not do and leaves the handle as it was; no page that was not filled reads as
- * zeroes unless it was given back, and every thread goes on.
+ * install or poison a page from before a REMOVE event until it was read, and with such threads an event is nearly
+ * always unread. The end happens all the same, or reports that it could not and leaves the handle as it was. No page
+ * that was not filled reads as zeroes unless it was given back, and every thread continues.
  */
 #include "seeded.h"
 #include "touches.h"
@@ -15,7 +15,7 @@ enum { PAGES = 512, NEVER = 64, GIVEN = 8, EACH = 2 };
 /* Kinds of memory. The last two are under a userfaultfd that the library adopts. */
 enum memory { PRIVATE, IN_PLACE, ADOPTED, REMOTE, MEMORIES };
 static const char *const memories[MEMORIES] = {"private memory", "shared memory filled in place",
-                                               "a userfaultfd of the host's", "memory of another process"};
+                                               "a userfaultfd of the caller's", "memory of another process"};
 
 static const struct ending {
     const char *how;
@@ -23,7 +23,7 @@ static const struct ending {
     uint32_t flags;
     /* kuf_remove_memory, and kuf_close afterwards. */
     bool remove;
-    /* Everything was filled before the others began to give memory back. */
+    /* All pages were filled before the other threads began to give memory back. */
     bool full;
 } endings[] = {
     {"kuf_close that poisons", KUF_END_POISON, false, false},
@@ -65,7 +65,7 @@ static void *reader(void *argument)
 
 /* ---- Another process ------------------------------------------------------------------------------------------------- */
 
-/* Opens a userfaultfd, sends it, and gives memory back when it is told to. */
+/* Opens a userfaultfd, sends it, and gives memory back on command. */
 static void other_process(int socket, uint64_t seed)
 {
     int uffd = own_userfaultfd(UFFD_FEATURE_EVENT_REMOVE);
@@ -130,7 +130,7 @@ static void set_up(struct round *round)
     advice = round->memory == IN_PLACE ? MADV_REMOVE : MADV_DONTNEED;
     ram = round->memory == IN_PLACE ? map_shared(PAGES * page, &round->file) : map_anonymous(PAGES * page);
     atomic_store(&stop, false);
-    /* Before the library has threads here. */
+    /* Before the library has threads in this process. */
     if (round->memory == REMOTE)
         round->other = start_other(&round->socket, &round->uffd, round->seed);
     round->kuf = watch(open_with((struct kuf_options){
@@ -169,7 +169,7 @@ static void end_storm(struct round *round)
         pthread_join(round->threads[i], NULL);
 }
 
-/* One call of the ending; kuf_remove_memory again for as long as a callback is in the way. */
+/* One call of the ending; kuf_remove_memory again while a callback is in the way. */
 static int call(struct round *round)
 {
     int got;
@@ -184,12 +184,12 @@ static int call(struct round *round)
 static bool may_return(const struct round *round, int got)
 {
     bool fills = round->ending->flags == KUF_END_POPULATE;
-    /* Where neither poison nor mprotect(2) can close pages they stay as they are, and the slot too. */
+    /* Pages that can be neither poisoned nor made inaccessible stay as they are, and so does the slot. */
     bool stays = round->memory == REMOTE && round->ending->remove && round->ending->flags & KUF_END_POISON;
     return got == 0 || (got == -EIO && (fills || stays));
 }
 
-/* Bytes of the host's own memory that are neither the source's nor zero because they were given back. */
+/* Bytes of the caller's own memory that are neither the source's nor zero because they were given back. */
 static int wrong_pages(bool filled)
 {
     int wrong = 0;
@@ -198,7 +198,7 @@ static int wrong_pages(bool filled)
         bool read = try_touch(at) == 0;
         bool zero = read && i >= NEVER && holds_zeroes(at, page);
         bool right = read && (zero || holds_content(at, BASE + i * page, page, 1));
-        /* A page that cannot be read is poisoned. No page is that was filled before the end. */
+        /* A page that cannot be read is poisoned. No page that was filled before the end is poisoned. */
         if (read || (filled && i < NEVER))
             wrong += !right;
     }
@@ -248,7 +248,7 @@ int main(void)
             skip_part("no minor faults: nothing is filled in place");
             continue;
         }
-        /* Ends, wrong pages, ends that said that not everything could be filled. */
+        /* Ends, wrong pages, and ends that reported that not every page could be filled. */
         int results[3] = {0};
         uint64_t since = now_ns();
         for (int n = 0; n < EACH * ENDINGS; n++)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Shared memory in a file system whose files have huge pages (tmpfs, huge=always). A page that is filled takes no more than
- * itself, and MADV_COLLAPSE shows no page that was not filled.
+ * Shared memory in a file system whose files have huge pages (tmpfs, huge=always). A filled page takes memory for
+ * itself only, and MADV_COLLAPSE shows no page that was not filled.
  */
 #include "harness.h"
 

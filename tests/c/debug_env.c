@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * KUF_OPEN_DEBUG_ENV: with KUF_DEBUG=1 in the environment log records go to standard error too. Without one of the two
- * nothing is ever printed.
+ * the library prints nothing.
  */
 #include "harness.h"
 
@@ -36,7 +36,7 @@ static void serve(uint32_t flags, bool log)
     must(kuf_close(&kuf, KUF_END_POISON) == 0, "closes");
 }
 
-/* What a child process that does so has written to standard error; ends with a zero. */
+/* The standard error of a child process that does so, terminated by a zero. */
 static ssize_t errors_of(uint32_t flags, bool log, const char *value, char *out, size_t room)
 {
     int pipes[2];
@@ -67,7 +67,7 @@ static ssize_t errors_of(uint32_t flags, bool log, const char *value, char *out,
     return length;
 }
 
-/* Every line begins with the prefix, and each record is one. */
+/* Every line begins with the prefix, and each record is one line. */
 static void check_lines(const char *text)
 {
     unsigned lines = 0, wrong = 0;

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* KUF_FILL_DEFERRED: owed pages are listed and resolved later, from another thread or the callback itself, in pieces. */
+/*
+ * KUF_FILL_DEFERRED: pending pages are listed and resolved later, from another thread or the callback itself, in
+ * pieces.
+ */
 #include "harness.h"
 
 #define BASE UINT64_C(0x50000000)
@@ -31,7 +34,7 @@ static int fill(void *opaque, struct kuf_fill *fill)
     return KUF_FILL_DEFERRED;
 }
 
-/* Answers everything that is owed, a page at a time, last page first. */
+/* Resolves all pending pages, one by one, last page first. */
 static void *answer_all(void *unused)
 {
     (void)unused;
@@ -106,7 +109,7 @@ int main(void)
         skip_part("no minor faults on shared memory: nothing is filled in place");
         return done();
     }
-    /* The buffer outlives the callback: data may still be on its way into it. */
+    /* The buffer outlives the callback: data may still arrive in it. */
     how = IN_PLACE_LATER;
     int fd;
     ram = map_shared(PAGES * page, &fd);

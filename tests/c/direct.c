@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* KUF_OPEN_DIRECT: the host's own loop reads the kernel, and the library starts no thread. */
+/* KUF_OPEN_DIRECT: the caller's own loop reads the kernel, and the library starts no thread. */
 #include "harness.h"
 
 #include <poll.h>
@@ -32,7 +32,7 @@ int main(void)
         bad += poll(&poller, 1, -1) != 1 || poller.revents != POLLIN;
         struct kuf_fault faults[8];
         ssize_t n = kuf_read(kuf, faults, 8);
-        /* A descriptor may be readable for a fault that needs no answer any more. */
+        /* The descriptor may be readable for a fault that needs no answer any more. */
         for (ssize_t i = 0; i < n; i++) {
             write_content(bytes, faults[i].gpa, page, 1);
             ssize_t got = kuf_resolve(kuf, faults[i].gpa, bytes, page, 0);

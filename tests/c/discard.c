@@ -63,7 +63,7 @@ static void go(bool shared)
     is(kuf_discard(kuf, BASE + 11 * page, page, KUF_DISCARD_ZERO), 0, "%s: and given back", kind);
     ok(holds_zeroes(ram + 11 * page, page), "%s: it reads as zero", kind);
 
-    /* A fill that is running when its page is dropped has old data: it must not be used. */
+    /* A fill that is running when its page is dropped has old data, which must not be used. */
     atomic_store(&written, 0);
     atomic_store(&hold, true);
     struct toucher toucher = {.memory = ram + 15 * page, .gpa = BASE + 15 * page, .length = page, .generation = 3};
@@ -81,7 +81,7 @@ static void go(bool shared)
 /* Pages that hold bytes although they do not count as present. */
 enum { FREED, UNMAPPED, COPIED, LOCKED, LOCKED_SHARED, KINDS };
 
-static const char *const kinds[KINDS] = {"MADV_FREE", "MADV_DONTNEED of shared memory", "UFFDIO_COPY of the host's own",
+static const char *const kinds[KINDS] = {"MADV_FREE", "MADV_DONTNEED of shared memory", "UFFDIO_COPY of the caller's own",
                                          "locked", "locked shared memory"};
 
 static void keeps_nothing(int kind, uint32_t flags)
@@ -103,7 +103,7 @@ static void keeps_nothing(int kind, uint32_t flags)
         unsigned char *old = map_anonymous(page);
         memset(old, 0x11, page);
         struct uffdio_copy copy = {.dst = (uintptr_t)ram, .src = (uintptr_t)old, .len = page};
-        must(ioctl(uffd, UFFDIO_COPY, &copy) == 0, "the host fills a page itself");
+        must(ioctl(uffd, UFFDIO_COPY, &copy) == 0, "the caller fills a page itself");
     } else {
         memset(ram, 0x11, page);
     }
@@ -128,7 +128,7 @@ static void keeps_nothing(int kind, uint32_t flags)
         close(uffd);
 }
 
-/* The bytes of a callback whose page was dropped meanwhile are not used: the page is asked for anew at once. */
+/* The bytes of a callback whose page was dropped meanwhile are not used: the page is asked for again at once. */
 static void asked_anew(void)
 {
     size_t page = page_size();

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * kuf_discard against everything that can be late: faults of threads that were woken by others, the REMOVE events that it
- * causes itself, and populate. After it returns no thread reads the bytes from before, and none reads zeroes.
+ * kuf_discard against everything that can be late: faults of threads that other threads have woken, the REMOVE events
+ * that it causes itself, and populate. After it returns no thread reads earlier bytes, and none reads zeroes.
  */
 #include "seeded.h"
 
@@ -9,7 +9,7 @@
 enum { PAGES = 16, TOUCHERS = 3 };
 
 static struct source source = SOURCE_INIT;
-/* Of each page: the generation the source gives, and the oldest one that may still be seen. */
+/* For each page: the generation that the source gives, and the oldest one that a thread may still read. */
 static _Atomic uint64_t newest[PAGES], oldest[PAGES];
 static atomic_bool stop;
 static atomic_int stale, zero, strange;

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* kuf_ensure: present when it returns, filled by the caller's own thread, waiting for others no longer than told. */
+/*
+ * kuf_ensure: the page is present when it returns. It fills on the caller's own thread, and waits for others no longer
+ * than its timeout.
+ */
 #include "in_thread.h"
 
 #define BASE UINT64_C(0x60000000)
@@ -36,7 +39,7 @@ int main(void)
     is(progress_of(kuf, BASE).present, PAGES * page, "all of it");
     ok(holds_content(ram, BASE, PAGES * page, 1), "with its bytes");
 
-    /* The call waits for a page that another thread is filling, as long as the caller says. */
+    /* The call waits for a page that another thread is filling, for as long as its timeout. */
     is(kuf_discard(kuf, BASE, PAGES * page, KUF_DISCARD_REFILL), 0, "pages are dropped");
     atomic_store(&source.hold, true);
     struct toucher toucher = {.memory = ram, .gpa = BASE, .length = page, .generation = 1};

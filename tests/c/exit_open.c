@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* A program that ends with open handles, running callbacks and threads that wait for pages: it ends, at once, as told. */
+/*
+ * A program that exits with open handles, running callbacks and threads that wait for pages: it ends at once, with its
+ * own exit status.
+ */
 #include "harness.h"
 
 #define BASE UINT64_C(0x10000000)

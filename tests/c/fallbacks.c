@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The library where the kernel lacks a part of userfaultfd, as docs/kernels.md has it. This program stands between the
- * library and the kernel, and hides the parts that this kernel has: one at a time, and all. Each way is a process of its own,
- * because the library asks the kernel once.
+ * The library on kernels that lack a part of userfaultfd, as docs/kernels.md lists them. This program stands between
+ * the library and the kernel, and hides the parts that this kernel has: one at a time, and all. Each way is a process
+ * of its own, because the library asks the kernel once.
  */
 #include "uffd.h"
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * KUF_MEMORY_FILL_ALL: nothing that the mapping showed before is taken for a filled page, the file keeps its bytes, and a
- * call that is refused has changed nothing.
+ * KUF_MEMORY_FILL_ALL: old bytes of the mapping never count as a filled page, the file keeps its bytes, and a call that
+ * is refused has changed nothing.
  */
 #include "uffd.h"
 
@@ -48,7 +48,7 @@ static void refused(void)
 }
 
 /*
- * A userfaultfd that reports what is removed hears of the library's own madvise as well. Pages 0 to 3 are in the file, as an
+ * A userfaultfd that reports removals also reports the library's own madvise. Pages 0 to 3 are in the file, as an
  * earlier handler has left them; 0 and 1 are known to be whole.
  */
 static void adopted(bool events, bool registered)

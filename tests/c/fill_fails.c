@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* A fill that fails for good poisons the page it was for, tells the host which and why, and keeps its neighbours going. */
+/*
+ * A fill that fails for good poisons its page, reports to the caller which page and why, and does not harm its
+ * neighbours.
+ */
 #include "harness.h"
 
 #define BASE UINT64_C(0x10000000)

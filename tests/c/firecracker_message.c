@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* The message of the Firecracker handler, over the corpus of its fuzz target: good ones, and all that was once found. */
+/*
+ * The message of the Firecracker handler, over the corpus of its fuzz target: good messages, and all that have shown a
+ * defect.
+ */
 #define _GNU_SOURCE
 #include "../../fuzz/firecracker.h"
 

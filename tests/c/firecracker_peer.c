@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * Firecracker's side of its snapshot restore over userfaultfd, played against examples/c/firecracker_handler.c, which
- * has to be beside this program. Guest memory as it makes it, the messages of its old and new versions, vCPUs, the
- * balloon; the handler killed, stopped and robbed of its file; and every message that Firecracker would not send.
- * Nowhere may a page be seen with bytes that are not its own, and nothing may hang.
+ * has to be beside this program. It has guest memory as Firecracker makes it, the messages of its old and new versions,
+ * vCPUs and the balloon. It kills and stops the handler and truncates its file, and sends every message that
+ * Firecracker would not send. No page may be seen with bytes that are not its own, and nothing may hang.
  */
 #define HARNESS_WITHOUT_LIBRARY
 #include "uffd.h"
@@ -74,7 +74,7 @@ struct run {
     char socket[96], said[4096];
 };
 
-/* Until the handler has said a word, or can say nothing more. */
+/* Until the handler has printed a line, or can print none any more. */
 static bool hear(struct run *run, const char *word)
 {
     while (strstr(run->said, word) == NULL) {
@@ -123,7 +123,9 @@ static void start_handler(struct run *run, const char *const *options)
     must(hear(run, "listening"), "the handler listens: %s", run->said);
 }
 
-/* Its end: with this status (-SIGNAL: killed), and with one line on stderr that has these words (NULL: with none). */
+/*
+ * The handler's end: this exit status (-SIGNAL: killed), and one line on stderr that has these words (NULL: no line).
+ */
 static void end_handler(struct run *run, int wanted, const char *words, const char *what)
 {
     int status;
@@ -166,7 +168,7 @@ static int connect_to(const struct run *run)
     return stream;
 }
 
-/* May fail: a handler that has heard enough is gone. */
+/* May fail: the handler ends when it has read enough. */
 static void send_with(int stream, const char *text, size_t length, const int *descriptors, size_t count)
 {
     union {
@@ -204,7 +206,7 @@ static struct guest {
     } region[REGIONS];
     uint64_t page_size;
     int uffd, stream;
-    /* By block of BLOCK pages: the balloon is about to take it, has taken it. */
+    /* For each block of BLOCK pages: the balloon is about to take it, or has taken it. */
     atomic_int given[FILE_SIZE / PAGE / BLOCK];
     atomic_ulong looked_at, wrong;
 } guest;
@@ -221,7 +223,7 @@ static void make_guest(uint64_t page_size)
         unsigned char *at = mmap(NULL, room, PROT_NONE, flags, -1, 0);
         must(at != MAP_FAILED, "room for guest memory");
         at = (unsigned char *)(((uintptr_t)at + 2 * HUGE_PAGE) & ~(uintptr_t)(HUGE_PAGE - 1));
-        if (page_size == HUGE_PAGE) /* reserved, as Firecracker's are not: another process that takes some cannot take these */
+        if (page_size == HUGE_PAGE) /* reserved, unlike Firecracker's: another process that takes some cannot take these */
             flags = (flags & ~MAP_NORESERVE) | MAP_HUGETLB;
         flags |= MAP_FIXED;
         at = mmap(at, size, PROT_READ | PROT_WRITE, flags, -1, 0);
@@ -260,7 +262,7 @@ static void look_at(uint64_t page)
     int before = atomic_load(&guest.given[page / BLOCK]);
     bool old = is_snapshots(host(offset), offset), zero = holds_zeroes(host(offset), PAGE);
     int after = atomic_load(&guest.given[page / BLOCK]);
-    /* Between the balloon's two words the page may change under the eye. */
+    /* Between the balloon's two marks the page may change during the read. */
     bool wrong = (before == 2 && !zero) || (after == 0 && !old);
     if (wrong && atomic_fetch_add(&guest.wrong, 1) == 0)
         printf("    page %" PRIu64 ": given back %d, %d; zero %d, the snapshot's %d\n", page, before, after, zero, old);
@@ -304,7 +306,7 @@ static void mark_given(uint64_t block, uint64_t blocks, int word)
         atomic_store(&guest.given[block + i], word);
 }
 
-/* As the balloon device does at the driver's word. */
+/* As the balloon device does when the driver asks for it. */
 static void give_back(uint64_t block, uint64_t blocks)
 {
     mark_given(block, blocks, 1);
@@ -402,8 +404,8 @@ static void some_day(struct run *run)
 }
 
 /*
- * Given back before the handler has taken over its region, before it was touched and after, by a thread that races the
- * vCPUs and looks at once at what it gave.
+ * Given back before the handler has taken over the region, before a touch and after, by a thread that races the vCPUs
+ * and checks at once the memory that it gave back.
  */
 static void balloon(struct run *run)
 {
@@ -442,7 +444,9 @@ static void populated_and_balloon(struct run *run)
     run_vcpus(false, "populated behind the balloon");
 }
 
-/* The vCPUs that still want a page wait for ever: Firecracker's own copy of the userfaultfd keeps it closed. */
+/*
+ * The vCPUs that still wait for a page wait for ever: Firecracker's own copy of the userfaultfd keeps the page absent.
+ */
 static void handler_killed(struct run *run)
 {
     struct vcpu vcpus[THREADS];
@@ -460,7 +464,10 @@ static void handler_killed(struct run *run)
     _exit(atomic_load(&harness_failures) != 0);
 }
 
-/* The file is cut in the middle of a page. From there on there are no bytes; SIGBUS, where zeroes would be a lie. */
+/*
+ * The file is truncated in the middle of a page. After that there are no bytes, and a touch raises SIGBUS: zeroes would
+ * be wrong.
+ */
 static void file_cut(struct run *run)
 {
     const uint64_t cut = 9 * MIB + 100;
@@ -521,7 +528,10 @@ static void made_blocking(struct run *run)
     is(atomic_load(&guest.wrong), 0, "blocking: no page is wrong");
 }
 
-/* It has no time left, or both signals are there when it looks: it ends at once, and the guest sees no wrong page. */
+/*
+ * There is no time left, or both signals are pending when the handler looks: it ends at once, and the guest sees no
+ * wrong page.
+ */
 static void stopped_at_once(struct run *run)
 {
     announce(run, NOW);
@@ -534,7 +544,7 @@ static void stopped_at_once(struct run *run)
     _exit(atomic_load(&harness_failures) != 0);
 }
 
-/* Resident KiB of the mappings within a range; a page of zeroes that all share counts as none. */
+/* Resident KiB of the mappings within a range; the shared page of zeroes counts as none. */
 static uint64_t resident_kib(const unsigned char *at, uint64_t size)
 {
     uint64_t from, to, kib, sum = 0;
@@ -623,7 +633,7 @@ static void serve(const struct serving *serving)
     }
     if (!ok(serving->killed_by != 0 ? WIFSIGNALED(status) && WTERMSIG(status) == serving->killed_by : status == 0,
             "%s: Firecracker's end, %#x", serving->name, (unsigned)status))
-        kill(run.pid, SIGTERM); /* it may never have come as far as to connect */
+        kill(run.pid, SIGTERM); /* it may not have connected at all */
     end_handler(&run, serving->status, serving->words, serving->name);
 }
 
@@ -814,7 +824,10 @@ static void refuse(const struct refusal *refusal)
     int stream = connect_to(&run);
     size_t length = expand(text, sizeof(text), refusal->message);
     send_with(stream, text, length, descriptors, count);
-    /* The handler sees that a message ends too early when nothing can follow; it refuses others with the connection open. */
+    /*
+     * The handler can see that a message ends too early only when nothing can follow; it refuses others while the
+     * connection is open.
+     */
     if (refusal->status == CLOSED)
         shutdown(stream, SHUT_WR);
     snprintf(name, sizeof(name), "%.60s", refusal->message);
@@ -863,7 +876,7 @@ static void refuse_cut(void)
     is(right, cuts, "a message cut after n bytes is refused as one that ended too early");
 }
 
-/* Noise in a message: refused or, where it does not matter, served; and never anything else. */
+/* Noise in a message: the handler refuses the message or, where the noise does not matter, serves. */
 static void refuse_noise(void)
 {
     static const char noise[] = "0123456789[]{},:\"\\-.eE \n\x80\xff" "abnu";
@@ -911,7 +924,7 @@ static void too_late(void)
     int streams[] = {connect_to(&silent), connect_to(&half), connect_to(&slow)};
     send_with(streams[1], "[{\"size\":", 9, &guest.uffd, 1);
     send_with(streams[2], "[", 1, &guest.uffd, 1);
-    /* Each byte in time, and the message never. */
+    /* Each byte comes in time, but the message never ends. */
     struct pollfd end = {.fd = slow.pidfd, .events = POLLIN};
     while (poll(&end, 1, 20) == 0)
         send_with(streams[2], " ", 1, NULL, 0);
@@ -1024,7 +1037,7 @@ static int clean_up(void)
     return done();
 }
 
-/* With the name of a serving: only that. */
+/* With the name of a serving as argument: only that one. */
 int main(int argc, char **argv)
 {
     begin();

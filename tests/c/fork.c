@@ -8,8 +8,8 @@ enum { PAGES = 32 };
 static struct source source = SOURCE_INIT;
 
 /*
- * A child inherits the locks of AddressSanitizer's allocator as they are (glibc's own are seen to), so under it the
- * library's threads have to be at rest: a child that finds one held hangs in its first malloc.
+ * A child inherits the locks of AddressSanitizer's allocator as they are (those of glibc's allocator are handled). So
+ * with it the library's threads have to be idle: a child that inherits a held lock hangs in its first malloc.
  */
 static pid_t fork_at_rest(void)
 {
@@ -19,7 +19,7 @@ static pid_t fork_at_rest(void)
     return fork();
 }
 
-/* Every call of the handle in the child; ends it through exit, so that what runs there is run. */
+/* Every call of the handle in the child. The child ends with exit, so that exit handlers run. */
 static void child_calls(struct kuf *kuf)
 {
     begin_child();
@@ -114,13 +114,13 @@ int main(void)
         exit(!holds_content(ram, BASE, length, 1));
     }
     is(end_of(child), 0, "following forks: the child reads every page's own bytes");
-    is(atomic_load(&source.events[KUF_EVENT_FORKED]), 1, "following forks: the host is told");
+    is(atomic_load(&source.events[KUF_EVENT_FORKED]), 1, "following forks: the caller is told");
     is(stats_of(kuf).events_fork, 1, "following forks: and it is counted");
     struct toucher toucher = {.memory = ram, .gpa = BASE, .length = length, .generation = 1};
     start_toucher(&toucher);
     ok(join_toucher(&toucher), "following forks: the parent is served as before");
 
-    /* A child that is killed while it waits is no reason to stop. */
+    /* The service continues after a child is killed while it waits. */
     is(kuf_discard(kuf, BASE, length, KUF_DISCARD_REFILL), 0, "pages are dropped");
     atomic_store(&source.hold, true);
     child = fork_at_rest();

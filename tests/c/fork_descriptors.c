@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * A process that forks while it has no descriptor left for the child's userfaultfd: reading the FORK event fails with
- * EMFILE, and the kernel keeps it. The fork goes through, the service and its slots live, and nothing reads as zeroes.
+ * EMFILE, and the kernel keeps it. fork(2) returns, the service and its slots continue, and no page reads as zeroes.
  */
 #include "touches.h"
 #include "uffd.h"
@@ -18,7 +18,7 @@ static size_t page, length;
 
 static struct rlimit before;
 
-/* No descriptor is to be had but those that are closed from now on. */
+/* From now on only descriptors that are closed become free. */
 static void no_descriptors(void)
 {
     int free = dup(STDOUT_FILENO);
@@ -35,7 +35,7 @@ static void descriptors_again(void)
 
 /* ---- Children ---------------------------------------------------------------------------------------------------------- */
 
-/* Blocks until the parent says go on, or ends. */
+/* Blocks until the parent lets it continue, or ends. */
 static int go_on[2];
 
 static void wait_in_child(void)
@@ -47,13 +47,13 @@ static void wait_in_child(void)
         _exit(9);
 }
 
-/* 0: the pages are the source's; 3: they are not; killed by a signal: they are not there. */
+/* 0: the pages are the source's; 3: they are not; killed by a signal: the pages are not mapped. */
 static _Noreturn void look_and_end(const unsigned char *ram)
 {
     _exit(holds_content(ram + 8 * page, BASE + 8 * page, 4 * page, 1) ? 0 : 3);
 }
 
-/* How it ended: its exit status, or minus the signal. */
+/* The end of the child: its exit status, or minus the signal. */
 static pid_t fork_here(const unsigned char *ram, bool waits)
 {
     pid_t child = fork();
@@ -66,7 +66,7 @@ static pid_t fork_here(const unsigned char *ram, bool waits)
     look_and_end(ram);
 }
 
-/* clone(2) by hand: no handler of pthread_atfork runs. */
+/* A bare clone(2): no handler of pthread_atfork runs. */
 struct clone {
     const unsigned char *ram;
     pid_t pid;
@@ -133,7 +133,7 @@ static void forks(void)
     munmap(ram, length);
 }
 
-/* ---- clone(2) by hand, under the handle's own userfaultfd or an adopted one -------------------------------------------- */
+/* ---- A bare clone(2), under the handle's own userfaultfd or an adopted one --------------------------------------------- */
 
 static void clones(bool adopted)
 {

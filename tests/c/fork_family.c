@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * FORK with KUF_OPEN_FOLLOW_FORK: parent, child and grandchild touch the same absent pages at the same time, write, and
- * give pages back. Private memory is each one's own; shared memory is not lost when one of them lets go of it.
+ * Forks with KUF_OPEN_FOLLOW_FORK: parent, child and grandchild touch the same absent pages at the same time, write,
+ * and give pages back. Private memory belongs to each process alone; shared memory is not lost when one of them drops
+ * it.
  */
 #include "watched.h"
 
@@ -21,7 +22,7 @@ static struct kuf *open_here(void)
     return watch(kuf);
 }
 
-/* Says which check failed by its exit status: a child shares no counters with the parent. */
+/* The exit status names the check that failed: a child shares no counters with the parent. */
 #define expect(condition, number)                                                                                        \
     do {                                                                                                                  \
         if (!(condition))                                                                                                 \
@@ -68,7 +69,7 @@ static void family(bool shared)
     close(fd);
 }
 
-/* A child lets go of its mapping of pages that it has never touched: the bytes are in the file all the same. */
+/* A child unmaps pages that it has never touched: the bytes stay in the file. */
 static void child_lets_go_of_shared(void)
 {
     int fd;
@@ -147,7 +148,7 @@ static void *drop_on(void *argument)
     return NULL;
 }
 
-/* Forks come while kuf_discard drops pages that the guest gave back: whatever of it is done, they are zero. */
+/* Forks come while kuf_discard drops pages that the guest gave back: at every step they are zero. */
 static void dropped_meanwhile(void)
 {
     unsigned char *ram = map_anonymous(length);
@@ -172,7 +173,7 @@ static void dropped_meanwhile(void)
     munmap(ram, length);
 }
 
-/* The end of the service poisons in the child what it has not got. The file is the parent's too. */
+/* The end of the service poisons the pages that the child does not have. The file is the parent's too. */
 static void end_keeps_the_file(uint32_t flags, bool child_lives, const char *what)
 {
     int fd, hold[2];
@@ -203,7 +204,7 @@ static void end_keeps_the_file(uint32_t flags, bool child_lives, const char *wha
     close(fd);
 }
 
-/* Children come while fills run and pages are resolved unasked. */
+/* Children are forked while fills run and pages are resolved unasked. */
 static void many(bool shared)
 {
     const char *kind = kind_of(shared);

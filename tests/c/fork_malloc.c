@@ -25,7 +25,7 @@ static struct kuf *open_here(kuf_fill_fn fill, unsigned char *ram)
     return kuf;
 }
 
-/* Its exit status is 0 when it read what it should have. */
+/* The exit status is 0 when the child has read the right bytes. */
 static void expect_child(pid_t child)
 {
     int status = 0;
@@ -48,7 +48,7 @@ static void *churn(void *seed_of)
     return NULL;
 }
 
-/* The first half again and again, as it is dropped; the second half is given back. */
+/* The first half is dropped and touched again and again; the second half is given back. */
 static void *touch_and_give(void *memory)
 {
     unsigned char *ram = memory;

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* A callback that returns nonsense, or makes nonsense of its run, is a failed fill with -EPROTO: poison, never wrong bytes. */
+/*
+ * A callback that returns a wrong value, or writes wrong values into its run, is a failed fill with -EPROTO: poison,
+ * never wrong bytes.
+ */
 #include "harness.h"
 
 #define BASE UINT64_C(0x10000000)
@@ -23,7 +26,7 @@ int main(void)
     begin();
     static const struct {
         int answer;
-        uint64_t filled; /* 1: left alone */
+        uint64_t filled; /* 1: not changed */
         const char *what;
     } cases[] = {
         {77, 1, "an unknown value"},

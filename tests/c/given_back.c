@@ -12,7 +12,7 @@ enum { STRETCHES = 8 };
 static struct source source = SOURCE_INIT;
 static const uint64_t size = STRETCHES * STRETCH;
 
-/* Drops a range as a balloon does, and waits until the library has heard of it. */
+/* Drops a range as a balloon does, and waits until the library knows of it. */
 static void give_back(struct kuf *kuf, unsigned char *ram, uint64_t from, uint64_t len)
 {
     uint64_t before = stats_of(kuf).bytes_removed;
@@ -21,8 +21,8 @@ static void give_back(struct kuf *kuf, unsigned char *ram, uint64_t from, uint64
 }
 
 /*
- * Faults that had to be served. A thread that comes back to a stretch before all of it is there faults too, and waits for
- * what is on its way.
+ * Faults that had to be served. A thread that returns to a stretch before all of it is present faults too, and waits
+ * for the pages on their way.
  */
 static uint64_t served(struct kuf *kuf)
 {

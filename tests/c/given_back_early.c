@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Memory of a userfaultfd of the host's that is given back before its slot is added reads as zero, also where another slot
- * was a moment before, while threads give memory back elsewhere all the time.
+ * Memory of a userfaultfd of the caller's that is given back before its slot is added reads as zero, also if another
+ * slot was there a moment before, while threads give memory back elsewhere all the time.
  */
 #include "uffd.h"
 
@@ -19,7 +19,7 @@ static void register_missing(int uffd, void *at, size_t len)
     must(ioctl(uffd, UFFDIO_REGISTER, &range) == 0, "UFFDIO_REGISTER");
 }
 
-/* Keeps events on their way. */
+/* Makes events all the time. */
 static void *give_back(void *argument)
 {
     unsigned char *mine = elsewhere + (size_t)(uintptr_t)argument * page;

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Checks, memory and handles for every test here. A test is one program about one behaviour: it calls begin(), checks with ok() and is(), says
- * skip() for what this machine cannot do, and returns done(). A hang is a failure: when nothing was checked for a minute, the
- * watchdog says where each thread stands and ends the program. Nothing else is decided by time.
+ * Checks, memory and handles for every test here. A test is one program about one behaviour: it calls begin(), checks
+ * with ok() and is(), calls skip() if this machine cannot run it, and returns done(). A hang is a failure: when there
+ * was no check for a minute, the watchdog prints where each thread is and ends the program. Nothing else is decided by
+ * time.
  *
- * The bytes of a page are its own guest physical address and a generation, so a page in a wrong place, a stale one and a
- * half-filled one all show.
+ * The bytes of a page contain its own guest physical address and a generation, so a page in a wrong place, an old one
+ * and a half-filled one can all be detected.
  */
 #ifndef KUF_TESTS_HARNESS_H
 #define KUF_TESTS_HARNESS_H
@@ -40,18 +41,18 @@
 /* ---- Checks -------------------------------------------------------------------------------------------------------- */
 
 static atomic_int harness_checks, harness_failures;
-/* How long nothing may be checked, in seconds; 0: as long as it likes. */
+/* Seconds without a check after which the watchdog ends the program; 0: no limit. */
 static atomic_uint harness_patience;
 
-/* Checks that the condition holds; the rest is what it means, as for printf. */
+/* Checks that the condition holds; the rest is the message, as for printf. */
 #define ok(condition, ...) harness_ok((condition), __FILE__, __LINE__, __VA_ARGS__)
 
-/* Checks that an integer is the wanted one, and shows both when it is not. */
+/* Checks that an integer has the wanted value, and prints both when it has not. */
 #define is(got, want, ...) harness_is((long long)(got), (long long)(want), __FILE__, __LINE__, __VA_ARGS__)
 
 /*
- * As is, for a count that another thread may still be bringing up to date: the kernel lets a toucher go on before the
- * thread that filled its page has counted it. Looks again for a long while before it says no.
+ * As is(), for a count that another thread may still be updating: the kernel lets a toucher continue before the thread
+ * that filled its page has counted it. Checks again for a long while before it fails.
  */
 #define comes_to(got, want, ...)                                                                                         \
     do {                                                                                                                  \
@@ -60,7 +61,10 @@ static atomic_uint harness_patience;
         is(got, want, __VA_ARGS__);                                                                                       \
     } while (0)
 
-/* Ends the program, failed, when the condition does not hold: for what everything after it stands on. Else silent. */
+/*
+ * Ends the program, failed, when the condition does not hold: for conditions that all later checks need. Prints nothing
+ * if it holds.
+ */
 #define must(condition, ...)                                                                                             \
     do {                                                                                                                  \
         if (!(condition)) {                                                                                               \
@@ -111,7 +115,7 @@ __attribute__((format(printf, 5, 6))) static inline bool harness_is(long long go
     return got == want;
 }
 
-/* Says what part of the program this machine cannot do; the program goes on. */
+/* Reports a part of the program that this machine cannot run; the program continues. */
 __attribute__((format(printf, 1, 2))) static inline void skip_part(const char *format, ...)
 {
     va_list arguments;
@@ -122,7 +126,7 @@ __attribute__((format(printf, 1, 2))) static inline void skip_part(const char *f
     va_end(arguments);
 }
 
-/* As skip_part(), and ends the program: this machine cannot do what it tests. */
+/* As skip_part(), and ends the program: this machine cannot run the test. */
 #define skip(...) (skip_part(__VA_ARGS__), harness_skip())
 
 __attribute__((noreturn)) static inline void harness_skip(void)
@@ -140,7 +144,7 @@ static inline int done(void)
 
 /* ---- Watchdog ------------------------------------------------------------------------------------------------------ */
 
-/* Only what a signal handler may do: no stdio, no allocation. */
+/* Only functions that a signal handler may call: no stdio, no allocation. */
 static inline void harness_hang(int signal_number)
 {
     (void)signal_number;
@@ -176,8 +180,8 @@ static inline void harness_hang(int signal_number)
 }
 
 /*
- * Turns a hang into a failure: a time without a check, for a machine may be slow; KUF_TEST_PATIENCE=N makes it so many times
- * as long. Again in a forked child: alarms are not inherited.
+ * Turns a hang into a failure. Its limit is a time without a check, because a machine may be slow; KUF_TEST_PATIENCE=N
+ * multiplies it. Call it again in a forked child: alarms are not inherited.
  */
 static inline void watchdog(unsigned seconds)
 {
@@ -190,7 +194,7 @@ static inline void watchdog(unsigned seconds)
     alarm(seconds);
 }
 
-/* A page that turns out to be poisoned where a test reads it outright: said in words before the program ends. */
+/* A page that is poisoned although a test reads it directly: prints that before the program ends. */
 static inline void harness_bus(int signal_number)
 {
     (void)signal_number;
@@ -200,8 +204,8 @@ static inline void harness_bus(int signal_number)
 }
 
 /*
- * In a forked child memory that only the parent's other threads point to looks leaked. The name is the leak checker's, which
- * asks when the process ends.
+ * In a forked child, memory to which only the parent's other threads point looks leaked. The leak checker looks for
+ * this name when the process ends.
  */
 static pid_t harness_process;
 __attribute__((weak)) int __lsan_is_turned_off(void);
@@ -219,7 +223,7 @@ static inline void begin(void)
     watchdog(60);
 }
 
-/* In a forked child, which tells its failures by its exit status: the count begins at 0. */
+/* In a forked child, which reports its failures by its exit status: the count begins at 0. */
 static inline void begin_child(void)
 {
     atomic_store(&harness_failures, 0);
@@ -247,7 +251,7 @@ static inline void sleep_ms(long ms)
         ;
 }
 
-/* Waits for something that another thread brings about; if it never does, the watchdog ends the program. */
+/* Waits for an act of another thread; if it never happens, the watchdog ends the program. */
 #define wait_until(condition)                                                                                            \
     do {                                                                                                                  \
         while (!(condition))                                                                                              \
@@ -269,7 +273,9 @@ static inline int end_of(pid_t child)
     return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
-/* The number behind a name at the start of a line, in a file of /proc or /sys; "" is the first line. -1: it is not there. */
+/*
+ * The number after a name at the start of a line, in a file of /proc or /sys; "" is the first line. -1: there is none.
+ */
 static inline long number_in(const char *path, const char *name)
 {
     char line[256], *end;
@@ -287,7 +293,10 @@ static inline long number_in(const char *path, const char *name)
     return value;
 }
 
-/* How many of this process's threads have a name that starts so. A thread that has just been joined may still be listed. */
+/*
+ * How many of this process's threads have a name that begins with this. A thread that has just been joined may still be
+ * listed.
+ */
 static inline int threads_named(const char *prefix)
 {
     int count = 0;
@@ -336,10 +345,13 @@ static inline bool is_registered(const void *address)
     return registered;
 }
 
-/* Where several userfaultfds share memory, they do so in stripes of this at least: borders are at multiples of it. */
+/*
+ * Where several userfaultfds share memory, they alternate in stripes of at least this size, with borders at multiples
+ * of it.
+ */
 #define STRIPE ((uintptr_t)16 << 20)
 
-/* As mmap(2), at an address of such a kind that the middle of the mapping is at that border. */
+/* As mmap(2), at such an address that the middle of the mapping is at that border. */
 static inline void *map_across(size_t length, int flags, int fd)
 {
     size_t page = page_size(), half = length / 2 / page * page, all = length + STRIPE;
@@ -355,7 +367,7 @@ static inline void *map_across(size_t length, int flags, int fd)
     return mmap(at, length, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, 0);
 }
 
-/* Anonymous private memory, page by page: huge pages would make one fault of many. */
+/* Anonymous private memory without huge pages, which would make one fault of many. */
 static inline unsigned char *map_anonymous(size_t length)
 {
     void *memory = map_across(length, MAP_PRIVATE | MAP_ANONYMOUS, -1);
@@ -374,7 +386,7 @@ static inline unsigned char *map_shared(size_t length, int *fd)
     return memory;
 }
 
-/* For tests of both kinds of memory. *fd is -1 for anonymous memory, which close(2) may be given all the same. */
+/* For tests of both kinds of memory. *fd is -1 for anonymous memory; close(2) of it does no harm. */
 static inline unsigned char *map_kind(bool of_file, size_t length, int *fd)
 {
     *fd = -1;
@@ -439,7 +451,7 @@ static inline int touch(const volatile void *address)
     return raised;
 }
 
-/* A thread that touches every page of a range, in order, and looks at what it reads. */
+/* A thread that touches every page of a range, in order, and checks the bytes. */
 struct toucher {
     const unsigned char *memory;
     uint64_t gpa, length, generation;
@@ -472,15 +484,21 @@ static inline bool join_toucher(struct toucher *toucher)
 
 /* ---- A handle for tests -------------------------------------------------------------------------------------------- */
 
-/* Kinds of events from 0 that are counted. */
+/* The number of event kinds, from 0, that are counted. */
 enum { HARNESS_EVENTS = 64 };
 
-/* A source of pages that keeps count. The opaque of a handle, with source_fill and source_event as its callbacks. */
+/*
+ * A source of pages that counts its calls. It is the opaque of a handle, with source_fill and source_event as its
+ * callbacks.
+ */
 struct source {
     _Atomic uint64_t generation;
     atomic_uint calls, flags_seen;
     _Atomic uint64_t bytes;
-    /* The next fills return this instead of filling: -errno, KUF_FILL_ZERO, KUF_FILL_DEFERRED or nonsense. 0: fill. */
+    /*
+     * The next fills return this instead of filling: -errno, KUF_FILL_ZERO, KUF_FILL_DEFERRED or a wrong value. 0:
+     * fill.
+     */
     atomic_int answer;
     /* The same for one page only: a run that holds it fails. */
     _Atomic uint64_t bad_gpa;
@@ -489,7 +507,7 @@ struct source {
     atomic_bool hold;
     atomic_int inside;
     atomic_int released;
-    /* By KUF_EVENT_*: how many, and the last of each. */
+    /* For each KUF_EVENT_*: the number of events, and the last one. */
     atomic_int events[HARNESS_EVENTS];
     struct kuf_event last[HARNESS_EVENTS];
     pthread_mutex_t lock;
@@ -546,9 +564,9 @@ static inline struct kuf_event last_event(struct source *source, unsigned kind)
 #ifndef HARNESS_WITHOUT_LIBRARY
 
 /*
- * Opens with what the caller has set, in the best way this machine allows; skips the test when there is none.
- * KUF_TEST_USERFAULTFDS=N gives every handle that may have several userfaultfds so many, to run all tests with them;
- * those that move memory with mremap cannot pass then.
+ * Opens with the caller's options, in the best way that this machine allows; skips the test when there is none. With
+ * KUF_TEST_USERFAULTFDS=N every handle that may have several userfaultfds has N, to run all tests with them; tests that
+ * move memory with mremap then fail.
  */
 static inline struct kuf *open_with(struct kuf_options options)
 {
@@ -579,7 +597,7 @@ static inline struct kuf *open_serviced(struct source *source)
         .fill = source_fill, .event = source_event, .release = source_release, .opaque = source});
 }
 
-/* A handle that the test drives with kuf_read; source may be NULL, else it is told of events. */
+/* A handle that the test drives with kuf_read; source may be NULL, else it gets events. */
 static inline struct kuf *open_driven(struct source *source)
 {
     return open_with((struct kuf_options){.event = source ? source_event : NULL,
@@ -599,13 +617,16 @@ static inline void add(struct kuf *kuf, uint64_t gpa, const void *memory, uint64
     add_with_flags(kuf, gpa, memory, length, 0);
 }
 
-/* Of which some pages exist, and are the guest's. */
+/* Memory of which some pages exist and are the guest's. */
 static inline void add_populated(struct kuf *kuf, uint64_t gpa, const void *memory, uint64_t length)
 {
     add_with_flags(kuf, gpa, memory, length, KUF_MEMORY_POPULATED);
 }
 
-/* Fills may still be running although no thread waits for them. The library waits for such fills, on a busy machine too short. */
+/*
+ * Fills may still be running although no thread waits for them. On a busy machine the library may not wait long enough
+ * for such fills.
+ */
 static inline int remove_patiently(struct kuf *kuf, uint64_t gpa)
 {
     int got;
@@ -668,7 +689,7 @@ static inline void needs_feature(uint32_t feature, const char *what)
         skip("this kernel has no %s", what);
 }
 
-/* The signal that a touch of a page raises which could not be filled, and the event that says so. */
+/* The signal that a touch of a page that could not be filled raises, and the event that reports it. */
 static inline int poison_signal(void)
 {
     return has_feature(KUF_FEATURE_POISON) ? SIGBUS : SIGSEGV;
@@ -679,8 +700,10 @@ static inline unsigned poison_event(void)
     return has_feature(KUF_FEATURE_POISON) ? KUF_EVENT_POISONED : KUF_EVENT_INACCESSIBLE;
 }
 
-/* Makes memory usable again that KUF_END_POISON has ended: drops its pages, and gives it its rights back where the kernel has
- * no poison. */
+/*
+ * Makes memory usable again after KUF_END_POISON: drops its pages, and restores the access rights where the kernel has no
+ * poison.
+ */
 static inline void empty_again(void *memory, size_t length)
 {
     must(madvise(memory, length, MADV_DONTNEED) == 0, "drops the pages");

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* A slot of which the caller has unmapped a part: pages behind the hole are treated as those in front of it. */
+/* A slot of which the caller has unmapped a part: pages after the hole are treated like those before it. */
 #include "uffd.h"
 
 #define BASE UINT64_C(0x40000000)
@@ -38,7 +38,7 @@ static void closed(bool remove)
     munmap(ram, length);
 }
 
-/* A fault that was read and not served is announced anew to the next handler. */
+/* A fault that was read and not served is delivered again to the next handler. */
 static void handed_over(void)
 {
     int uffd = own_userfaultfd(UFFD_FEATURE_EVENT_UNMAP);

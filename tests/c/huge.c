@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* KUF_MEMORY_HUGE: fills ahead of demand end on huge pages; where something is in the way of that, no byte changes. */
+/* KUF_MEMORY_HUGE: fills ahead of demand end on huge pages; if something prevents that, no byte changes. */
 #include "harness.h"
 
 #include <sys/prctl.h>
@@ -9,7 +9,7 @@
 #define HUGE (UINT64_C(2) << 20)
 enum { STRETCHES = 4, LENGTH = STRETCHES * (2 << 20) };
 
-/* The callback does this with a run that holds the page `special`, and fills other runs. */
+/* The callback's action for a run that has the page `special`; it fills other runs. */
 enum { FILLS, HALF, ZERO, DEFERS, FAILS, LENDS, RESOLVES, DISCARDS, REMOVES };
 
 static atomic_int how, calls, huge_calls;
@@ -135,7 +135,7 @@ static void whole(void)
     is(stats_of(kuf).bytes_copied, LENGTH, "counted as copied");
     is(progress_of(kuf, BASE).present, LENGTH, "and present");
 
-    /* A discard of all, and of one page, which breaks its huge page up. */
+    /* A discard of all pages, and of one, which splits its huge page. */
     atomic_store(&generation, 2);
     is(kuf_discard(kuf, BASE, LENGTH, KUF_DISCARD_REFILL), 0, "everything is dropped");
     is(populate(), 0, "and filled again");
@@ -147,7 +147,7 @@ static void whole(void)
     madvise(memory + 2 * page_size(), page_size(), MADV_DONTNEED);
     ok(holds_zeroes(memory + 2 * page_size(), page_size()), "a page that was given back reads as zero");
     ok(holds_content(memory + 3 * page_size(), BASE + 3 * page_size(), LENGTH - 3 * page_size(), 2), "the others stay");
-    /* Its page table may be left, and then a whole stretch does not make a huge page. */
+    /* Its page table may still be there, and then a whole stretch does not become a huge page. */
     is(kuf_discard(kuf, BASE, HUGE, KUF_DISCARD_REFILL), 0, "that stretch is dropped");
     is(populate(), 0, "and filled again");
     ok(holds_content(memory, BASE, HUGE, 3), "with its new bytes");

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Stretches that are filled on huge pages while the guest reads and writes them, gives pages back, and the host resolves
- * and discards: at random, round after round on new memory. No byte may be lost, and none come back.
+ * Stretches are filled on huge pages while the guest reads and writes them and gives pages back, and the caller
+ * resolves and discards: at random, round after round on new memory. No byte may be lost, and none may come back.
  */
 #include "seeded.h"
 
 #define BASE UINT64_C(0x40000000)
 #define HUGE (UINT64_C(2) << 20)
-/* Pages of the first half are written to and never dropped; those of the second are dropped and never written to. */
+/* Pages of the first half are written and never dropped; those of the second are dropped and never written. */
 enum { STRETCHES = 4, PAGES = STRETCHES * 512, KEPT = PAGES / 2, TOUCHERS = 2, TOUCHES = 1500 };
 
 static struct kuf *kuf;
@@ -42,7 +42,7 @@ static int fill(void *opaque, struct kuf_fill *fill)
         fill->src = bytes;
         return KUF_FILL_DONE;
     case 2:
-        /* In two pieces, of which another may be quicker. */
+        /* In two pieces; another thread may be faster for one of them. */
         kuf_resolve(kuf, fill->gpa, bytes, fill->page_size, 0);
         if (fill->len > fill->page_size)
             kuf_resolve(kuf, fill->gpa + fill->page_size, bytes + fill->page_size, fill->len - fill->page_size, 0);
@@ -58,7 +58,7 @@ static volatile uint64_t *mark_of(uint64_t page)
     return (volatile uint64_t *)(void *)(at(page) + page_size() - 8);
 }
 
-/* Word by word: the page may be dropped, and come back, in the middle of the look. */
+/* Word by word: the page may be dropped, and filled again, during the read. */
 static bool good(uint64_t page)
 {
     const volatile uint64_t *words = (const volatile uint64_t *)(const void *)at(page);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Memory of huge pages: a slot's unit is 2 MiB, whatever the slots beside it have. Filled by copy (anonymous) and in place
- * (a file), as zeroes, dropped and filled again, added and removed while others are touched.
+ * Memory of huge pages: a slot's unit is 2 MiB, whatever the page sizes of the other slots. Filled by copy (anonymous)
+ * and in place (a file), as zeroes, dropped and filled again, added and removed while others are touched.
  */
 #include "harness.h"
 
@@ -61,7 +61,7 @@ static void add_slot(struct kuf *kuf, uint64_t gpa, const void *memory, uint64_t
     must(got == 0, "kuf_add_memory of huge pages: %s", got ? kuf_error() : "adds");
 }
 
-/* Looks from another thread, so that the watchdog's signal finds this one free to handle it. */
+/* Reads on another thread, so that the watchdog's signal finds this one free to handle it. */
 struct look {
     const unsigned char *at;
     uint64_t gpa, generation;
@@ -102,7 +102,7 @@ static void wrong_granules(bool file)
         int got = kuf_add_memory(kuf, &slot);
         is(got, -EINVAL, "huge pages of %s with granule %#" PRIx64 " are refused", kind, wrong[i]);
         if (got == 0) {
-            /* Nothing after this can be relied on. */
+            /* No later check means anything. */
             close_with(kuf, KUF_END_POISON);
             return;
         }
@@ -124,7 +124,7 @@ static void wrong_granules(bool file)
     close(fd);
 }
 
-/* ---- One kind of memory, everything that can be done with it ------------------------------------------------------- */
+/* ---- One kind of memory, with every operation on it ---------------------------------------------------------------- */
 
 static struct kuf_fill last_fill;
 
@@ -180,7 +180,7 @@ static void everything(bool file)
     ok(stats_of(kuf).events_remove > 0, "%s: the kernel has reported it", kind);
 
     is(kuf_remove_memory(kuf, BASE, KUF_END_POPULATE), 0, "%s: the slot is taken off", kind);
-    ok(!is_registered(ram), "%s: its memory is the host's alone", kind);
+    ok(!is_registered(ram), "%s: its memory is the caller's alone", kind);
     ok(shows(ram, BASE, 0, 2), "%s: and keeps its bytes", kind);
     close_with(kuf, 0);
     munmap(ram, length);
@@ -202,7 +202,7 @@ static void bad_page(bool file)
     is(kuf_ensure(kuf, BASE, 1, -1), -EHWPOISON, "%s: a page whose fill fails is poisoned", kind);
     atomic_store(&source.answer, 0);
     is(touch(ram + HUGE_PAGE / 2), SIGBUS, "%s: all of it", kind);
-    is(atomic_load(&source.events[KUF_EVENT_POISONED]), events + 1, "%s: the host is told", kind);
+    is(atomic_load(&source.events[KUF_EVENT_POISONED]), events + 1, "%s: the caller is told", kind);
     is(last_event(&source, KUF_EVENT_POISONED).len, HUGE_PAGE, "%s: of one page", kind);
     ok(shows(ram, BASE, 1, 1), "%s: its neighbour is filled", kind);
     close_with(kuf, KUF_END_POISON);
@@ -210,7 +210,7 @@ static void bad_page(bool file)
     close(fd);
 }
 
-/* Poison that an earlier slot has left is refused, until it was dropped. */
+/* Poison that an earlier slot has left is refused until it is dropped. */
 static void poison_left(bool file)
 {
     const char *kind = file ? "file" : "anonymous";
@@ -237,7 +237,7 @@ struct part {
     uint64_t from, len, wrong;
 };
 
-/* Counts base pages outside of what was given back that have lost their bytes, and those inside that are neither. */
+/* Counts base pages outside the range given back that have lost their bytes, and those inside that are neither. */
 static void *look_around(void *argument)
 {
     struct part *part = argument;
@@ -249,7 +249,9 @@ static void *look_around(void *argument)
     return NULL;
 }
 
-/* MADV_REMOVE takes ranges of base pages, and is reported as it was asked for: a huge page is gone only as a whole. */
+/*
+ * MADV_REMOVE takes ranges of base pages, and its event has the range as given: a huge page is dropped only as a whole.
+ */
 static void given_back_in_part(uint64_t from, uint64_t len, bool filled, uint64_t removed, const char *what)
 {
     int fd = -1;
@@ -379,7 +381,7 @@ static int test(void)
     return done();
 }
 
-/* The test is a child, so that the reservation is taken back however it ends. */
+/* The test is a child, so that the reservation is returned however it ends. */
 int main(void)
 {
     setvbuf(stdout, NULL, _IOLBF, 0);

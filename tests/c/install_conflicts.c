@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Installs that do not just open a page: the kernel says EAGAIN while an event is unread, and EEXIST where the page is
- * present already and its waiters sleep on; mappings move (REMAP) and go away (UNMAP).
+ * Installs with conflicts: EAGAIN while an event is unread, EEXIST where the page is present already and its waiters
+ * still sleep, mappings that move (REMAP) and are unmapped (UNMAP).
  */
 #include "in_thread.h"
 #include "touches.h"
@@ -15,7 +15,7 @@ static struct source source = SOURCE_INIT;
 
 static void add_adopted(struct kuf *kuf, const void *memory, uint64_t length, int file, int uffd)
 {
-    /* Pages that turn up by themselves are the guest's. */
+    /* Pages that appear by themselves are the guest's. */
     struct kuf_memory slot = {.size = sizeof(slot), .flags = KUF_MEMORY_POPULATED, .gpa = BASE,
                               .len = length, .hva = (uintptr_t)memory, .fd = file, .uffd = uffd};
     int got = kuf_add_memory(kuf, &slot);
@@ -24,7 +24,7 @@ static void add_adopted(struct kuf *kuf, const void *memory, uint64_t length, in
 
 /* ---- EAGAIN --------------------------------------------------------------------------------------------------------- */
 
-/* Only kuf_read reads the userfaultfd: an event stays unread for as long as the test likes. */
+/* Only kuf_read reads the userfaultfd: an event stays unread for as long as the test needs. */
 static void again_for_certain(void)
 {
     size_t page = page_size(), length = PAGES * page;
@@ -69,7 +69,7 @@ static void *give_over_and_over(void *argument)
     return NULL;
 }
 
-/* The same with a service thread that reads at once. Whether EAGAIN comes is the kernel's affair, the bytes are not. */
+/* The same with a service thread that reads at once. EAGAIN may or may not come; the bytes must be right. */
 static void again_by_chance(void)
 {
     size_t page = page_size(), length = PAGES * page;
@@ -100,7 +100,7 @@ static void again_by_chance(void)
 
 /* ---- EEXIST --------------------------------------------------------------------------------------------------------- */
 
-/* Makes pages present behind the library's back, and wakes no thread. */
+/* Makes pages present without the library, and wakes no thread. */
 static void present_unseen(int uffd, bool shared, unsigned char *at, unsigned char *alias, const unsigned char *bytes)
 {
     size_t page = page_size();
@@ -115,7 +115,7 @@ static void present_unseen(int uffd, bool shared, unsigned char *at, unsigned ch
     }
 }
 
-/* Page 1 is touched and owed; pages 1, 3 and 4 turn up by themselves; then the host resolves all of them. */
+/* Page 1 is touched and pending; pages 1, 3 and 4 appear by themselves; then the caller resolves all of them. */
 static void exists(bool shared, bool serviced)
 {
     const char *kind = kind_of(shared);
@@ -300,7 +300,7 @@ static void unmapped(bool shared)
     close(file);
 }
 
-/* A page whose mapping goes away while a thread waits for it: the touch fails as it does without the library. */
+/* A page is unmapped while a thread waits for it: the touch fails as it does without the library. */
 static void waits_where_it_goes(bool moved)
 {
     const char *kind = moved ? "moved away" : "unmapped";

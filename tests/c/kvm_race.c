@@ -4,11 +4,11 @@
  * threads of the VMM populate, discard, resolve unasked and read guest memory as device models do, and while the vCPU
  * threads call kuf_vcpu_fault between their KVM_RUNs. The guest itself compares every word of every page.
  *
- * Each page has one owner, a vCPU or the thread that plays a balloon, who alone writes to it, discards it and gives it
- * back. The owner raises the generation of the page, waits until no kuf_resolve with older bytes is under way, and then
- * discards: from the return on no thread may see older bytes.
+ * Each page has one owner, a vCPU or the thread that plays a balloon. Only the owner writes to it, discards it and
+ * gives it back. The owner raises the generation of the page, waits until no kuf_resolve with older bytes is under way,
+ * and then discards: after the return no thread may see older bytes.
  *
- * KUF_STRESS_SEED sets the seed, KUF_STRESS_SECONDS how long it goes on.
+ * KUF_STRESS_SEED sets the seed, KUF_STRESS_SECONDS the duration.
  */
 #include "seeded.h"
 
@@ -37,7 +37,7 @@ struct page {
     _Atomic uint64_t generation;
     /* kuf_resolve calls under way with bytes of an even or odd generation. */
     atomic_int bringing[2];
-    /* Odd while the owner changes what the page holds. */
+    /* Odd while the owner changes the contents of the page. */
     _Atomic uint64_t sequence, holds;
 };
 
@@ -217,7 +217,7 @@ static void vcpu_step(struct vcpu *vcpu)
         wanted[i] = atomic_load(&pages[page[i]].holds);
         *order = (struct order){.address = gpa_of(page[i]), .write = write};
         if (wanted[i] != CODE_ZERO) {
-            /* As word_of. */
+            /* As word_of(). */
             order->factor = UINT64_C(0x9e3779b97f4a7c15);
             order->summand = wanted[i] * UINT64_C(0xc2b2ae3d27d4eb4f);
         }

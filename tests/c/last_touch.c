@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A page that the guest has given back does not keep its slot from being removed. A thread that touches it meanwhile goes on:
- * the kernel may leave the thread asleep when the range is unregistered (in a few of a thousand rounds on Linux 6.18), and the
- * library does not read a userfaultfd of the caller's afterwards.
+ * A page that the guest has given back does not prevent the removal of its slot. A thread that touches it meanwhile
+ * continues: the kernel may leave the thread asleep when the range is unregistered (in a few of a thousand rounds on
+ * Linux 6.18), and the library does not read a userfaultfd of the caller's afterwards.
  */
 #include "uffd.h"
 

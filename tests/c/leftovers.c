@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * munmap(2) and mremap(2) send their events after the mapping has changed. Meanwhile other memory may be mapped and added at
- * the same addresses, or the memory of another slot may move there: a late event is not the new slot's. And a page in no slot that is registered still (after
- * MREMAP_DONTUNMAP, where a mapping was extended, or where the memory of a slot went that was just being taken off) is let go
- * of, so that its toucher is not blocked, and does not fault for ever.
+ * munmap(2) and mremap(2) send their events after the mapping has changed. Meanwhile other memory may be mapped and
+ * added at the same addresses, or the memory of another slot may move there: a late event does not apply to the new
+ * slot. And a page in no slot that is still registered (after MREMAP_DONTUNMAP, where a mapping was extended, or where
+ * the memory of a slot moved that was just being removed) is unregistered, so that its toucher neither stays blocked
+ * nor faults for ever.
  */
 #include "touches.h"
 #include "uffd.h"
@@ -23,11 +24,11 @@ static struct source source = SOURCE_INIT;
 
 static pthread_mutex_t reading = PTHREAD_MUTEX_INITIALIZER;
 static bool is_uffd[1024];
-/* The event after which only the thread that adds a slot may read, until it has. 0: none. */
+/* After this event only the thread that adds a slot may read, until it has read. 0: no such event. */
 static int hold_after;
 static atomic_bool held;
 static _Thread_local bool adding;
-/* The only userfaultfd that is held, -1: all are. And the one that was read last. */
+/* The only userfaultfd that is held (-1: all are), and the one that was read last. */
 static int held_only = -1, read_last = -1;
 
 ssize_t read(int fd, void *buffer, size_t length)
@@ -112,7 +113,7 @@ static unsigned char *map_at(unsigned char *at, size_t length)
     return ram;
 }
 
-/* The library waits for the events of what was there before; on a busy machine not long enough. */
+/* The library waits for the events of the earlier mapping; on a busy machine not long enough. */
 static void add_patiently(struct kuf *kuf, uint64_t gpa, void *ram, size_t length, int uffd)
 {
     struct kuf_memory slot = {.size = sizeof(slot), .gpa = gpa, .len = length,
@@ -140,7 +141,9 @@ static void *change_body(void *argument)
     return NULL;
 }
 
-/* Moves a slot away, or unmaps it, and adds another in its place while the last event of that is still to come. */
+/*
+ * Moves a slot away, or unmaps it, and adds another in its place while the last event of the change is still to come.
+ */
 static void followed(uint32_t userfaultfds, bool moves)
 {
     const char *how = moves ? "moved" : "unmapped";
@@ -211,7 +214,7 @@ static void removed_first(uint32_t userfaultfds, bool adopted)
     add_patiently(kuf, OTHER, ram, length, uffd);
     adding = false;
     atomic_store(&held, false);
-    /* Its touch has what is in the kernel read, if it was not. */
+    /* Its touch makes the library read the events in the kernel, if they are unread. */
     ok(holds_content(ram, OTHER, page, 1), "%u, %s: a page of the second slot is served", userfaultfds, whose);
     pthread_join(change.thread, NULL);
     ok(holds_content(ram, OTHER, length, 1), "%u, %s: all of it is", userfaultfds, whose);
@@ -236,7 +239,7 @@ static struct kuf *open_for(bool adopted, int *uffd, void *ram, size_t length)
     return kuf;
 }
 
-/* As it happens without any help. */
+/* The same without any help. */
 static void raced(uint32_t userfaultfds)
 {
     enum { ROUNDS = 20 };
@@ -295,7 +298,7 @@ static void left_behind(bool adopted)
     munmap(room, length);
 }
 
-/* The pages that a slot has left behind move as well. */
+/* The pages that a slot has left behind move too. */
 static void left_and_moved(bool adopted)
 {
     const char *whose = adopted ? "adopted" : "own";
@@ -317,7 +320,10 @@ static void left_and_moved(bool adopted)
     munmap(last, length);
 }
 
-/* Nothing reads the caller's userfaultfd any more when its last slot has gone, and who opened it keeps it open. */
+/*
+ * When its last slot has gone, nothing reads the caller's userfaultfd any more, but the program that opened it keeps it
+ * open.
+ */
 static void left_unread(bool removed)
 {
     const char *when = removed ? "its last slot was removed" : "the handle was closed";
@@ -364,7 +370,7 @@ static void *moving_body(void *argument)
     return NULL;
 }
 
-/* Moves or unmaps memory. It has left its place when this returns: the thread waits for its event to be read. */
+/* Moves or unmaps memory. The memory has left its place when this returns; the thread waits until its event is read. */
 static void start_moving(struct moving *moving)
 {
     moving->thread = start(moving_body, moving);
@@ -392,8 +398,8 @@ static void move_all(void *argument)
 enum end { REMOVED, REMOVED_LAST, CLOSED };
 
 /*
- * Ends a slot of an adopted userfaultfd whose memory is moved, `count` times, just before the library has the kernel let go
- * of it at the addresses that it knows. Where the memory is now it is ordinary memory, and it stays so where it goes to.
+ * Ends a slot of an adopted userfaultfd whose memory is moved, `count` times, just before the library unregisters the
+ * addresses that it knows. Where the memory is now it is ordinary memory, and it stays so wherever it moves.
  */
 static void moved_at_the_end(enum end end, int count)
 {
@@ -450,7 +456,7 @@ static void extended(void)
     madvise(room, length, MADV_NOHUGEPAGE);
     int uffd = -1;
     struct kuf *kuf = open_for(false, &uffd, room, length);
-    /* At the last moment: any thread's mapping may take the room. */
+    /* At the last moment: a mapping of any thread may take the room. */
     must(munmap(room + length, length) == 0, "the room is free");
     must(mremap(room, length, 2 * length, 0) == room, "the mapping is extended");
     ok(holds_zeroes(room + length, length), "the extension of a mapping is ordinary memory");
@@ -529,7 +535,10 @@ static struct kuf *open_two(unsigned char *ram, size_t length, unsigned char *ot
     return kuf;
 }
 
-/* A slot moves to where another was. All events of that are read after those of the slot: they come by another queue. */
+/*
+ * A slot moves to the place of another. All events of that one are read after those of the slot: they come by another
+ * queue.
+ */
 static void moved_before(bool moves)
 {
     const char *how = moves ? "moved" : "unmapped";
@@ -540,7 +549,7 @@ static void moved_before(bool moves)
     struct kuf *kuf = open_two(ram, length, other, length);
     hold_only(userfaultfd_of(ram, BASE));
     start_moving(&first);
-    /* On this thread, for a new one's stack might be put into the hole. */
+    /* On this thread, for the stack of a new one might be mapped into the hole. */
     moving_body(&second);
     must(second.got == ram, "mremap: %s", strerror(second.error));
     ok(holds_content(ram, OTHER, length / 2, 1), "%s: the slot that takes another's place is served there at once", how);
@@ -559,7 +568,10 @@ static void moved_before(bool moves)
         munmap(first.to, length);
 }
 
-/* A slot moves to where another was unmapped that two userfaultfds had shared, before the second event of that. */
+/*
+ * A slot moves to the place of another that was unmapped and that two userfaultfds had shared, before the second event
+ * of that.
+ */
 static void moved_to_unmapped(void)
 {
     size_t page = page_size(), length = 8 * page, wide = 2 * STRIPE;
@@ -569,7 +581,7 @@ static void moved_to_unmapped(void)
     hold_only(userfaultfd_of(ram + STRIPE, BASE + STRIPE));
     first.thread = start(moving_body, &first);
     wait_until(progress_of(kuf, BASE).removed == wide);
-    /* On this thread, for a new one's stack might be put into the hole. */
+    /* On this thread, for the stack of a new one might be mapped into the hole. */
     moving_body(&second);
     must(second.got == ram, "mremap: %s", strerror(second.error));
     atomic_store(&held, false);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * However many threads wait for a page, the kernel's queue is read to its end: the events among the faults are read too, and
- * no fault is lost.
+ * However many threads wait for a page, the library reads the kernel's queue to its end: it also reads the events among
+ * the faults, and loses no fault.
  */
 #include "harness.h"
 
@@ -27,7 +27,7 @@ static bool join_all(void)
     return good;
 }
 
-/* Gives a page back that no other thread touches. The kernel keeps it there until the library has read the event. */
+/* Gives back a page that no other thread touches. The kernel blocks the thread until the library has read the event. */
 static void *give_back(void *page)
 {
     must(madvise(page, page_size(), MADV_DONTNEED) == 0, "madvise");

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Several handles at once keep to themselves, and fifty in a row leave no trace in each other. */
+/* Several handles at once do not affect each other, and fifty in a row leave nothing behind. */
 #include "harness.h"
 
 #define BASE UINT64_C(0x10000000)
@@ -30,7 +30,7 @@ int main(void)
     for (int i = 0; i < HANDLES; i++)
         is(atomic_load(&sources[i].bytes), length, "source %d filled its own memory, once", i);
 
-    /* Closing one leaves the others. */
+    /* Closing one does not affect the others. */
     for (int i = 0; i < HANDLES; i += 2) {
         closed[i] = handles[i];
         close_with(handles[i], 0);

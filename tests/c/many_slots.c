@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * 8192 slots, and 100000 poisoned pages in one: the last slot costs as much as the first to add, and every page is served
- * or poisoned as ever. The test counts the bytes that the library reads of the kernel's lists; it prints the times only.
+ * 8192 slots, and 100000 poisoned pages in one: the last slot costs as much as the first to add, and every page is
+ * served or poisoned as usual. The test counts the bytes that the library reads of the kernel's lists; it only prints
+ * the times.
  *
  * Fewer slots before Linux 6.11, where the kernel's list of mappings is read from its beginning each time, and fewer pages
  * before 6.6, where each page that cannot be filled is a mapping of its own.

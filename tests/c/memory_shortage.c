@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * No room for a page: a tmpfs that is full, huge pages that are all taken. Writing there would raise SIGBUS in the library;
- * instead it waits a while for room, then gives the one page up and says why. Everything else goes on.
+ * No room for a page: a full tmpfs, no free huge page. Writing there would raise SIGBUS in the library. Instead it
+ * waits a while for room, then gives up the one page and reports why. Everything else continues.
  */
 #include "touches.h"
 #include "watched.h"
@@ -76,7 +76,7 @@ static void serviced(int fd)
     is(kuf_resolve(kuf, BASE + 12 * page, NULL, page, KUF_RESOLVE_ZERO), -ENOMEM, "with zeroes as well");
     is(progress_of(kuf, BASE).absent, length - ROOM * page, "leaves it as it was");
 
-    /* Room comes in time. */
+    /* Room becomes free in time. */
     struct one_touch touch;
     touch_in_thread(&touch, ram + ROOM * page);
     wait_until(stats_of(kuf).install_no_memory > 0);
@@ -90,14 +90,14 @@ static void serviced(int fd)
     comes_to(stats_of(kuf).bytes_in_place, (ROOM + 1) * page, "in place");
     is(stats_of(kuf).bytes_poisoned, 0, "nothing was lost");
 
-    /* Room does not come. */
+    /* No room becomes free. */
     int events = atomic_load(&source.events[poison_event()]);
     uint64_t tries = stats_of(kuf).install_no_memory;
     touch_in_thread(&touch, ram + 10 * page);
     pthread_join(touch.thread, NULL);
     is(touch.raised, poison_signal(), "a page for which no room comes is poisoned");
     ok(stats_of(kuf).install_no_memory > tries, "after it was tried for a while");
-    comes_to(atomic_load(&source.events[poison_event()]), events + 1, "the host is told");
+    comes_to(atomic_load(&source.events[poison_event()]), events + 1, "the caller is told");
     struct kuf_event event = last_event(&source, poison_event());
     ok(no_room(event.error), "of the reason: %s", strerror(-event.error));
     is(event.gpa, BASE + 10 * page, "and which page it is");
@@ -122,7 +122,7 @@ static void serviced(int fd)
     munmap(bytes, length);
 }
 
-/* The host's own loop is told by kuf_fault.place and by kuf_resolve, and nothing is given up for it. */
+/* The caller's own loop learns of it from kuf_fault.place and kuf_resolve, and the library gives up no page. */
 static void caller_driven(int fd)
 {
     size_t page = page_size(), length = PAGES * page;
@@ -152,7 +152,7 @@ static void caller_driven(int fd)
 
 /* ---- Huge pages ------------------------------------------------------------------------------------------------------- */
 
-/* None is to be had: mapped without a reservation, each touch fails. */
+/* There is none: mapped without a reservation, each touch fails. */
 static void huge(bool shared)
 {
     const char *kind = shared ? "huge pages of a file" : "anonymous huge pages";
@@ -186,7 +186,9 @@ static void huge(bool shared)
     int events = atomic_load(&source.events[poison_event()]);
     struct one_touch touch;
     touch_in_thread(&touch, ram + page_size());
-    /* Some kernels say EEXIST where they mean ENOMEM. Taken at its word, that would leave the toucher faulting for ever. */
+    /*
+     * Some kernels return EEXIST where they mean ENOMEM. If the library believed it, the toucher would fault for ever.
+     */
     for (int tries = 0; tries < 10000 && stats_of(kuf).install_no_memory == 0; tries++)
         sleep_ms(1);
     must(stats_of(kuf).install_no_memory > 0, "%s: the want of memory is seen (EEXIST: %" PRIu64 ")", kind,
@@ -195,7 +197,7 @@ static void huge(bool shared)
     is(kuf_resolve(kuf, BASE + size, bytes, size, 0), -ENOMEM, "%s: kuf_resolve of the other one", kind);
     pthread_join(touch.thread, NULL);
     is(touch.raised, poison_signal(), "%s: one for which there is no memory is poisoned", kind);
-    comes_to(atomic_load(&source.events[poison_event()]), events + 1, "%s: the host is told", kind);
+    comes_to(atomic_load(&source.events[poison_event()]), events + 1, "%s: the caller is told", kind);
     struct kuf_event event = last_event(&source, poison_event());
     ok(no_room(event.error) && event.gpa == BASE && event.len == size, "%s: of which and why: %s", kind,
        strerror(-event.error));

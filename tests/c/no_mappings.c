@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A process that has no mapping left (vm.max_map_count), or none but a few: kuf_open opens a handle that works, or says
- * why it cannot; kuf_add_memory says -ENOMEM; faults of a slot that is there are served.
+ * A process that has no mapping left (vm.max_map_count), or only a few: kuf_open opens a handle that works, or reports
+ * why it cannot; kuf_add_memory returns -ENOMEM; faults of an existing slot are served.
  */
 #include "harness.h"
 
@@ -29,14 +29,14 @@ static void take_all(void)
         ;
 }
 
-/* Gives mappings back: each one stands alone between two that stay. */
+/* Unmaps some of them: each one stands alone between two that stay. */
 static void give_back(unsigned n)
 {
     for (; n > 0 && count > 0; n--)
         munmap(taken[--count], page_size());
 }
 
-/* Calls kuf_open with so many mappings left, in a process of its own. Returns 0: a handle; 1: an error. */
+/* Calls kuf_open with this many mappings left, in a process of its own. Returns 0: a handle; 1: an error. */
 static int open_left(unsigned left)
 {
     fflush(stdout);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Memory of the caller's is read also where process_vm_readv(2) is not in the kernel or is refused by a filter, and where
- * looking it over first (mincore, MADV_POPULATE_READ) is refused. Memory that cannot be read is told apart as ever.
+ * The library reads the caller's memory also where the kernel lacks process_vm_readv(2) or a filter refuses it, and
+ * where the check before (mincore, MADV_POPULATE_READ) is refused. It still detects memory that cannot be read.
  */
 #include "harness.h"
 #include <linux/filter.h>
@@ -43,7 +43,7 @@ static void resolved(uint32_t flags, bool shared, const char *what)
     int fd;
     struct kuf *kuf = open_with((struct kuf_options){.flags = flags, .event = source_event, .opaque = &source});
     unsigned char *ram = map_kind(shared, PAGES * page, &fd);
-    /* With a page behind it that is not there. */
+    /* With an unmapped page after it. */
     unsigned char *bytes = map_anonymous((PAGES + 1) * page);
     munmap(bytes + PAGES * page, page);
     write_content(bytes, BASE, PAGES * page, 1);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Opening a userfaultfd in whatever way this process is allowed to, as the library does. For tests and benches. */
+/* Opens a userfaultfd in any way that this process is allowed, as the library does. For tests and benches. */
 #ifndef KUF_OPEN_UFFD_H
 #define KUF_OPEN_UFFD_H
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A fault in memory that is registered with an adopted userfaultfd and in no slot is kept for a slot that may be added. When
- * the library lets go of the userfaultfd the next reader hears of it.
+ * A fault in memory that is registered with an adopted userfaultfd and in no slot is kept for a slot that may be added.
+ * When the library gives up the userfaultfd, the next reader gets the fault.
  */
 #include "uffd.h"
 
@@ -18,7 +18,7 @@ static void *touch_one(void *memory)
     return NULL;
 }
 
-/* Serves what it hears of until both threads are through. If it hears of nothing, the watchdog ends the program. */
+/* Serves the faults that it reads until both threads are done. If it reads none, the watchdog ends the program. */
 static int serve_until_through(int uffd)
 {
     unsigned char *bytes = map_anonymous(page);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* A callback that got only part of a run: the rest is asked for again, and a page of zeroes is a page of zeroes. */
+/* A callback that got only part of a run: the rest is asked for again. A page of zeroes is zero. */
 #include "harness.h"
 
 #define BASE UINT64_C(0x10000000)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Runs that cannot be done in one piece: pages that are present already are skipped and keep their bytes, and a source that
- * gives a run in parts is asked for the rest.
+ * Runs that cannot be done in one piece: present pages are skipped and keep their bytes, and a source that returns a
+ * run in parts is asked for the rest.
  */
 #include "uffd.h"
 #include "watched.h"
@@ -12,7 +12,7 @@ enum { PAGES = 96 };
 static struct source source = SOURCE_INIT;
 static atomic_bool stingy;
 
-/* Gives one page of what is asked for. */
+/* Fills only one page of the run. */
 static int fill(void *opaque, struct kuf_fill *fill)
 {
     int answer = source_fill(opaque, fill);
@@ -32,7 +32,7 @@ static void ended(int before)
     wait_until(atomic_load(&source.events[KUF_EVENT_POPULATED]) > before);
 }
 
-/* Pages the library has never heard of: the caller has put them there itself, when the slot was added. */
+/* Pages that the library does not know of: the caller has written them itself, after the slot was added. */
 static void skips_present(bool by_resolve)
 {
     const char *how = by_resolve ? "resolve" : "populate";

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * UFFDIO_POISON: every thread that touches a page which could not be filled gets SIGBUS, however many threads there are and
- * however late their faults are read; other threads go on; kuf_discard heals the page. And a source that fails costs no page
- * that the caller has brought meanwhile.
+ * UFFDIO_POISON: every thread that touches a page that could not be filled gets SIGBUS, however many threads there are
+ * and however late their faults are read; other threads continue; kuf_discard makes the page usable again. And a source
+ * that fails costs no page that the caller has resolved meanwhile.
  */
 #include "touches.h"
 #include "watched.h"
@@ -64,7 +64,7 @@ static void every_toucher_gets_the_signal(bool shared)
         bus += touch[i].raised == poison_signal();
     }
     is(bus, TOUCHERS, "%s: every toucher gets the signal", kind);
-    /* Faults that were read too late to be told find the mark in place. */
+    /* Faults that are read late find the mark in place. */
     struct one_touch other;
     touch_in_thread(&other, ram + 20 * page);
     pthread_join(other.thread, NULL);
@@ -80,7 +80,7 @@ static void every_toucher_gets_the_signal(bool shared)
     end_served(&served);
 }
 
-/* The caller brings a page while its callback is busy failing for it: the page stays present. */
+/* The caller resolves a page while its callback is about to fail for it: the page stays present. */
 static void brought_meanwhile(bool shared)
 {
     const char *kind = kind_of(shared);
@@ -111,7 +111,7 @@ static void brought_meanwhile(bool shared)
     munmap(bytes, page);
 }
 
-/* Poisoned by hand while no thread waits: the mark has to be gone for the next touch to fault at all. */
+/* Poisoned by the caller while no thread waits: the mark has to be gone for the next touch to fault at all. */
 static void heals(bool shared)
 {
     const char *kind = kind_of(shared);
@@ -130,7 +130,7 @@ static void heals(bool shared)
     end_served(&served);
 }
 
-/* The mark of a page of a shared file stays when the page is given back, and the library says so. */
+/* The mark of a page of a shared file stays when the page is given back, and the library reports it as poisoned. */
 static void given_back(int advice, const char *what)
 {
     size_t page = page_size();
@@ -151,7 +151,7 @@ static void given_back(int advice, const char *what)
     close(fd);
 }
 
-/* A page that the caller owed and has poisoned is settled: bytes for a range around it leave the mark alone. */
+/* A pending page that the caller has poisoned is settled: bytes for a range around it do not change the mark. */
 static void owed_before(bool shared)
 {
     const char *kind = kind_of(shared);

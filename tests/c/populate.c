@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* kuf_populate: fills behind demand, at a rate, until told to stop or the source fails. */
+/* kuf_populate: fills behind demand, at a rate, until it is stopped or the source fails. */
 #include "harness.h"
 
 #define LOW UINT64_C(0x10000000)
@@ -35,7 +35,7 @@ static int fill_unless_stuck(void *opaque, struct kuf_fill *fill)
     return source_fill(opaque, fill);
 }
 
-/* More demand than there are places for, all the while. */
+/* All the time there is more demand than there are places for. */
 static void under_steady_demand(size_t page, size_t length)
 {
     static struct source other = SOURCE_INIT;
@@ -95,7 +95,7 @@ int main(void)
     wait_until(atomic_load(&source.events[KUF_EVENT_COMPLETE]) == 2);
     ok(holds_content(low, LOW, length, 1) && holds_content(high, HIGH, length, 1), "the bytes are there");
 
-    /* A rate can only be too fast: half a second's worth must not take less than a quarter. */
+    /* A rate can only be exceeded: half a second's worth must not take less than a quarter of a second. */
     drop(LOW);
     uint64_t begun = now_ns();
     populate(LOW, length, length * 2, 0);
@@ -103,7 +103,7 @@ int main(void)
     ok(now_ns() - begun > 250000000, "the rate is kept: %" PRIu64 " ms for 500", (now_ns() - begun) / 1000000);
     is(progress_of(kuf, LOW).present, length, "and everything filled");
 
-    /* A slow request gives way to demand, and to being told to stop. */
+    /* A slow request yields to demand, and to a stop. */
     drop(LOW);
     populate(LOW, length, page, 0);
     struct toucher toucher = {.memory = low + length / 2, .gpa = LOW + length / 2, .length = length / 2, .generation = 1};

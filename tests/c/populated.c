@@ -21,7 +21,7 @@ static struct kuf_memory slot_of(const unsigned char *ram, int fd, uint32_t flag
                                .len = length, .hva = (uintptr_t)ram, .fd = fd};
 }
 
-/* Refused with a text that has the number of pages and what to do; and with the flag the number is what is present. */
+/* Refused with a text that has the number of pages and the remedy; with the flag that number is present. */
 static void holds(const char *what, unsigned char *ram, int fd, uint64_t pages)
 {
     struct kuf *kuf = open_serviced(&source);
@@ -54,7 +54,9 @@ static bool all_is_served(const char *what, unsigned char *ram, int fd, uint32_t
     return good;
 }
 
-/* Whether mlock(2) is the kernel's: those of the sanitizers do nothing, for all of their own memory is mapped too. */
+/*
+ * Whether mlock(2) is the kernel's: those of the sanitizers do nothing, because all of their own memory is mapped too.
+ */
 static bool locks_memory(void)
 {
     unsigned char *ram = map_anonymous(page), there = 0;
@@ -112,7 +114,10 @@ static void huge_page(void)
     munmap(room, length + HUGE);
 }
 
-/* Refused while an earlier slot's poison is there, and taken when it was dropped. `fd`: of memory that is filled in place. */
+/*
+ * Refused while an earlier slot's poison is there, and accepted after it was dropped. `fd`: for memory that is filled
+ * in place.
+ */
 static void marked(const char *what, unsigned char *ram, int fd)
 {
     struct kuf *kuf = open_serviced(&source);
@@ -225,7 +230,7 @@ static void adopted(void)
     munmap(bytes, page);
 }
 
-/* A page that the caller puts there later is taken for the guest's only if the caller has said so. */
+/* A page that the caller writes later counts as the guest's only if the caller has set the flag. */
 static void put_there_later(bool populated)
 {
     int uffd = own_userfaultfd(0), poisoned = atomic_load(&source.events[poison_event()]);
@@ -251,7 +256,7 @@ static void put_there_later(bool populated)
     munmap(bytes, page);
 }
 
-/* In a child each: it locks all of its memory. */
+/* In a child each, because it locks all of its memory. */
 static int locked(int flags, bool before, bool shared)
 {
     begin_child();

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* KUF_RESOLVE_PRESENT: pages that hold their bytes already are found, those that do not are left alone. */
+/* KUF_RESOLVE_PRESENT: finds pages that hold their bytes already, and does not change the others. */
 #include "uffd.h"
 
 #define BASE UINT64_C(0x40000000)
@@ -28,7 +28,7 @@ static unsigned char *add_own(int uffd, uint64_t pages)
     return ram;
 }
 
-/* Pages that the caller fills by itself, without a word. */
+/* Fills pages without the library. */
 static void fill_pages(int uffd, unsigned char *ram, uint64_t first, uint64_t count)
 {
     unsigned char *bytes = map_anonymous(count * page_size());
@@ -64,7 +64,7 @@ static void filled_before(void)
        "they keep their bytes");
     is(kuf_pending(kuf, NULL, 0), 0, "the caller was not asked for anything");
 
-    /* A page that is not there is asked for when it is touched, and stays asked for. */
+    /* A page that does not exist is asked for when it is touched, and stays pending. */
     struct kuf_fault fault;
     struct toucher toucher = {.memory = ram + 50 * page, .gpa = gpa_of(50), .length = page_size(), .generation = 1};
     start_toucher(&toucher);
@@ -182,7 +182,7 @@ static void huge(void)
 static int fill_round_neighbours(void *opaque, struct kuf_fill *fill)
 {
     struct kuf **handle = opaque;
-    /* Declined, which poisons nothing. Deferred, it would be owed, and not asked for again by who touches it. */
+    /* Declined, which poisons nothing. A deferred run would be pending, and a touch would not ask for it again. */
     if (!(fill->flags & KUF_RUN_DEMAND))
         return -EAGAIN;
     must(kuf_resolve(*handle, fill->gpa, NULL, fill->len, KUF_RESOLVE_PRESENT) >= 0, "a callback may: %s", kuf_error());

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The process behind an adopted userfaultfd is killed: while populate fills its memory, and with pages owed. Every
- * waiting call returns, nothing is tried for ever, and the handle closes with nothing left to settle.
+ * The process behind an adopted userfaultfd is killed: while populate fills its memory, and with pages pending. Every
+ * waiting call returns, no retry lasts for ever, and the handle closes with no unresolved pages.
  */
 #include "in_thread.h"
 #include "touches.h"
@@ -49,7 +49,7 @@ static void say_hello(int socket, struct hello hello, int uffd)
         _exit(1);
 }
 
-/* Opens a userfaultfd, gives it away, and touches the page it is told of, one after the other, until it is killed. */
+/* Opens a userfaultfd, sends it, and touches the pages that it is told to, one after the other, until it is killed. */
 static void other_process(int socket)
 {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -165,7 +165,7 @@ static void all_is_gone(struct kuf *kuf, struct other *other, const char *when)
     struct kuf_memory slot = {.size = sizeof(slot), .flags = KUF_MEMORY_REMOTE, .gpa = 2 * BASE,
                               .len = page, .hva = other->hva + PAGES * page, .uffd = other->uffd};
     is(kuf_add_memory(kuf, &slot), -ESRCH, "%s: kuf_add_memory", when);
-    is(atomic_load(&source.events[KUF_EVENT_GONE]), 1, "%s: the host is told once", when);
+    is(atomic_load(&source.events[KUF_EVENT_GONE]), 1, "%s: the caller is told once", when);
     is(atomic_load(&source.events[KUF_EVENT_FATAL]), 0, "%s: and the service lives", when);
     is(stats_of(kuf).bytes_poisoned, 0, "%s: nothing is poisoned", when);
     is(kuf_remove_memory(kuf, BASE, 0), 0, "%s: the slot ends, with nothing to settle", when);
@@ -207,7 +207,7 @@ static void during_populate(struct other *other)
     atomic_store(&source.bad_gpa, NO_GPA);
 }
 
-/* Nothing happens that would run into it: the library finds out by itself. */
+/* No call meets the end of the process: the library finds out by itself. */
 static void while_pages_are_owed(struct other *other)
 {
     size_t page = page_size();
@@ -227,7 +227,7 @@ static void while_pages_are_owed(struct other *other)
     all_is_gone(kuf, other, "owed");
 }
 
-/* The first call that meets it says so: here kuf_resolve. */
+/* The first call that meets it reports it: here kuf_resolve. */
 static void found_by_resolve(struct other *other)
 {
     size_t page = page_size();

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A fault that waits in the list of kuf_read while a kuf_resolve for its page fails: the page is owed as before, and
- * kuf_read still gives it. Each round is a fault, with threads beside it whose kuf_resolve fails with -EFAULT.
+ * A fault waits in the list of kuf_read while a kuf_resolve for its page fails: the page is pending as before, and
+ * kuf_read still returns it. Each round is a fault, with threads beside it whose kuf_resolve fails with -EFAULT.
  */
 #include "touches.h"
 #include "watched.h"
@@ -21,7 +21,7 @@ static void *fails(void *unused)
     return unused;
 }
 
-/* Takes the one fault there is and answers it, until the toucher has gone on. */
+/* Takes the one fault and answers it, until the toucher continues. */
 static void serve_one(const void *bytes, struct one_touch *one)
 {
     struct kuf_fault fault;

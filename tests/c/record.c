@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A working set: the pages that one guest demanded are recorded, and filled ahead of the next guest's faults, in whatever slots
- * that has. A file that is no good is refused, and does nothing.
+ * A working set: the pages that one guest demanded are recorded, and filled ahead of the next guest's faults, in
+ * whatever slots that guest has. A wrong file is refused, and does nothing.
  */
 #include "harness.h"
 
@@ -39,7 +39,7 @@ static void new_source(void)
     source = (struct source)SOURCE_INIT;
 }
 
-/* With so little brought besides what is asked for that what is recorded is what was touched. */
+/* With so little readahead that the recording has the touched pages only. */
 static struct kuf *open_for_guest(void)
 {
     return open_with((struct kuf_options){.fill = source_fill, .event = source_event, .release = source_release,
@@ -78,7 +78,7 @@ static void wait_replayed(int count)
     wait_until(atomic_load(&source.events[KUF_EVENT_REPLAYED]) >= count);
 }
 
-/* The wanted pages of a range, in the order in which they were wanted; where they are is the caller's. */
+/* The wanted pages of a range, in the order in which they were wanted; the caller knows their places. */
 struct guest {
     const unsigned char *memory;
     unsigned from, to;
@@ -286,7 +286,7 @@ struct run {
     uint64_t pages;
 };
 
-/* A file with good checksums, whatever it says. */
+/* A file with correct checksums, whatever its contents. */
 static size_t forge_of(unsigned char *to, uint32_t version, uint64_t unit, const struct run *runs, unsigned count)
 {
     size_t length = 48;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A thread that waits for a page and takes signals faults again after each of them, as a vCPU does that is interrupted. It is
- * one wait all the same, wherever the fault from before is kept: with a page that is owed, in the library's queue, or in
- * memory of an adopted userfaultfd that no slot has yet.
+ * A thread that waits for a page and takes signals faults again after each of them, as an interrupted vCPU does. It is
+ * one wait all the same, wherever the earlier fault is kept: with a pending page, in the library's queue, or in memory
+ * of an adopted userfaultfd that is in no slot yet.
  */
 #include "uffd.h"
 
@@ -63,13 +63,13 @@ static void waited_once(struct waiting *waiting, const char *what)
     pthread_join(waiting->thread, NULL);
     uint32_t tid = atomic_load(&waiting->tid);
     struct kuf_block_time time = {0};
-    /* The thread goes on before it has been counted. */
+    /* The thread continues before it has been counted. */
     wait_until(time_of(tid, &time));
     /* Faults that were on their way when the page came are counted by now, or soon. */
     sleep_ms(20);
     time_of(tid, &time);
     uint64_t most = now_ns() - waiting->began_ns;
-    /* One that was read while the page was put there is a wait of its own, of no length. */
+    /* One that was read while the page was installed is a wait of its own, of length 0. */
     ok(time.faults <= 2, "%s: it has waited once (%" PRIu64 ")", what, time.faults);
     ok(time.max_ns <= most, "%s: not longer than it has", what);
     ok(time.total_ns <= 2 * most, "%s: and not many times", what);

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* kuf_remove_memory: a slot that is done leaves no trace; one that is not is refused, poisoned or filled first. */
+/*
+ * kuf_remove_memory: a complete slot is removed without a trace; one that is not is refused, poisoned or filled first.
+ */
 #include "harness.h"
 
 #define BASE UINT64_C(0x10000000)
@@ -53,11 +55,11 @@ static void go(bool shared)
     unsigned before = atomic_load(&source.calls);
     must(shared ? fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)length) == 0
                 : madvise(ram, length, MADV_DONTNEED) == 0,
-         "the host drops its pages");
+         "the caller drops its pages");
     ok(holds_zeroes(ram, length), "%s: it is ordinary memory: dropped pages read as zero", kind);
     is(atomic_load(&source.calls), before, "%s: without asking the source", kind);
 
-    /* Poison: present pages stay, the rest is closed. */
+    /* Poison: present pages stay, the others are poisoned. */
     if (shared)
         must(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)length) == 0, "an empty file");
     else
@@ -98,7 +100,7 @@ static void go(bool shared)
     ok(join_toucher(&toucher), "%s: which ends as it should", kind);
     is(remove_patiently(kuf, BASE), 0, "%s: then it is let go", kind);
 
-    /* Also when the host has brought its page otherwise, or the guest has given it back: the callback runs on. */
+    /* Also when the caller has resolved its page, or the guest has given it back: the callback is still running. */
     unsigned char *bytes = map_anonymous(page), *again = map_anonymous(length);
     write_content(bytes, BASE, page, 1);
     for (int given_back = 0; given_back < 2 && !shared; given_back++) {
@@ -146,7 +148,7 @@ struct remover {
     int got;
 };
 
-/* The thread that has removed the slot gives its memory to another one at once. */
+/* The thread that has removed the slot uses its memory for another one at once. */
 static void *remove_one(void *argument)
 {
     struct remover *remover = argument;
@@ -190,7 +192,7 @@ static void twice_at_once(void)
         removed += (removers[0].got == 0) + (removers[1].got == 0);
         refused += (removers[0].got == -ENOENT) + (removers[1].got == -ENOENT);
         registered += is_registered(ram);
-        must(madvise(ram, page, MADV_DONTNEED) == 0, "the host drops the page");
+        must(madvise(ram, page, MADV_DONTNEED) == 0, "the caller drops the page");
         must(kuf_discard(kuf, gpa ^ BASE ^ OTHER, page, KUF_DISCARD_REFILL) == 0, "which is absent in the new slot");
     }
     is(removed, ROUNDS, "twice at once: one call removes the slot");

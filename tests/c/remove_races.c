@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * REMOVE before the faults that were read with it, and before fills that are under way: a page that the guest gave back
- * never shows the source's bytes again, whichever call was filling it, until kuf_discard says so.
+ * never shows the source's bytes again until kuf_discard, whichever call was filling it.
  */
 #include "in_thread.h"
 #include "seeded.h"
@@ -13,7 +13,7 @@ static struct source source = SOURCE_INIT;
 static _Atomic uint64_t lower_to;
 static atomic_int slow_us;
 
-/* Writes at once and returns later, so that what it has written is old when the page is given back meanwhile. */
+/* Writes at once and returns later, so that its bytes are old if the page is given back meanwhile. */
 static int fill(void *opaque, struct kuf_fill *fill)
 {
     write_content(fill->buf, fill->gpa, fill->len, 1);
@@ -25,7 +25,7 @@ static int fill(void *opaque, struct kuf_fill *fill)
     return answer;
 }
 
-/* In the middle of a run that is being filled a page is given back; then the run comes short, fails, or is discarded. */
+/* In the middle of a run that is being filled a page is given back; then the run is short, fails, or is discarded. */
 static void during_a_run(bool shared, const char *what)
 {
     const char *kind = kind_of(shared);
@@ -79,7 +79,7 @@ struct field {
     int number;
 };
 
-/* A page shows its source's bytes, or zeroes; zeroes only from the moment on at which it was given back. */
+/* A page shows its source's bytes, or zeroes; zeroes only from the moment when it was given back. */
 static void look(struct field *field, int i)
 {
     size_t page = page_size();

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A guest that starts together with the replay of its working set and catches up with it, again and again: it gets the
- * right bytes and goes on, whatever else is done to its memory, and whatever becomes of a fill.
+ * A guest starts together with the replay of its working set and catches up with it, again and again: it gets the right
+ * bytes and continues, whatever else happens to its memory, and whatever the result of a fill.
  */
 #include "harness.h"
 
@@ -155,7 +155,7 @@ static void *disturb(void *argument)
     return NULL;
 }
 
-/* Several vCPUs in different places, and pages that are dropped, to be filled anew, and brought by others meanwhile. */
+/* Several vCPUs in different places, and pages that are dropped, filled again, and resolved by others meanwhile. */
 static void disturbed(void)
 {
     struct kuf *kuf = new_guest();
@@ -183,7 +183,7 @@ static void disturbed(void)
     end_guest(kuf);
 }
 
-/* The host may hold a lock there that a vCPU's thread wants, which touches memory with it held. */
+/* The caller may hold a lock there that a vCPU's thread wants, and touch memory with it held. */
 static void does_not_end(unsigned n)
 {
     struct kuf *kuf = new_guest();

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* kuf_resolve: from any thread, asked for or not, twice, in any order and pieces, as data, zeroes, in place or poison. */
+/*
+ * kuf_resolve: from any thread, asked for or not, twice, in any order and pieces, as data, zeroes, in place or poison.
+ */
 #include "harness.h"
 
 #define BASE UINT64_C(0x40000000)

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* kuf_resolve from memory that is not there yet: while that comes, everything else goes on. */
+/* kuf_resolve from memory that is not present yet: while that memory is filled, everything else continues. */
 #include "harness.h"
 
 #define BASE UINT64_C(0x40000000)
 enum { PAGES = 64 };
 
-/* The memory that is resolved from is another handle's, whose source takes its time, as a disk does. */
+/* The source bytes are in another handle's memory, whose source is slow, as a disk is. */
 static struct source near = SOURCE_INIT, distant = SOURCE_INIT;
 static size_t page;
 static struct kuf *kuf;

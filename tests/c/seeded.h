@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * For programs that do things at random: a seed that can be given again, and random numbers from it for each thread.
+ * For programs with random operations: a seed that can be given again, and random numbers from it for each thread.
  */
 #ifndef KUF_TESTS_SEEDED_H
 #define KUF_TESTS_SEEDED_H
@@ -65,7 +65,7 @@ static inline uint64_t setting(const char *name, uint64_t otherwise)
     return text != NULL && *text != 0 ? strtoull(text, NULL, 0) : otherwise;
 }
 
-/* Takes the seed from KUF_STRESS_SEED or the clock, says it, and returns how long to go on. `slack`: the watchdog's. */
+/* Takes the seed from KUF_STRESS_SEED or the clock, prints it, and returns the duration. `slack`: the watchdog's. */
 static inline uint64_t begin_seeded(uint64_t seconds_otherwise, unsigned slack)
 {
     struct timespec now;

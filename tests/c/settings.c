@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* kuf_settings says what a handle and its slots have ended up with: defaults filled in, wishes granted or not. */
+/* kuf_settings reports the settings of a handle and its slots: defaults filled in, options granted or not. */
 #include "uffd.h"
 
 #define BASE UINT64_C(0x40000000)
@@ -20,7 +20,7 @@ static void nothing_is_said(void *opaque, uint32_t level, const char *text)
     (void)opaque, (void)level, (void)text;
 }
 
-/* Whatever the machine grants. */
+/* Whatever the machine allows. */
 static uint32_t mode_of(uint32_t open_flags)
 {
     return open_flags & ~(uint32_t)KUF_OPEN_USER_MODE_ONLY;

@@ -47,9 +47,9 @@ int main(void)
     ok(file_holds(fd, 0, BASE, OLD * page, 1), "the file holds the bytes");
     wait_until(atomic_load(&source.events[KUF_EVENT_COMPLETE]) == 1);
     close_with(kuf, 0);
-    ok(holds_content(ram, BASE, OLD * page, 1), "the memory is the host's afterwards");
+    ok(holds_content(ram, BASE, OLD * page, 1), "the memory is the caller's afterwards");
 
-    /* A handler that died may have left half a page: then every page is asked for anew. */
+    /* A handler that died may have left a half-filled page: then every page is asked for again. */
     atomic_store(&again.generation, 2);
     kuf = open_serviced(&again);
     add_shared(kuf, BASE, ram, PAGES * page, fd, KUF_MEMORY_FILL_ALL);

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* A storm of signals at threads that fault and wait: handlers run on the host's threads, and nothing is lost or cut short. */
+/*
+ * A storm of signals at threads that fault and wait: handlers run on the caller's threads, and nothing is lost or cut
+ * short.
+ */
 #include "harness.h"
 
 #include <sys/prctl.h>

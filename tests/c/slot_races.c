@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Faults that outlive their slot, and callbacks that call back on the library's only free thread: no thread waits for ever, and
- * no page of another slot is opened.
+ * Faults that outlive their slot, and callbacks that call back on the library's only free thread: no thread waits for
+ * ever, and no page of another slot is installed.
  */
 #include "touches.h"
 #include "watched.h"
@@ -42,7 +42,10 @@ static void fault_outlives_slot(void)
     wait_until(stats_of(kuf).faults == 2);
     touch_in_thread(&second, ram);
     wait_until(stats_of(kuf).faults == 3);
-    /* The one worker goes from the first page to the page of the other slot; the second fault stays behind that. */
+    /*
+     * The one worker continues from the first page to the page of the other slot; the second fault stays queued after
+     * that.
+     */
     atomic_store(&hold_gpa, OTHER + 3 * page);
     wait_until(atomic_load(&held) == 2);
     pthread_join(first.thread, NULL);

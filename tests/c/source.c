@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Pages without a callback that writes them: built-in sources (a file, a block device, memory, zero), and a callback that
- * hands over memory of its own. A page whose source has become unreadable is poisoned, never zero, and raises a signal in
- * its touchers only.
+ * Pages without a callback that writes them: built-in sources (a file, a block device, memory, zero), and a callback
+ * that sets kuf_fill.src. A page whose source has become unreadable is poisoned, never zero, and raises a signal in its
+ * touchers only.
  */
 #include "harness.h"
 
@@ -115,8 +115,10 @@ static void serves(const char *what, struct kuf_source source, uint32_t flags, b
     close(fd);
 }
 
-/* Pages from `bad` on are lost when the slot is there: the file is truncated, `part` bytes behind the last whole page, or the
- * memory is taken away. */
+/*
+ * Pages from `bad` on are lost while the slot exists: the file is truncated, `part` bytes after the last whole page, or the
+ * memory is unmapped.
+ */
 static void loses(const char *what, struct kuf_source source, uint32_t flags, bool shared, int bad, int truncated,
                   uint64_t part, void *lost)
 {
@@ -144,7 +146,7 @@ static void loses(const char *what, struct kuf_source source, uint32_t flags, bo
     close(fd);
 }
 
-/* A callback that hands over whatever it is told to. */
+/* A callback that sets kuf_fill.src as it is told. */
 static struct {
     const unsigned char *from;
     atomic_int calls;
@@ -183,7 +185,7 @@ static void hands_over(uint32_t flags, bool shared)
     is(last_event(&callback, poison_event()).error, -EFAULT, "%s: that says why", kind);
     ok(holds_content(ram + 200 * page, BASE + 200 * page, 56 * page, 1), "%s: the rest is served", kind);
 
-    /* Unresolved guest memory would be waited for by the thread that has to fill it. */
+    /* The thread that has to fill unresolved guest memory would wait for it. */
     unsigned char *closed = map_anonymous(length);
     add(kuf, OTHER, closed, length);
     handed.from = closed;
@@ -194,12 +196,12 @@ static void hands_over(uint32_t flags, bool shared)
     close(fd);
 }
 
-/* ---- A source that takes its time ---- */
+/* ---- A slow source ------------------- */
 
 static atomic_bool hold;
 static atomic_int reading;
 
-/* Of the memory that the other handle's first page is copied from. */
+/* The memory from which the other handle's first page is copied. */
 static int fill_far(void *opaque, struct kuf_fill *fill)
 {
     atomic_fetch_add(&reading, 1);
@@ -216,7 +218,7 @@ static int hand_over_far(void *opaque, struct kuf_fill *fill)
     return KUF_FILL_DONE;
 }
 
-/* Reading what was handed over may take as long as a disk does: the slot's other pages do not wait for it. */
+/* Reading from kuf_fill.src may take as long as a disk does: the slot's other pages do not wait for it. */
 static void reads_slowly(void)
 {
     unsigned char *ram = map_anonymous(length), *far = map_anonymous(page);
@@ -346,11 +348,11 @@ int main(void)
     both();
     device();
 
-    /* The library's hold on a source ends with its slot. */
+    /* The library releases a source with its slot. */
     struct kuf *kuf = open_sources(0);
     struct kuf_source source = of_memory(memory, length);
     unsigned char *ram = map_anonymous(length);
-    /* The first slot opens what is kept for all of them. */
+    /* The first slot opens descriptors that the library keeps for all slots. */
     must(add_with(kuf, ram, -1, &source) == 0 && remove_patiently(kuf, BASE) == 0, "%s", kuf_error());
     must(madvise(ram, length, MADV_DONTNEED) == 0, "madvise");
     int before = open_descriptors();
@@ -359,7 +361,7 @@ int main(void)
     is(open_descriptors() > before, 1, "a source keeps a descriptor of its own");
     is(kuf_remove_memory(kuf, BASE, KUF_END_POPULATE), 0, "the slot is filled and taken off");
     comes_to(open_descriptors(), before, "the descriptor goes with it");
-    ok(holds_content(ram, BASE, length, 1), "the memory is the host's");
+    ok(holds_content(ram, BASE, length, 1), "the memory is the caller's");
     must(add_with(kuf, map_anonymous(length), -1, &source) == 0, "%s", kuf_error());
     close_with(kuf, KUF_END_POPULATE);
     return done();

@@ -44,8 +44,10 @@ struct snapshot {
     bool good;
 };
 
-/* Page by page: the first of each write is missing. Then all in one. On a thread of its own: the watchdog's signal finds the
- * other free to handle it. */
+/*
+ * Page by page: the first page of each write is absent. Then all in one write. On a thread of its own: the watchdog's
+ * signal finds the other free to handle it.
+ */
 static void *write_snapshot(void *argument)
 {
     struct snapshot *snapshot = argument;

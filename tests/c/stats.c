@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Counters and histograms say what was done, no more and no less. */
+/* Counters and histograms count what was done, no more and no less. */
 #include "harness.h"
 
 #define BASE UINT64_C(0x10000000)
@@ -91,7 +91,7 @@ int main(void)
     uint64_t faults = stats_of(kuf).faults;
     atomic_store(&source.hold, true);
     pthread_t one = start(write_a_page, ram + 30 * page), two = start(write_a_page, ram + 30 * page);
-    /* A fault is counted when it is read, and joins when a thread takes it up. */
+    /* A fault is counted when it is read, and as joined when a thread takes it up. */
     wait_until(stats_of(kuf).faults == faults + 2 && stats_of(kuf).faults_joined == 1);
     atomic_store(&source.hold, false);
     pthread_join(one, NULL);

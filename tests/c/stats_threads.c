@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Whichever threads count, and however many threads wait: nothing is lost, and nothing is another handle's. */
+/* Whichever threads count, and however many threads wait: no count is lost, and none goes to another handle. */
 #include "harness.h"
 
 #define BASE UINT64_C(0x10000000)
@@ -15,7 +15,7 @@ static void *touch_when_all_are_there(void *memory)
     return NULL;
 }
 
-/* More threads than are likely to have a place in any table of fixed size. */
+/* More threads than a table of fixed size is likely to hold. */
 static void every_thread_has_its_time(void)
 {
     static struct source source = SOURCE_INIT;
@@ -53,7 +53,10 @@ static void every_thread_has_its_time(void)
     close_with(kuf, KUF_END_POISON);
 }
 
-/* A handle whose callback also brings a page of the other one: its threads are strangers there, and count all the same. */
+/*
+ * A handle whose callback also resolves a page of the other one: there its threads have no shard, and count all the
+ * same.
+ */
 struct side {
     struct kuf *kuf, *other;
     unsigned char *ram;

@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Everything at once, at random, with the bytes of every page accounted for.
+ * All operations at once, at random, with the bytes of every page checked.
  *
- * Each page has one owner among the touchers, who alone writes to it, discards it and gives it back, and so knows at any
- * moment what it holds: the source's bytes of exactly one generation, what the owner wrote, or zero. The owner raises the
- * page's generation, waits until no kuf_resolve with bytes of the older one is under way, and only then discards; from
- * the return on nothing older may be seen. Readers that are not owners check what they read whenever a sequence number
- * says that the owner was not at the page meanwhile.
+ * Each page has one owner among the touchers. Only the owner writes to it, discards it and gives it back, and so knows
+ * at any moment its contents: the source's bytes of exactly one generation, the bytes that the owner wrote, or zero.
+ * The owner raises the page's generation, waits until no kuf_resolve with bytes of the older one is under way, and only
+ * then discards; after the return no older bytes may be seen. Readers that are not owners check the bytes that they
+ * read whenever a sequence number shows that the owner did not use the page meanwhile.
  *
- * KUF_STRESS_SEED sets the seed, KUF_STRESS_SECONDS how long it goes on. The seed fixes what each thread tries, in which
- * order; the scheduler still decides who meets whom.
+ * KUF_STRESS_SEED sets the seed, KUF_STRESS_SECONDS the duration. The seed decides the operations of each thread and
+ * their order; the scheduler still decides which of them meet.
  */
 #include "seeded.h"
 
@@ -27,13 +27,13 @@ struct slot {
 };
 
 struct page {
-    /* Of the source. Only the owner raises it. */
+    /* The source's. Only the owner raises it. */
     _Atomic uint64_t generation;
     /* kuf_resolve calls under way with bytes of an even or odd generation. */
     atomic_int bringing[2];
-    /* Odd while the owner changes what the page holds. */
+    /* Odd while the owner changes the contents of the page. */
     _Atomic uint64_t sequence;
-    /* The code of its content, and another one for its first words when that is not 0. */
+    /* The code of its contents, and another one for its first words when that is not 0. */
     _Atomic uint64_t holds, prefix;
     /* The source fails for it. */
     atomic_bool bad;
@@ -42,7 +42,7 @@ struct page {
     atomic_uint did_count;
 };
 
-/* A deferred run that a resolver has to bring. */
+/* A deferred run that a resolver has to resolve. */
 struct ticket {
     unsigned first, pages;
     unsigned char *place;
@@ -65,7 +65,7 @@ static struct kuf *handle;
 static size_t page_bytes, page_words;
 static atomic_bool stop, stop_bringing, ending, closing;
 static atomic_int released;
-/* Held to write to where pages of a file are filled in place, which a poisoning end takes away. */
+/* Held while writing in place to pages of a file, which KUF_END_POISON takes away. */
 static pthread_rwlock_t places = PTHREAD_RWLOCK_INITIALIZER;
 static _Atomic uint64_t checked, cross_checked, deferred, failed, poisonings, rounds_of_slot;
 static char round_text[256];
@@ -107,7 +107,7 @@ static bool may_be_bad(unsigned page)
     return page < 2 * PAGES && page % PAGES >= PAGES - BAD_PAGES;
 }
 
-/* Deferred runs here are written in place, so no other thread may bring these pages. */
+/* Deferred runs here are written in place, so no other thread may resolve these pages. */
 static bool brought_in_place(unsigned page)
 {
     return page >= PAGES && page < 2 * PAGES && page / BLOCK % 4 == 3;
@@ -118,7 +118,7 @@ static void put(unsigned char *buffer, unsigned page, uint64_t code)
     write_code(buffer, gpa_of(page), page_bytes, code);
 }
 
-/* Says what a word is, if it is one of those that were ever meant for any page. */
+/* Describes a word, if it was ever meant for any page. */
 static void explain(unsigned page, unsigned word, uint64_t value)
 {
     if (value == 0) {
@@ -225,7 +225,7 @@ static void compare(struct worker *worker, unsigned page, uint64_t base, uint64_
     }
 }
 
-/* The owner's look at its own page. */
+/* The owner checks its own page. */
 static void check(struct worker *worker, unsigned page)
 {
     doing(worker, "reads its page", page);
@@ -234,7 +234,7 @@ static void check(struct worker *worker, unsigned page)
     atomic_fetch_add(&checked, 1);
 }
 
-/* A thread that is not the owner looks. */
+/* A thread that is not the owner checks a page. */
 static void check_from_afar(struct worker *worker, unsigned page)
 {
     doing(worker, "reads another's page", page);
@@ -262,7 +262,7 @@ static void end_change(unsigned first, unsigned count)
         atomic_fetch_add(&pages[i].sequence, 1);
 }
 
-/* The next life of pages: from here on the source has other bytes, and no thread is bringing the old ones. */
+/* New generation of pages: from here on the source has other bytes, and no thread is resolving the old ones. */
 static void next_generation(unsigned first, unsigned count)
 {
     for (unsigned i = first; i < first + count; i++) {
@@ -288,7 +288,7 @@ static void holds_zero(unsigned first, unsigned count)
     }
 }
 
-/* ---- Bringing pages ------------------------------------------------------------------------------------------------ */
+/* ---- Resolving pages ----------------------------------------------------------------------------------------------- */
 
 /* Takes the current generation of a page and keeps its owner from discarding while its bytes are on their way. */
 static uint64_t hold_generation(unsigned page)
@@ -351,7 +351,7 @@ static bool pop_ticket(struct ticket *ticket)
     return any;
 }
 
-/* Brings deferred runs, in random order and pieces. */
+/* Resolves deferred runs, in random order and pieces. */
 static void *bringing_body(void *argument)
 {
     struct worker *worker = argument;
@@ -456,9 +456,9 @@ static void release(void *opaque)
     atomic_fetch_add(&released, 1);
 }
 
-/* ---- Those who do things ------------------------------------------------------------------------------------------- */
+/* ---- The threads --------------------------------------------------------------------------------------------------- */
 
-/* The owner of the pages discards, so that they come anew. */
+/* The owner of the pages discards, so that they are filled again. */
 static void discard(struct worker *worker, unsigned first, unsigned count, bool removed)
 {
     doing(worker, removed ? "discards as removed" : "discards", first);
@@ -491,7 +491,7 @@ static void write_page(struct worker *worker, unsigned page, bool whole)
     uint64_t code = CODE_WRITTEN | (++worker->written * WORKERS_MAX + worker->index);
     volatile uint64_t *words = (volatile uint64_t *)at(page);
     unsigned length = whole ? (unsigned)page_words : PREFIX_WORDS;
-    /* Half of them from the end, so that it is not always the first word that is touched first. */
+    /* Half of them from the end, so that the first word is not always touched first. */
     bool backwards = below(2);
     for (unsigned i = 0; i < length; i++) {
         unsigned word = backwards ? length - 1 - i : i;
@@ -611,7 +611,7 @@ static void *ensure_main(void *argument)
     return NULL;
 }
 
-/* Brings pages before they are touched, twice. */
+/* Resolves pages before they are touched, twice. */
 static void *unasked_main(void *argument)
 {
     struct worker *worker = argument;
@@ -639,7 +639,7 @@ static void *unasked_main(void *argument)
     return NULL;
 }
 
-/* Pages whose source fails: closed, never wrong, and well again after a discard. */
+/* Pages whose source fails: poisoned, never wrong, and usable again after a discard. */
 static void *bad_main(void *argument)
 {
     struct worker *worker = argument;
@@ -690,7 +690,7 @@ static void put_under(struct slot *slot)
     must(got == 0, "kuf_add_memory %#" PRIx64 ": %s", slot->gpa, got ? kuf_error() : "adds");
 }
 
-/* A slot that comes, is used, and goes. */
+/* A slot that is added, used, and removed. */
 static void *coming_main(void *argument)
 {
     struct worker *worker = argument;
@@ -821,7 +821,7 @@ static void run_round(unsigned number, uint64_t until)
     for (unsigned i = 0; i < users; i++)
         pthread_join(workers[i].thread, NULL);
 
-    /* Poison that a kuf_ensure has left on a page that was bad at the time was healed by its owner. */
+    /* Poison that a kuf_ensure has left on a page that was bad at the time was discarded by its owner. */
     struct worker *me = &workers[0];
     bool poison = below(4) == 0;
     uint32_t flags = poison ? KUF_END_POISON : KUF_END_POPULATE;

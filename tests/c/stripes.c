@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Several userfaultfds share a slot: every page has its own bytes whichever of them it is under, and what is done across
- * the border of two is done on both sides.
+ * Several userfaultfds share a slot: every page has its own bytes whichever userfaultfd it is under, and an operation
+ * across the border of two affects both sides.
  */
 #include "seeded.h"
 #include "touches.h"
@@ -27,7 +27,7 @@ static struct kuf *open_filled(uint32_t userfaultfds)
     return open_several(userfaultfds, (struct kuf_options){.fill = source_fill});
 }
 
-/* Mappings that hold some of the range. */
+/* The mappings that have a part of the range. */
 static int mappings_in(const void *memory, size_t length)
 {
     FILE *maps = fopen("/proc/self/maps", "r");
@@ -66,7 +66,7 @@ static void *wander(void *argument)
     return NULL;
 }
 
-/* Touchers all over a wide slot, and others who go through its borders in order. */
+/* Threads that touch a wide slot all over, and others that go through its borders in order. */
 static void touched(uint32_t userfaultfds)
 {
     size_t page = page_size();
@@ -164,7 +164,7 @@ static void called(uint32_t userfaultfds, bool shared)
         close(fd);
 }
 
-/* ---- The host changes the mapping -------------------------------------------------------------------------------- */
+/* ---- The caller changes the mapping -------------------------------------------------------------------------------- */
 
 static void given_back(uint32_t userfaultfds)
 {
@@ -202,7 +202,7 @@ static void unmapped(uint32_t userfaultfds)
     comes_to(stats_of(kuf).events_unmap, userfaultfds == 1 ? 1 : 2, "each userfaultfd has reported it");
     comes_to(progress_of(kuf, BASE).removed, 8 * page, "the pages are gone");
     ok(range_holds(ram, 0, HALF - 4, 1) && range_holds(ram, HALF + 4, HALF - 4, 1), "the others are served");
-    /* Other memory at the same place is left alone. */
+    /* Other memory at the same place is not changed. */
     unsigned char *other = mmap(ram + (HALF - 4) * page, 8 * page, PROT_READ | PROT_WRITE,
                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
     must(other != MAP_FAILED, "another mapping there");
@@ -224,9 +224,9 @@ static void moved(uint32_t userfaultfds)
     if (userfaultfds > 1) {
         void *to = mremap(ram, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, room);
         ok(to == MAP_FAILED && errno == EFAULT, "mremap across a border is refused by the kernel, as documented");
-        /* Linux 6.17 finds out when it has unmapped what is at the new place. */
+        /* Linux 6.17 finds out only after it has unmapped the memory at the new place. */
     }
-    /* To where addresses would say another userfaultfd. */
+    /* To addresses that would stand for another userfaultfd. */
     unsigned char *at = mremap(ram + HALF * page, HALF * page, HALF * page, MREMAP_MAYMOVE | MREMAP_FIXED, room);
     must(at == room, "mremap of what is behind the border: %s", strerror(errno));
     ok(holds_content(room, BASE + HALF * page, HALF * page, 1), "it is served where it is now");
@@ -283,7 +283,7 @@ static void closed(uint32_t userfaultfds)
     munmap(ram, WIDE);
 }
 
-/* The host reads: through the service's threads, or the kernel itself. */
+/* The caller reads: through the service's threads, or the kernel itself. */
 static void driven(uint32_t userfaultfds, uint32_t flags)
 {
     size_t page = page_size(), length = PAGES * page;
@@ -306,7 +306,7 @@ static void driven(uint32_t userfaultfds, uint32_t flags)
         }
     }
     bool good = join_toucher(&halves[0]);
-    ok(join_toucher(&halves[1]) && good, "%u: a host that reads the faults serves both sides%s", userfaultfds,
+    ok(join_toucher(&halves[1]) && good, "%u: a caller that reads the faults serves both sides%s", userfaultfds,
        flags ? ", from the kernel itself" : "");
     close_watched(kuf, 0);
     free(bytes);
@@ -328,7 +328,7 @@ static void without_mappings(void)
     must(ram != MAP_FAILED, "a wide mapping");
     madvise(ram, length, MADV_NOHUGEPAGE);
     struct kuf *kuf = open_filled(4);
-    /* Every second page of it is a mapping of its own, and so is the one between. */
+    /* Every second page of it is a mapping of its own, and so are the pages between. */
     unsigned char *many =
         mmap(NULL, (size_t)limit * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     must(many != MAP_FAILED, "room for many mappings");

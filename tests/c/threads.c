@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* The library's threads: named, deaf to signals, gone after kuf_close, as are its descriptors and mappings. */
+/*
+ * The library's threads: they have names, block all signals, and are gone after kuf_close, as are its descriptors and
+ * mappings.
+ */
 #include "harness.h"
 
 #define BASE UINT64_C(0x10000000)
@@ -7,7 +10,7 @@ enum { PAGES = 64, CYCLES = 20 };
 
 static struct source source = SOURCE_INIT;
 
-/* Checks each thread named kuf-*; returns how many there are. */
+/* Checks each thread named kuf-*; returns their number. */
 static int check_signals_blocked(void)
 {
     int count = 0;
@@ -93,7 +96,7 @@ int main(void)
 
     munmap(ram, PAGES * page);
     ram = map_anonymous(PAGES * page);
-    cycle(ram, shared, fd); /* the library makes here what it makes once and keeps */
+    cycle(ram, shared, fd); /* here the library makes the objects that it makes once and keeps */
     wait_until(threads_named("kuf-") == 0);
     int descriptors = open_descriptors(), maps = mappings();
     for (int i = 0; i < CYCLES; i++)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Userfaultfds that the host has opened.
+ * Userfaultfds that the caller has opened.
  */
 #ifndef KUF_TESTS_UFFD_H
 #define KUF_TESTS_UFFD_H

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * UFFDIO_UNREGISTER alone can leave a thread blocked: the kernel wakes before it takes the mapping's lock. Every UNREGISTER
- * of the library is therefore followed by a WAKE of the same range: at the end of a slot and of a handle, and when a
- * registration is rolled back. This program stands between the library and the kernel, and counts.
+ * UFFDIO_UNREGISTER alone can leave a thread blocked: the kernel wakes before it takes the mapping's lock. So a WAKE of
+ * the same range follows every UNREGISTER of the library: at the end of a slot and of a handle, and when a registration
+ * is rolled back. This program stands between the library and the kernel, and counts.
  */
 #include "harness.h"
 #include "uffd.h"
@@ -92,7 +92,7 @@ static void ends(uint32_t userfaultfds)
     munmap(ram, WIDE);
 }
 
-/* Another userfaultfd has the last page: all stripes before it are registered, and given up again. */
+/* Another userfaultfd has the last page: all stripes before it are registered, and unregistered again. */
 static void rolled_back(uint32_t userfaultfds)
 {
     size_t page = page_size();

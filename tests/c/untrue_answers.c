@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A kernel that answers what is not so: that a page exists which does not, that memory is not mapped which is, that this very
- * process has ended. Whatever it says, no page that was not filled ever reads as zero. A filter is such a kernel.
+ * A kernel that gives false answers: that a page exists which does not, that memory is not mapped which is, that this
+ * very process has ended. For every false answer, no page that was not filled reads as zero. A filter is such a kernel.
  */
 #include "harness.h"
 #include <linux/filter.h>
@@ -22,7 +22,7 @@ enum { PAGES = 16, CASES = 24 };
 
 static struct source source = SOURCE_INIT;
 
-/* Which requests are answered so. */
+/* The requests that get such answers. */
 enum { COPY = 1, CONTINUE = 2, ZEROPAGE = 4, POISON = 8 };
 static const struct {
     int requests;

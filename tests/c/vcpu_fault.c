@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* kuf_vcpu_fault: the page is there when it returns, filled on the calling thread or waited for. */
+/* kuf_vcpu_fault: the page is present when it returns, filled on the calling thread or waited for. */
 #include "harness.h"
 
 #define BASE UINT64_C(0x60000000)

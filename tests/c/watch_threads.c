@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Whose fault it is: kuf_fill.thread; and kuf_watch_threads: how long all of a set of threads waited at once. */
+/*
+ * kuf_fill.thread, the thread of a fault; and kuf_watch_threads: the time in which all threads of a set waited at once.
+ */
 #include "harness.h"
 
 #define BASE UINT64_C(0x40000000)
@@ -21,7 +23,7 @@ static int defer(void *opaque, struct kuf_fill *fill)
     return KUF_FILL_DEFERRED;
 }
 
-/* Threads that touch the page that they are told to, one after the other: the vCPUs. */
+/* Threads that touch the pages that they are told to, one after the other: the vCPUs. */
 struct vcpu {
     pthread_t thread;
     _Atomic uint32_t tid;
@@ -89,7 +91,7 @@ static void *victim_body(void *argument)
     return NULL;
 }
 
-/* Waits that end with the service of their page, and not because the page comes. */
+/* Waits that end with the service of their page, and not because the page is filled. */
 static void ends_without_the_page(bool closes_slot, const char *what)
 {
     const uint64_t gpa = BASE << 1;

@@ -37,11 +37,11 @@ static inline void dump_handle(struct kuf *kuf)
     fflush(stdout);
 }
 
-/* ---- A watchdog over work that the program counts itself: for those that go on for a time that is set -------------------- */
+/* ---- A watchdog over work that the program counts itself: for programs that run for a set time --------------------------- */
 
 struct progress_watch {
     uint64_t (*work)(void);
-    /* Prints where the program stands; may be NULL. */
+    /* Prints the state of the program; may be NULL. */
     void (*describe)(void);
     unsigned patience_s;
     atomic_bool over;
@@ -58,7 +58,7 @@ static inline void *progress_watch_body(void *argument)
             last = work;
             since = now_ns();
         } else if (now_ns() - since > (uint64_t)watch->patience_s * 1000000000) {
-            /* If the library is so stuck that it does not even say how far it is, the alarm ends the program. */
+            /* If the library cannot even report its state, the alarm ends the program. */
             watchdog(10);
             printf("    HANG: nothing was done for %u s\n", watch->patience_s);
             if (watch->describe != NULL)
@@ -80,9 +80,9 @@ static inline void end_progress_watch(struct progress_watch *watch)
     pthread_join(watch->thread, NULL);
 }
 
-/* ---- A watchdog over what the library counts of the handle ---------------------------------------------------------- */
+/* ---- A watchdog over the library's counters of the handle ----------------------------------------------------------- */
 
-/* A count that grows while the test gets on. Refused installs are not in it. */
+/* A count that grows while the test makes progress. It leaves out refused installs. */
 static inline uint64_t watched_work(void)
 {
     struct kuf_stats_info s = {.size = sizeof(s)};
@@ -99,7 +99,7 @@ static inline void *watch_body(void *unused)
 {
     (void)unused;
     uint64_t patience = (uint64_t)watch_seconds * 1000000000, last = 0, end = now_ns() + patience;
-    /* It is no hang while it gets on, and for so long it may: the machine may be slow. */
+    /* It is no hang while there is progress, up to this time: the machine may be slow. */
     uint64_t limit = now_ns() + 10 * patience;
     for (; now_ns() < end && now_ns() < limit; sleep_ms(50)) {
         uint64_t work = watched_work();
@@ -109,7 +109,7 @@ static inline void *watch_body(void *unused)
             alarm(watch_seconds + 60);
         }
     }
-    /* If the library is so stuck that it does not even say how far it is, the alarm ends the program. */
+    /* If the library cannot even report its state, the alarm ends the program. */
     watchdog(10);
     printf("    HANG: %s\n", now_ns() < limit ? "nothing was done" : "it does not end");
     fflush(stdout);
@@ -118,7 +118,7 @@ static inline void *watch_body(void *unused)
     return NULL;
 }
 
-/* begin(), with a watchdog that describes `watched` first. */
+/* begin(), with a watchdog that prints the state of `watched` first. */
 static inline void begin_watched(unsigned seconds)
 {
     begin();

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * KUF_OPEN_DETECT_ZERO: pages of zeroes are opened as such, wherever the bytes come from, and take no memory; every other page
- * holds what was brought.
+ * KUF_OPEN_DETECT_ZERO: pages of zeroes are installed as zero pages, wherever the bytes come from, and take no memory;
+ * every other page holds its bytes.
  */
 #include "harness.h"
 
@@ -69,7 +69,7 @@ static int fill(void *opaque, struct kuf_fill *fill)
     return KUF_FILL_DONE;
 }
 
-/* The pages that a mapping takes, by the kernel's own count; the zero page is not in it. */
+/* The pages of a mapping, by the kernel's own count; the zero page does not count. */
 static long resident(const void *memory)
 {
     FILE *maps = fopen("/proc/self/smaps", "r");
@@ -126,7 +126,7 @@ static void add_of(struct kuf *kuf, enum how how, unsigned char *ram, int fd)
 static void private_memory(enum how how)
 {
     size_t page = page_size();
-    /* With neighbours of other rights, so that no mapping joins it. */
+    /* With neighbours of other access rights, so that no mapping merges with it. */
     unsigned char *room = mmap(NULL, (PAGES + 2) * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *ram = room + page;
     must(room != MAP_FAILED && mprotect(ram, PAGES * page, PROT_READ | PROT_WRITE) == 0, "guest memory");
     madvise(ram, PAGES * page, MADV_NOHUGEPAGE);
@@ -211,7 +211,10 @@ int main(void)
     ok(good(ram, 0, PAGES), "without the flag: each page is what was brought");
     close_with(kuf, 0);
 
-    /* Dropped, it comes from the source again, zeroes included; unreadable bytes are refused as without the flag. */
+    /*
+     * After a discard it comes from the source again, with its zeroes; unreadable bytes are refused as without the
+     * flag.
+     */
     ram = map_anonymous(PAGES * page);
     kuf = open_for(&how, KUF_OPEN_DETECT_ZERO);
     add_of(kuf, how, ram, -1);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* A small guest and its VMM: memory, threads that touch it, and the checks that hold whatever fails. */
+/* A small guest and its VMM: memory, threads that touch it, and the checks that hold whichever call fails. */
 #ifndef KUF_FAULTS_GUEST_H
 #define KUF_FAULTS_GUEST_H
 

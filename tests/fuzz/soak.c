@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The soak: faults, each with its bytes checked, for as long as KUF_SOAK_SECONDS says; and nothing may grow.
+ * The soak: serves faults and checks the bytes of each, for KUF_SOAK_SECONDS seconds; no resource may grow.
  *
  * A cycle opens a handle, adds slots, touches for some seconds, removes and closes. Each toucher has pages of its own.
  * It discards them, which makes the source's bytes of the next generation due, and touches each once: a fault fills

@@ -1,4 +1,4 @@
-//! A kernel as far as the library sees it: mappings, page tables, shared files, userfaultfd, epoll, eventfd.
+//! A kernel as far as the library uses it: mappings, page tables, shared files, userfaultfd, epoll, eventfd.
 //!
 //! Each call is one step, except where Linux lets others in between: those are points. Guest memory has addresses where
 //! nothing is mapped, so that a touch by the library cannot go unnoticed.
