@@ -151,6 +151,47 @@ static void asked_anew(void)
     close_with(kuf, KUF_END_POISON);
 }
 
+static int late_answer;
+
+/* Writes old bytes to the page itself, waits, and answers. */
+static int fill_late(void *opaque, struct kuf_fill *fill)
+{
+    source_fill(opaque, fill);
+    int written_before = atomic_fetch_add(&written, 1);
+    while (written_before == 0 && atomic_load(&hold))
+        sleep_ms(1);
+    return written_before == 0 ? late_answer : KUF_FILL_DONE;
+}
+
+/* What kuf_resolve takes after a discard, while a callback still writes to the page itself, is the page's. */
+static void resolved_since(int answer, const char *how)
+{
+    size_t page = page_size();
+    int fd;
+    unsigned char *ram = map_kind(true, PAGES * page, &fd), *bytes = map_anonymous(2 * page);
+    struct kuf *kuf = open_with((struct kuf_options){
+        .fill = fill_late, .event = source_event, .opaque = &source, .demand_run = page});
+    add_kind(kuf, BASE, ram, PAGES * page, fd);
+    late_answer = answer;
+    atomic_store(&source.generation, 1);
+    atomic_store(&written, 0);
+    atomic_store(&hold, true);
+    struct toucher toucher = {.memory = ram, .gpa = BASE, .length = page, .generation = 3};
+    start_toucher(&toucher);
+    wait_until(atomic_load(&written) == 1);
+    write_content(bytes, BASE, page, 2);
+    is(kuf_resolve(kuf, BASE, bytes, page, 0), 0, "%s: bytes are kept until the callback is done", how);
+    is(kuf_discard(kuf, BASE, page, KUF_DISCARD_REFILL), 0, "%s: and dropped with the page", how);
+    write_content(bytes, BASE, page, 3);
+    is(kuf_resolve(kuf, BASE, bytes, page, 0), 0, "%s: newer bytes are kept", how);
+    atomic_store(&hold, false);
+    ok(join_toucher(&toucher), "%s: the toucher gets the newer bytes", how);
+    is(atomic_load(&written), 1, "%s: the page was not asked for again", how);
+    close_with(kuf, KUF_END_POISON);
+    munmap(bytes, 2 * page);
+    close(fd);
+}
+
 int main(void)
 {
     begin();
@@ -161,5 +202,9 @@ int main(void)
         keeps_nothing(kind, KUF_DISCARD_ZERO);
     }
     asked_anew();
+    resolved_since(KUF_FILL_DONE, "the callback fills");
+    resolved_since(KUF_FILL_ZERO, "the callback says zero");
+    resolved_since(KUF_FILL_DEFERRED, "the callback defers");
+    resolved_since(-EIO, "the callback fails");
     return done();
 }

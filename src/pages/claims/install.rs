@@ -56,9 +56,10 @@ impl<W: Waits> Claims<W> {
     }
 
     /// The first part of `range` that `id` owns and whose bytes may not be used. True: a fill's bytes are in its place,
-    /// and have to be dropped. False: the bytes may be the guest's own, which was only unmapped.
+    /// and have to be dropped. False: the bytes may be the guest's own, which was only unmapped. Not those for which bytes
+    /// have come since: see [`Claims::early`].
     pub fn cancelled(&self, range: &Range<u64>, id: Id) -> Option<(Range<u64>, bool)> {
-        let mine = |c: &Claim<W>| c.id == id && c.owner == Owner::Fill && c.cancel.is_some();
+        let mine = |c: &Claim<W>| c.id == id && c.owner == Owner::Fill && c.cancel.is_some() && c.early.is_none();
         let scrub = |c: &Claim<W>| c.origin == State::Absent || c.cancel == Some(Cancel::Again);
         self.parts(range).find(|(_, claim)| mine(claim)).map(|(part, claim)| (part, scrub(claim)))
     }
@@ -66,7 +67,7 @@ impl<W: Waits> Claims<W> {
     /// Ends the cancelled claims of `id` in `range`, each as its `cancel` says now.
     pub fn settle_cancelled(&mut self, pages: &Pages, range: Range<u64>, id: Id) -> Settled<W> {
         let mut waiters = Waiters::default();
-        let mine = |c: &Claim<W>| c.id == id && c.owner == Owner::Fill && c.cancel.is_some();
+        let mine = |c: &Claim<W>| c.id == id && c.owner == Owner::Fill && c.cancel.is_some() && c.early.is_none();
         self.drain(range, mine, |run, claim| {
             let to = if claim.cancel == Some(Cancel::Removed) { State::Removed } else { State::Absent };
             pages.transition(run, State::Filling, to);

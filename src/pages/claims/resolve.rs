@@ -79,7 +79,8 @@ impl<W: Waits> Claims<W> {
     }
 
     /// Keeps `bytes` for `range`, which [`Claims::take`] named as early. Returns them when the callback has returned
-    /// meanwhile, or the slot is shut: its pages are to be poisoned, and bytes written in their place reach no guest.
+    /// meanwhile, or the slot is shut: its pages are to be poisoned, and bytes written in their place reach no guest. Pages
+    /// that the guest has given back stay so.
     pub fn stash(&mut self, range: Range<u64>, bytes: Early) -> Result<(), Early> {
         self.isolate(&range);
         match self.by_start.first_mut(range.clone()) {
@@ -90,25 +91,39 @@ impl<W: Waits> Claims<W> {
                     && claim.owner == Owner::Fill
                     && claim.early.is_none() =>
             {
-                claim.early = Some(bytes);
-                claim.answered = true;
+                if claim.cancel != Some(Cancel::Removed) {
+                    claim.early = Some(bytes);
+                    claim.answered = true;
+                }
                 Ok(())
             }
             _ => Err(bytes),
         }
     }
 
-    /// Takes the first early bytes for the pages of `range` that `id` owns, after the owner's own fill has failed.
+    /// Takes the first early bytes for the pages of `range` that `id` owns, after the owner's own fill has failed, or was
+    /// cancelled by a discard. A discard drops the bytes that came before it, so these are valid.
     pub fn early(&mut self, range: &Range<u64>, id: Id) -> Option<(Range<u64>, Early)> {
         self.isolate(range);
         let mut early = None;
         self.each(range.clone(), |run, claim| {
             if claim.id == id && claim.owner == Owner::Fill {
                 early = claim.early.take().map(|bytes| (run, bytes));
+                if early.is_some() {
+                    claim.cancel = None;
+                }
             }
             early.is_none()
         });
         early
+    }
+
+    /// Whether a page of `range` that `id` owns has early bytes, or was cancelled.
+    pub fn has_early_or_cancelled(&self, range: &Range<u64>, id: Id) -> bool {
+        // Not of a claim that could not be split at an end of `range`.
+        let mine = |c: &Claim<W>| c.id == id && c.owner == Owner::Fill && c.end <= range.end;
+        let mut its = self.by_start.range(range.start..range.end);
+        its.any(|(_, c)| mine(c) && (c.early.is_some() || c.cancel.is_some()))
     }
 
     /// The runs that the caller was asked for, in order: those it owes, and those whose callback has not returned yet.

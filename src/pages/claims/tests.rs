@@ -115,3 +115,36 @@ fn what_the_host_owes_again_may_be_half_filled() {
     let (end, _) = claims.shut(&pages);
     assert_eq!(claims.half_filled(&(0..1), end), Some(0..1));
 }
+
+#[test]
+fn bytes_that_come_after_a_discard_are_used_and_those_from_before_are_not() {
+    let (mut claims, pages) = slot();
+    let (id, _) = claims.claim(&pages, 0, 2, State::Absent, terms(Owner::Fill)).unwrap();
+    let early = claims.take(&pages, 0..2, true, None).early;
+    early.into_iter().for_each(|run| claims.stash(run, Early::Zero).unwrap());
+    claims.begin_discard(&pages, 0..2, false).unwrap();
+    assert!(claims.early(&(0..2), id).is_none(), "they were dropped");
+    assert_eq!(claims.take(&pages, 1..2, true, None).early, std::slice::from_ref(&(1..2)));
+    claims.stash(1..2, Early::Zero).unwrap();
+    // The callback returns bytes of its own, which are old.
+    let begun = claims.begin_install(0..2, id);
+    assert!(begun.cancelled && begun.runs.is_empty());
+    assert_eq!(claims.cancelled(&(0..2), id), Some((0..1, true)));
+    drop(claims.settle_cancelled(&pages, 0..2, id).waiters);
+    assert_eq!((pages.get(0), pages.get(1)), (State::Absent, State::Filling));
+    assert!(claims.has_early_or_cancelled(&(0..2), id));
+    assert!(matches!(claims.early(&(0..2), id), Some((run, Early::Zero)) if run == (1..2)));
+    assert_eq!(claims.begin_install(0..2, id).runs[0], 1..2, "they are valid");
+}
+
+#[test]
+fn bytes_that_come_after_the_guest_gave_the_page_back_are_dropped() {
+    let (mut claims, pages) = slot();
+    let (id, _) = claims.claim(&pages, 0, 1, State::Absent, terms(Owner::Fill)).unwrap();
+    drop(claims.remove(&pages, 0..1, true).waiters);
+    let early = claims.take(&pages, 0..1, true, None).early;
+    early.into_iter().for_each(|run| claims.stash(run, Early::Zero).unwrap());
+    assert!(claims.early(&(0..1), id).is_none());
+    drop(claims.settle_cancelled(&pages, 0..1, id).waiters);
+    assert_eq!(pages.get(0), State::Removed);
+}

@@ -22,7 +22,7 @@ use crate::service::config::Resolution;
 use crate::service::fault::bytes::Bytes;
 use crate::service::fault::install::Failed;
 use crate::service::fault::retry::{Backoff, RetryLimits};
-use crate::service::fault::{install, settle, zero};
+use crate::service::fault::{settle, zero};
 use crate::service::inside::{filling_here, refuse_inside_quiet};
 use crate::service::queues::quiet;
 use crate::service::Service;
@@ -187,7 +187,7 @@ fn resolve_run(
         Resolution::Data(src) => Content::Copy(src),
     };
     // src starts at the first page of the call.
-    let (opened, result) = install::install(service, slot, id, run, Bytes::plain(content, base));
+    let (opened, result) = settle::install(service, slot, id, run, Bytes::plain(content, base));
     result.map(|()| opened).map_err(|failed| failed.errno)
 }
 
@@ -220,7 +220,7 @@ fn write_in_place(
             }
         };
         let bytes = Bytes { zeroes: &zeroes, ..bytes };
-        let (n, result) = install::install(service, slot, id, part.clone(), bytes);
+        let (n, result) = settle::install(service, slot, id, part.clone(), bytes);
         opened += n;
         left.start = match result {
             Ok(()) => part.end,
@@ -249,7 +249,7 @@ fn resolve_through_buffer(
             let zeroes = &zero::zeroes(slot, id, &part, buffer.at());
             let content = Content::Copy(buffer.at().as_ptr());
             let bytes = Bytes { zeroes, ..Bytes::plain(content, part.start) };
-            let (n, result) = install::install(service, slot, id, part, bytes);
+            let (n, result) = settle::install(service, slot, id, part, bytes);
             opened += n;
             result.map_err(|failed| failed.errno)
         });
@@ -345,7 +345,7 @@ pub fn there(service: &Service, slot: &Arc<Slot>, pages: &Range<u64>) -> Result<
 fn book_present(service: &Service, slot: &Arc<Slot>, id: Id, run: Range<u64>) -> std::result::Result<u64, Errno> {
     let (mut booked, mut from) = (0, run.start);
     while from < run.end {
-        let (n, result) = install::install(service, slot, id, from..run.end, Bytes::plain(Content::Verify, from));
+        let (n, result) = settle::install(service, slot, id, from..run.end, Bytes::plain(Content::Verify, from));
         booked += n;
         match result {
             Ok(()) => break,

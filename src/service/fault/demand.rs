@@ -184,7 +184,7 @@ fn zero(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
     }
     if slot.shared.is_some() {
         // If the file still holds the page, it was only unmapped, and its bytes are the guest's own.
-        match install::install(service, slot, id, pages.clone(), Bytes::plain(Content::Map, pages.start)) {
+        match settle::install(service, slot, id, pages.clone(), Bytes::plain(Content::Map, pages.start)) {
             (_, Err(failed)) if failed.errno == Errno::FAULT => {}
             (_, Err(failed)) => return settle::could_not(service, slot, id, pages, failed.errno),
             (_, Ok(())) => return,
@@ -197,7 +197,7 @@ fn zero(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
         Ok(false) => Bytes::plain(Content::Zero, pages.start),
         Err(errno) => return settle::could_not(service, slot, id, pages, errno),
     };
-    let (_, result) = install::install(service, slot, id, pages.clone(), bytes);
+    let (_, result) = settle::install(service, slot, id, pages.clone(), bytes);
     if let Err(failed) = result {
         settle::could_not(service, slot, id, pages, failed.errno);
     }
@@ -243,7 +243,7 @@ pub fn map(service: &Service, slot: &Arc<Slot>, id: Id, page: u64) {
         Some(Content::Zero) => Bytes::plain(Content::Zero, page),
         _ => Bytes::present(page),
     };
-    match install::install(service, slot, id, pages.clone(), bytes) {
+    match settle::install(service, slot, id, pages.clone(), bytes) {
         (_, Ok(())) => {}
         (_, Err(failed)) if failed.errno == Errno::FAULT && slot.shared.is_some() => {
             zero(service, slot, id, pages);

@@ -21,7 +21,7 @@ use crate::service::fault::bytes::{Bytes, Counted};
 use crate::service::fault::install::Failed;
 use crate::service::fault::pin::FillPin;
 use crate::service::fault::retry::RetryLimits;
-use crate::service::fault::{huge, install, retry, settle, zero};
+use crate::service::fault::{huge, retry, settle, zero};
 use crate::service::Service;
 use crate::source::{Found, Source, Wanted};
 use crate::stats::trace;
@@ -107,7 +107,7 @@ pub fn fill(service: &Service, run: &Fill) -> Result<(), Errno> {
             let patience = Some(&run.patience);
             let (base, wanted) = (pages.start, *wanted);
             let bytes = Bytes { content, counted, base, zeroes: &zeroes, wanted, background, since, patience };
-            let (installed, result) = install::install(service, slot, *id, done.clone(), bytes);
+            let (installed, result) = settle::install(service, slot, *id, done.clone(), bytes);
             not_installed(service, run, installed, &done, result)
         }
         Err(errno) => Err(errno),
@@ -187,8 +187,7 @@ fn supply(service: &Service, run: &Fill, place: &mut Option<FillPlace>) -> Resul
         (Answer::Deferred, _) => {
             service.stats.here().fills_deferred(1);
             slot.claims().defer(pages.clone(), *id);
-            settle::install_early(service, slot, *id, pages);
-            settle::abandon_cancelled(service, slot, *id, pages.clone());
+            settle::settle_cancelled(service, slot, *id, pages);
             Ok(None)
         }
         (Answer::Failed(errno), _) => {

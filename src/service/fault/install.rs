@@ -49,21 +49,26 @@ pub struct Install<'a> {
     ready: Range<u64>,
     /// The slot has become whole by this install.
     whole: bool,
+    /// Some pages were discarded or given back meanwhile.
+    cancelled: bool,
 }
 
-/// Installs what the claim `id` still owns of `pages` with `bytes`, and wakes the threads that wait for them. Returns how
-/// many pages were installed here.
-pub fn install<'a>(
-    service: &'a Service,
-    slot: &'a Arc<Slot>,
-    id: Id,
-    pages: Range<u64>,
-    bytes: Bytes<'a>,
-) -> (u64, Result<(), Failed>) {
+/// The outcome of an install.
+pub struct Outcome {
+    /// How many pages were installed.
+    pub installed: u64,
+    pub result: Result<(), Failed>,
+    /// Some pages were discarded or given back meanwhile. Those with bytes that came since are still to be installed:
+    /// see [`settle::install`](super::settle::install).
+    pub cancelled: bool,
+}
+
+/// Installs what the claim `id` still owns of `pages` with `bytes`, and wakes the threads that wait for them.
+pub fn install<'a>(service: &'a Service, slot: &'a Arc<Slot>, id: Id, pages: Range<u64>, bytes: Bytes<'a>) -> Outcome {
     let started = bytes.since.unwrap_or_else(Instant::now);
     let (stats, all) = (service.stats.here(), pages.clone());
-    let (installed, ended, ready, whole) = (0, None, 0..0, false);
-    let mut install = Install { service, slot, id, bytes, stats, all, installed, ended, ready, whole };
+    let (installed, ended, ready, whole, cancelled) = (0, None, 0..0, false, false);
+    let mut install = Install { service, slot, id, bytes, stats, all, installed, ended, ready, whole, cancelled };
     let mut at = pages.start;
     if let Content::Move(from) = bytes.content {
         at = install.move_huge(&pages);
@@ -89,7 +94,7 @@ pub fn install<'a>(
     if install.whole {
         complete::tell_whole(service, slot);
     }
-    (install.installed, result)
+    Outcome { installed: install.installed, result, cancelled: install.cancelled }
 }
 
 impl Install<'_> {
@@ -212,6 +217,7 @@ impl Install<'_> {
         };
         let Begun { runs, cancelled, until } = begun;
         if cancelled {
+            self.cancelled = true;
             self.whole |= settle_cancelled(self.service, slot, id, pages.clone());
         }
         let mut stopped = None;

@@ -9,11 +9,13 @@ use crate::memory::{Slot, Waiter};
 use crate::pages::claims::{Early, Id, Waiters};
 use crate::pages::State;
 use crate::service::fault::bytes::Bytes;
+use crate::service::fault::install::{Failed, Outcome};
 use crate::service::fault::pin::EventPin;
 use crate::service::fault::retry::RetryLimits;
 use crate::service::fault::{complete, install, retry};
 use crate::service::Service;
 use crate::sync::atomic::Ordering;
+use crate::sync::time::Instant;
 use crate::sync::Arc;
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -64,14 +66,34 @@ pub fn abandon_as(
     }
 }
 
-/// As [`settle_cancelled`], where no install follows.
-pub fn abandon_cancelled(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
-    let gate = slot.mechanism.gate().read();
-    let whole = install::settle_cancelled(service, slot, id, pages);
-    drop(gate);
-    if whole {
-        complete::tell_whole(service, slot);
+/// Settles the pages of the claim `id` that were discarded or given back while it was filled: with the bytes that came
+/// since, or as dropped.
+pub fn settle_cancelled(service: &Service, slot: &Arc<Slot>, id: Id, pages: &Range<u64>) {
+    while slot.claims().has_early_or_cancelled(pages, id) {
+        install_early(service, slot, id, pages);
+        let gate = slot.mechanism.gate().read();
+        let whole = install::settle_cancelled(service, slot, id, pages.clone());
+        drop(gate);
+        if whole {
+            complete::tell_whole(service, slot);
+        }
     }
+}
+
+/// Installs what the claim `id` still owns of `pages` with `bytes`. Pages that were discarded meanwhile get the bytes
+/// that came since, if any did. Returns how many pages were installed with `bytes`.
+pub fn install(
+    service: &Service,
+    slot: &Arc<Slot>,
+    id: Id,
+    pages: Range<u64>,
+    bytes: Bytes<'_>,
+) -> (u64, Result<(), Failed>) {
+    let Outcome { installed, result, cancelled } = install::install(service, slot, id, pages.clone(), bytes);
+    if cancelled {
+        settle_cancelled(service, slot, id, &pages);
+    }
+    (installed, result)
 }
 
 pub fn could_not(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: Errno) {
@@ -93,40 +115,60 @@ pub fn install_early(service: &Service, slot: &Arc<Slot>, id: Id, pages: &Range<
     let patience = RetryLimits::default();
     let next = || slot.claims().early(pages, id);
     while let Some((pages, bytes)) = next() {
-        // Bytes that are in place already may have been dropped since: the page must not be made anew for them.
-        let written = matches!(bytes, Early::Data(_) | Early::Zero);
-        let at = match if written { place_in(service, slot, &pages, &patience) } else { Ok(None) } {
-            Ok(at) => at,
-            Err(errno) => {
-                could_not(service, slot, id, pages, errno);
+        if let Early::Poison = bytes {
+            poison(service, slot, id, pages, Errno::IO, "poisoned by kuf_resolve");
+            continue;
+        }
+        let mut left = pages.clone();
+        let held = |left: &Range<u64>| slot.claims().held(left, id);
+        while let Some(part) = held(&left) {
+            let result = install_early_run(service, slot, id, &part, (&bytes, pages.start), &patience);
+            let Err(Failed { page, errno }) = result else {
+                left.start = part.end;
                 continue;
+            };
+            left.start = page;
+            // The page was dropped from the file in between, and is written again. What was in place only is lost.
+            let again = errno == Errno::FAULT && slot.shared.is_some() && !matches!(bytes, Early::InPlace);
+            if !again || !patience.for_memory(Instant::now()) {
+                could_not(service, slot, id, left, errno);
+                break;
             }
-        };
-        let base = pages.start;
-        let bytes = match (&bytes, at) {
-            (Early::Data(bytes), Some(at)) => {
-                // SAFETY: `place` made these bytes writable, and the claim makes them this thread's; `bytes` is as long.
-                unsafe { at.copy_from_nonoverlapping(NonNull::from(&**bytes).cast(), bytes.len()) };
-                Bytes::plain(Content::Map, base)
-            }
-            (Early::Data(bytes), None) => Bytes::plain(Content::Copy(bytes.as_ptr()), base),
-            (Early::Zero, Some(at)) => {
-                // SAFETY: as above.
-                unsafe { at.write_bytes(0, ((pages.end - pages.start) * slot.granule) as usize) };
-                Bytes::zero_in_place(base)
-            }
-            (Early::Zero, None) => Bytes::plain(Content::Zero, base),
-            (Early::InPlace, _) => Bytes::plain(Content::Map, base),
-            (Early::Poison, _) => {
-                poison(service, slot, id, pages.clone(), Errno::IO, "poisoned by kuf_resolve");
-                continue;
-            }
-        };
-        let (_, result) = install::install(service, slot, id, pages.clone(), bytes);
-        if let Err(failed) = result {
-            could_not(service, slot, id, failed.page..pages.end, failed.errno);
         }
     }
+}
+
+/// Installs `pages` with early bytes, which begin at page `base`.
+fn install_early_run(
+    service: &Service,
+    slot: &Arc<Slot>,
+    id: Id,
+    pages: &Range<u64>,
+    (bytes, base): (&Early, u64),
+    patience: &RetryLimits,
+) -> Result<(), Failed> {
+    let from = ((pages.start - base) * slot.granule) as usize;
+    let len = ((pages.end - pages.start) * slot.granule) as usize;
+    // Bytes that are in place already may have been dropped since: the page must not be made anew for them.
+    let written = matches!(bytes, Early::Data(_) | Early::Zero);
+    let at = if written { place_in(service, slot, pages, patience) } else { Ok(None) };
+    let at = at.map_err(|errno| Failed { page: pages.start, errno })?;
+    let bytes = match (bytes, at) {
+        (Early::Data(bytes), Some(at)) => {
+            // SAFETY: `place` made these bytes writable, and the claim makes them this thread's; `bytes` has as many.
+            unsafe { at.copy_from_nonoverlapping(NonNull::from(&bytes[from..from + len]).cast(), len) };
+            Bytes::plain(Content::Map, pages.start)
+        }
+        (Early::Data(bytes), None) => Bytes::plain(Content::Copy(bytes[from..].as_ptr()), pages.start),
+        (Early::Zero, Some(at)) => {
+            // SAFETY: as above.
+            unsafe { at.write_bytes(0, len) };
+            Bytes::zero_in_place(pages.start)
+        }
+        (Early::Zero, None) => Bytes::plain(Content::Zero, pages.start),
+        (Early::InPlace | Early::Poison, _) => Bytes::plain(Content::Map, pages.start),
+    };
+    install::install(service, slot, id, pages.clone(), bytes).result
 }
 
 /// Where to write `pages` in place, if that is how the slot is filled. A shortage of memory is waited out.
@@ -164,7 +206,7 @@ pub fn poison_with(
     let (gpa, len) = slot.gpa_of(&pages);
     let reason = Reason(errno);
     let bytes = Bytes { patience, ..Bytes::plain(content, pages.start) };
-    let (poisoned, result) = install::install(service, slot, id, pages.clone(), bytes);
+    let Outcome { installed: poisoned, result, .. } = install::install(service, slot, id, pages.clone(), bytes);
     let (closed, all) = match result {
         Ok(()) => (0, true),
         Err(failed) if failed.errno == Errno::CANCELED && patience.is_none() && service.ends(slot) => {
