@@ -6,7 +6,7 @@ use crate::abi::*;
 use crate::error::{Error, Result};
 use crate::probe::{report, Report};
 
-/// The mechanisms and features that work on this host, and why the rest does not. Made by [`probe`].
+/// The mechanisms and features that work on this host, and why the rest does not. Made by [`probe()`].
 pub struct Probe {
     report: Report,
     /// KUF_FEATURE_*.
