@@ -176,6 +176,9 @@ impl Map {
     /// The parts of `hva` that slots of `mechanism` have mapped: slot and bytes of it. The caller decides about the
     /// pages at the ends: [`Slot::pages_of`] has all touched pages, [`Slot::pages_inside`] those that are covered as a
     /// whole.
+    ///
+    /// [`Slot::pages_of`]: crate::mapping::Region::pages_of
+    /// [`Slot::pages_inside`]: crate::mapping::Region::pages_inside
     pub fn within_hva(&self, mechanism: u32, hva: Range<u64>) -> impl Iterator<Item = (&Arc<Slot>, Range<u64>)> {
         let of = self.placed_in(mechanism, &hva);
         self.index[of].iter().filter_map(move |placed| Some((&placed.slot, placed.within(&hva)?)))

@@ -6,7 +6,7 @@
 
 // Miri has no inline assembly.
 #[cfg(not(miri))]
-use ::probe::probe;
+use sdt::probe;
 
 #[cfg(miri)]
 macro_rules! probe {

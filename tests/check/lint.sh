@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# Runs rustfmt, clippy with warnings as errors, and shellcheck; and compares tests/README.md with the tests there are, and
-# docs/architecture.md with the files and constants of src/; and looks for names that are gone in all documents.
+# Runs rustfmt, clippy and rustdoc with warnings as errors, the examples in doc comments, and shellcheck; and compares
+# tests/README.md with the tests there are, and docs/architecture.md with the files and constants of src/; and looks for names
+# that are gone in all documents.
 
 . "$(dirname "$0")/common.sh"
 
@@ -17,6 +18,10 @@ component() {
 component fmt rustfmt && try "cargo fmt --check" cargo fmt --check
 component clippy clippy && try "cargo clippy" cargo clippy --all-targets --features vm-memory -- -D warnings
 try "cargo doc" env RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --lib --features vm-memory
+try "cargo doc, with private items" env RUSTDOCFLAGS="-D warnings" \
+    cargo doc --no-deps --lib --features vm-memory --document-private-items
+# A fenced block without `text` is one of them, wherever it is: cargo doc says nothing of it.
+try "examples in doc comments" cargo test --doc --features vm-memory
 
 if tests/check/need.sh shellcheck=shellcheck 2>"$work/why"; then
     try "shellcheck" shellcheck -x -P SCRIPTDIR tests/check/*.sh tests/kernels/*.sh packaging/*.sh .ci/run

@@ -186,7 +186,7 @@ fn note(service: &Service, level: u32, text: impl FnOnce() -> Words, work: &mut 
     }
 }
 
-/// The slots' mappings have changed. The change cannot be refused: see [`shortage::end_if_lost`].
+/// The slots' mappings have changed. The change cannot be refused: see [`crate::service::fault::shortage::end_if_lost`].
 fn move_slots(service: &Service, mechanism: u32, hva: &Range<u64>, to: Option<u64>) {
     if patiently(|| needed(|| service.memory.moved(mechanism, hva, to)).map_err(|_| NoMemory)).is_err() {
         // The addresses may be another mapping's: they are left alone, and absent pages stay absent.
