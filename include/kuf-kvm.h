@@ -80,7 +80,7 @@ struct kuf_kvm_memory {
 
 #ifdef __cplusplus
 extern "C" {
-#endif // __cplusplus
+#endif /* __cplusplus */
 
 /*
  * Reports the address of the bitmap of the slot that starts at gpa, for
@@ -135,7 +135,7 @@ int kuf_kvm_quiesce(struct kuf *kuf, int timeout_ms);
 #define KUF_HAVE_KUF_KVM_QUIESCE 1
 
 #ifdef __cplusplus
-}  // extern "C"
-#endif  // __cplusplus
+}  /* extern "C" */
+#endif  /* __cplusplus */
 
 #endif  /* KUF_KVM_H */

@@ -527,7 +527,7 @@ struct kuf_block_time {
 
 #ifdef __cplusplus
 extern "C" {
-#endif // __cplusplus
+#endif /* __cplusplus */
 
 /* Returns the version of the loaded library: KUF_VERSION_MAJOR << 16 | KUF_VERSION_MINOR << 8 | KUF_VERSION_PATCH. */
 uint32_t kuf_version(void);
@@ -883,7 +883,7 @@ ssize_t kuf_block_times(struct kuf *kuf, struct kuf_block_time *times, size_t n)
 #define KUF_HAVE_KUF_BLOCK_TIMES 1
 
 #ifdef __cplusplus
-}  // extern "C"
-#endif  // __cplusplus
+}  /* extern "C" */
+#endif  /* __cplusplus */
 
 #endif  /* KUF_H */

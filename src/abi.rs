@@ -325,7 +325,7 @@ pub struct kuf_handle {
 
 /// What works on this host. Filled by kuf_probe.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_probe_info {
     /// sizeof(struct kuf_probe_info), set by the caller. Fields unknown to the library are zeroed.
     pub size: u32,
@@ -349,7 +349,7 @@ pub struct kuf_probe_info {
 
 /// A run of pages to fill, as the fill callback gets it. Valid until the callback returns.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_fill {
     /// Size of the struct that the library passed; do not access fields beyond it.
     pub size: u32,
@@ -388,7 +388,7 @@ pub struct kuf_fill {
 
 /// A page fault, from kuf_read and kuf_pending. 64 bytes on 64-bit machines.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_fault {
     /// Guest physical address; a multiple of the slot's page size.
     pub gpa: u64,
@@ -413,7 +413,7 @@ pub struct kuf_fault {
 
 /// What the event callback gets. Valid until the callback returns.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_event {
     /// Size of the struct that the library passed; do not access fields beyond it.
     pub size: u32,
@@ -472,7 +472,7 @@ pub type kuf_release_fn = Option<unsafe extern "C-unwind" fn(opaque: *mut c_void
 /// end_timeout_ms  milliseconds  30000     0xffffffff: none  KUF_END_POPULATE only
 /// ```
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_options {
     /// sizeof(struct kuf_options), set by the caller.
     pub size: u32,
@@ -537,7 +537,7 @@ pub struct kuf_options {
 
 /// Where the pages of a slot come from without a callback: kuf_memory.source.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_source {
     /// sizeof(struct kuf_source), set by the caller.
     pub size: u32,
@@ -557,7 +557,7 @@ pub struct kuf_source {
 
 /// A memory slot: a guest physical range and the mapping behind it.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_memory {
     /// sizeof(struct kuf_memory), set by the caller.
     pub size: u32,
@@ -595,7 +595,7 @@ pub struct kuf_memory {
 
 /// What to fill ahead of demand.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_populate_request {
     /// sizeof(struct kuf_populate_request), set by the caller.
     pub size: u32,
@@ -611,7 +611,7 @@ pub struct kuf_populate_request {
 
 /// State of a slot or of all slots, in bytes: present + removed + absent + filling + deferred + poisoned = total.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_progress_info {
     /// sizeof(struct kuf_progress_info), set by the caller. Fields unknown to the library are zeroed.
     pub size: u32,
@@ -637,7 +637,7 @@ pub struct kuf_progress_info {
 
 /// Settings in effect, with defaults filled in. Filled by kuf_settings.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_settings_info {
     /// sizeof(struct kuf_settings_info), set by the caller. Fields unknown to the library are zeroed.
     pub size: u32,
@@ -665,7 +665,7 @@ pub struct kuf_settings_info {
 
 /// Latency histogram in nanoseconds, one bucket per power of two.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_histogram {
     /// Number of values.
     pub count: u64,
@@ -679,7 +679,7 @@ pub struct kuf_histogram {
 
 /// Counters since kuf_open. Each is read on its own, so sums may be off by what is in progress.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_stats_info {
     /// sizeof(struct kuf_stats_info), set by the caller. Fields unknown to the library are zeroed.
     pub size: u32,
@@ -753,7 +753,7 @@ pub struct kuf_stats_info {
 
 /// How long one thread was blocked on page faults.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_block_time {
     /// Thread ID, in the pid namespace of the process that opened the userfaultfd.
     pub thread: u32,
@@ -767,28 +767,32 @@ pub struct kuf_block_time {
     pub max_ns: u64,
 }
 
-macro_rules! sized_defaults {
-    ($($name:ident),* $(,)?) => {
+macro_rules! defaults {
+    ($zeroes:literal: $($name:ident $({ $size:ident })?),* $(,)?) => {
         $(
             impl Default for $name {
-                /// All zeroes but `size`.
+                #[doc = $zeroes]
                 fn default() -> Self {
                     // SAFETY: integers, pointers and optional functions: all zeroes are a value.
                     let zero: Self = unsafe { std::mem::zeroed() };
-                    Self { size: size_of::<Self>() as u32, ..zero }
+                    Self { $($size: size_of::<Self>() as u32,)? ..zero }
                 }
             }
         )*
     };
 }
 
-sized_defaults!(
-    kuf_options,
-    kuf_source,
-    kuf_memory,
-    kuf_kvm_memory,
-    kuf_populate_request,
-    kuf_probe_info,
-    kuf_progress_info,
-    kuf_stats_info,
+defaults!(
+    "All zeroes but `size`.":
+    kuf_options { size },
+    kuf_source { size },
+    kuf_memory { size },
+    kuf_kvm_memory { size },
+    kuf_populate_request { size },
+    kuf_probe_info { size },
+    kuf_progress_info { size },
+    kuf_settings_info { size },
+    kuf_stats_info { size },
 );
+
+defaults!("All zeroes.": kuf_fault, kuf_histogram, kuf_block_time);

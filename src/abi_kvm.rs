@@ -48,7 +48,7 @@ pub const KUF_KVM_EVENT_UNSIGNALLED: u32 = 50;
 
 /// What a memory slot says to the mechanisms of this header: kuf_memory.kvm.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct kuf_kvm_memory {
     /// sizeof(struct kuf_kvm_memory), set by the caller.
     pub size: u32,

@@ -70,7 +70,10 @@
 mod abi;
 #[cfg(not(loom))]
 mod abi_kvm;
-#[doc(hidden)]
+// The models and the simulation, in tests/, use these three modules.
+#[cfg(not(loom))]
+mod alloc;
+#[cfg(loom)]
 pub mod alloc;
 #[cfg(not(loom))]
 mod api;
@@ -97,7 +100,9 @@ mod mechanism;
 mod memory;
 #[cfg(not(loom))]
 mod os;
-#[doc(hidden)]
+#[cfg(not(loom))]
+mod pages;
+#[cfg(loom)]
 pub mod pages;
 #[cfg(not(loom))]
 mod panics;
@@ -111,7 +116,9 @@ mod service;
 mod source;
 #[cfg(not(loom))]
 mod stats;
-#[doc(hidden)]
+#[cfg(not(any(loom, shuttle)))]
+mod sync;
+#[cfg(any(loom, shuttle))]
 pub mod sync;
 /// The functions, structs and constants of `kuf.h`, as they are in C. Each struct has a `Default` with its `size` set.
 #[cfg(not(loom))]

@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use crate::alloc::has_room;
-use crate::sync::{thread, thread_local, Once};
+use crate::sync::{thread_local, Once};
 
 thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
@@ -20,7 +20,7 @@ pub fn quietly<T>(body: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     // Without memory for the hook, a later call sets it.
     if !HOOK.is_completed() && has_room().is_err() {
-        return with(true, body).map_err(|panic| message(&*panic));
+        return with(true, body, message);
     }
     HOOK.call_once(|| {
         let before = std::panic::take_hook();
@@ -30,19 +30,31 @@ pub fn quietly<T>(body: impl FnOnce() -> T) -> Result<T, String> {
             }
         }));
     });
-    with(true, body).map_err(|panic| message(&*panic))
+    with(true, body, message)
 }
 
 /// Runs the caller's code: its panics are caught too, but printed as the caller wants. None: it panicked.
 pub fn loudly<T>(body: impl FnOnce() -> T) -> Option<T> {
-    with(false, body).ok()
+    with(false, body, |_| ()).ok()
 }
 
-fn with<T>(quiet: bool, body: impl FnOnce() -> T) -> thread::Result<T> {
+fn with<T, E>(quiet: bool, body: impl FnOnce() -> T, error: impl FnOnce(&(dyn Any + Send)) -> E) -> Result<T, E> {
     let before = QUIET.replace(quiet);
-    let result = catch_unwind(AssertUnwindSafe(body));
+    let result = caught(body, error);
     QUIET.set(before);
     result
+}
+
+/// Runs `body`, whose panic goes no further: not even where what it panicked with panics when it is dropped.
+pub fn caught<T, E>(body: impl FnOnce() -> T, error: impl FnOnce(&(dyn Any + Send)) -> E) -> Result<T, E> {
+    catch_unwind(AssertUnwindSafe(body)).map_err(|panic| {
+        let error = error(&*panic);
+        if let Err(another) = catch_unwind(AssertUnwindSafe(|| drop(panic))) {
+            // This one might panic too, and so on.
+            std::mem::forget(another);
+        }
+        error
+    })
 }
 
 fn message(panic: &(dyn Any + Send)) -> String {

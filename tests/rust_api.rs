@@ -124,6 +124,13 @@ fn types_may_be_used_by_many_threads() {
     shared::<Slot>();
     shared::<Fault>();
     shared::<kuf::Error>();
+    shared::<kuf::Probe>();
+    shared::<kuf::Stats>();
+    shared::<kuf::Progress>();
+    shared::<kuf::Settings>();
+    shared::<Event<'static>>();
+    fn moved<T: Send + 'static>() {}
+    moved::<Options>();
 }
 
 #[test]
@@ -508,6 +515,25 @@ fn the_host_is_probed() {
 fn the_structs_of_kuf_h_have_defaults() {
     let memory = kuf::sys::kuf_memory { gpa: GPA, ..Default::default() };
     assert_eq!((memory.size as usize, memory.len), (size_of::<kuf::sys::kuf_memory>(), 0));
+    assert!(format!("{memory:?}").starts_with("kuf_memory { size: "));
+    let mut sized = Vec::new();
+    macro_rules! check {
+        ($($name:ident)*) => {
+            $(
+                assert_eq!(kuf::sys::$name::default().size as usize, size_of::<kuf::sys::$name>());
+                sized.push(stringify!($name));
+            )*
+        };
+    }
+    check!(kuf_probe_info kuf_options kuf_source kuf_memory kuf_populate_request kuf_progress_info kuf_settings_info);
+    check!(kuf_stats_info kuf_kvm_memory);
+    // Each struct whose size the caller sets.
+    let source = concat!(include_str!("../src/abi.rs"), include_str!("../src/abi_kvm.rs"));
+    let set_by_the_caller = source.lines().filter_map(|line| line.trim().strip_prefix("/// sizeof(struct "));
+    let named: Vec<_> =
+        set_by_the_caller.filter_map(|line| line.split_once("), set by the caller").map(|(name, _)| name)).collect();
+    assert_eq!(named, sized);
+    assert_eq!(kuf::sys::kuf_fault::default().len + kuf::sys::kuf_block_time::default().faults, 0);
     assert_eq!(kuf::sys::kuf_version() >> 16, kuf::sys::KUF_VERSION_MAJOR);
 }
 

@@ -169,6 +169,7 @@ impl<T> List<T> {
         self.len == 0
     }
 
+    #[cfg(any(test, loom))]
     pub fn len(&self) -> usize {
         self.len
     }

@@ -8,6 +8,7 @@ use crate::caller::Keep;
 use crate::error::{words, Result};
 use crate::memory::Opaque;
 use crate::service::config::{NewMemory, NewSource};
+use crate::service::inside::kept;
 use crate::source::check_len as check_source_len;
 use crate::sync::Arc;
 use crate::uapi::kvm::{KVM_MEMORY_ATTRIBUTE_USERFAULT, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
@@ -41,7 +42,8 @@ impl<'a> Memory<'a> {
     /// # Safety
     /// The library may write to this memory at any time from [`Kuf::add_memory`](crate::Kuf::add_memory) on, until
     /// [`Slot::remove`](crate::Slot::remove) or the end of the handle has returned (after
-    /// [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting): until the fill callback is dropped). During that time:
+    /// [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting), or if the handle is dropped in a callback: until the
+    /// fill callback is dropped; after `mem::forget` of the handle: always). During that time:
     /// - The memory stays mapped. madvise(2), munmap(2) and mremap(2) of a guest's memory are allowed. [`Memory::keep`] can keep
     ///   its owner alive.
     /// - The program uses it by raw pointers only, and no reference to its bytes exists: they change at any time.
@@ -85,7 +87,10 @@ impl<'a> Memory<'a> {
     /// place where the kernel has minor faults: [`Run::buf`](crate::Run::buf) is a page of the file.
     ///
     /// # Safety
-    /// No other mapping, and no other process, touches absent pages of the file.
+    /// - Only this slot touches pages of the file that it has not filled yet: no other mapping, slot or process does.
+    /// - While the slot exists, the file does not become shorter.
+    /// - A callback does not use [`Run::buf`](crate::Run::buf), which is the guest's page, after it has resolved that page itself,
+    ///   or after [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting) in another thread.
     pub unsafe fn file(mut self, file: &'a impl AsFd, offset: u64) -> Self {
         self.new.file = Some((file.as_fd().as_raw_fd(), offset));
         self
@@ -138,8 +143,10 @@ impl<'a> Memory<'a> {
         self
     }
 
-    /// A value to keep for as long as the library uses the memory, such as the owner of the mapping.
+    /// A value to keep for as long as the library uses the memory, such as the owner of the mapping. Any thread may drop it, as
+    /// if in a callback: a call of its destructor that could wait fails with EDEADLK, and a panic there is caught.
     pub fn keep(mut self, owner: Keep) -> Self {
+        let owner = kept(owner);
         self.new.keep = Some(match self.new.keep.take() {
             Some(other) => Arc::new((other, owner)),
             None => owner,
@@ -234,6 +241,26 @@ impl<'a> Source<'a> {
                 NewSource::Memory { at: addr.wrapping_add(offset as usize), keep }
             }
             SourceKind::Zero => NewSource::Zero,
+        })
+    }
+}
+
+impl std::fmt::Debug for Memory<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Memory")
+            .field("gpa", &format_args!("{:#x}", self.new.gpa))
+            .field("len", &format_args!("{:#x}", self.new.len))
+            .field("source", &self.source)
+            .finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Source<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match &self.kind {
+            SourceKind::File { .. } => "Source(file)",
+            SourceKind::Memory { .. } => "Source(memory)",
+            SourceKind::Zero => "Source(zero)",
         })
     }
 }

@@ -2,7 +2,7 @@
 //! guest's are `unsafe`. `capi` is a thin layer over the same types: it converts the structs of `kuf.h` to [`Options`] and
 //! [`Memory`], and has the same handle inside (`door`).
 
-#![deny(missing_docs)]
+#![deny(missing_docs, missing_debug_implementations)]
 
 pub(crate) mod checks;
 pub(crate) mod door;

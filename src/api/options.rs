@@ -272,3 +272,14 @@ impl Options {
         Ok(wanted.max(1))
     }
 }
+
+impl std::fmt::Debug for Options {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self.mode {
+            Mode::Serviced(_) => "Options(serviced)",
+            Mode::Sources => "Options(sources)",
+            Mode::CallerDriven => "Options(caller-driven)",
+            Mode::Direct => "Options(direct)",
+        })
+    }
+}

@@ -52,6 +52,16 @@ pub fn probe(vm: Option<BorrowedFd<'_>>) -> Result<Probe> {
     Ok(Probe { features: report.features(), report })
 }
 
+impl std::fmt::Debug for Probe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let userfaultfd = self.mechanism(Mechanism::Userfaultfd);
+        f.debug_struct("Probe")
+            .field("features", &self.features)
+            .field("userfaultfd", &userfaultfd)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Probe {
     /// Whether a handle can use this mechanism now. Ok: how it works here, in words. Err: the error that `Kuf::open` would
     /// return.

@@ -28,7 +28,7 @@ pub struct Progress {
 }
 
 /// The counters and latency histograms of a handle: the fields of `kuf_stats_info`. Times are in nanoseconds.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Stats(kuf_stats_info);
 
 /// How long one thread was blocked on page faults.

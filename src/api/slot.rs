@@ -10,9 +10,9 @@ use crate::service::config::NewPopulate;
 use crate::sync::time::Duration;
 use crate::sync::Arc;
 
-/// A memory slot of a [`Kuf`](crate::Kuf). It is only a name: to drop it does not end the slot, which ends with
-/// [`Slot::remove`] or with the handle. Its calls fail with EBADF when the handle has ended, and with ENOENT when the slot has
-/// been removed.
+/// A memory slot of a [`Kuf`](crate::Kuf). It is only a name of the slot that is at this guest physical address now: to drop it
+/// does not end the slot, which ends with [`Slot::remove`] or with the handle. Its calls fail with EBADF when the handle has
+/// ended, and with ENOENT when the slot has been removed and no other one has its place.
 #[derive(Clone)]
 pub struct Slot {
     door: Arc<Door>,

@@ -69,6 +69,8 @@ pub struct Run<'a> {
     pub(crate) memory_offset: u64,
     /// Where the bytes are, if not in the buffer.
     pub(crate) src: *const c_void,
+    /// How many bytes are at `src`, as far as that is known: not more than these go to the guest.
+    pub(crate) src_len: u64,
     pub(crate) thread: u32,
     pub(crate) buffer: PhantomData<&'a mut [u8]>,
 }
@@ -146,11 +148,20 @@ impl Run<'_> {
     }
 
     /// For [`Filled::Done`]: the bytes of the run are `bytes`, which the library copies to the guest from there, without
-    /// [`Run::buf`]. If they are shorter than the run, only their whole pages are filled; less than one page fails the fill.
+    /// [`Run::buf`]. If they are shorter than the run, only their whole pages are filled, whatever [`Run::set_filled`] says; less
+    /// than one page fails the fill.
     pub fn use_static(&mut self, bytes: &'static [u8]) {
-        let whole = (bytes.len() as u64).min(self.len);
+        self.src_len = bytes.len() as u64;
+        let whole = self.src_len.min(self.len);
         self.set_filled(whole - whole % self.page_size);
         self.src = bytes.as_ptr().cast();
+    }
+
+    /// Limits what is filled to what is at `src`.
+    pub(crate) fn keep_to_src(&mut self) {
+        if !self.src.is_null() {
+            self.filled = self.filled.min(self.src_len - self.src_len % self.page_size);
+        }
     }
 
     /// As [`Run::use_static`], for memory that the caller keeps, such as a mapped image: [`Run::len`] bytes from `bytes` on, or
@@ -161,6 +172,17 @@ impl Run<'_> {
     /// [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting): until the fill callback is dropped). If they are
     /// unreadable, the fill fails.
     pub unsafe fn use_bytes(&mut self, bytes: *const u8) {
-        self.src = bytes.cast();
+        (self.src, self.src_len) = (bytes.cast(), u64::MAX);
+    }
+}
+
+impl std::fmt::Debug for Run<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Run")
+            .field("gpa", &format_args!("{:#x}", self.gpa))
+            .field("len", &format_args!("{:#x}", self.len))
+            .field("demand", &self.is_demand())
+            .field("in_place", &self.is_in_place())
+            .finish_non_exhaustive()
     }
 }

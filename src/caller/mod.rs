@@ -1,7 +1,7 @@
 //! The caller's side of a handle: the trait of the fill callback, and the values that callbacks get. The service knows no
 //! other callbacks; the C function pointers are one implementation (`capi::callbacks`), closures are another.
 
-#![deny(missing_docs)]
+#![deny(missing_docs, missing_debug_implementations)]
 
 mod event;
 mod fill;

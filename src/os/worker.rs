@@ -3,9 +3,12 @@
 //! They are not std's: those allocate first on a new thread, and end the process where there is no memory. These need
 //! only the memory that pthread_create(3) has allocated, or has failed to.
 
+use std::io::Write;
+
 use rustix::io::Errno;
 
-use std::io::Write;
+#[cfg(not(shuttle))]
+use crate::panics::caught;
 
 /// The name of a thread.
 pub struct Name([u8; 16]);
@@ -102,7 +105,7 @@ extern "C" fn run<F: FnOnce()>(start: *mut std::ffi::c_void) -> *mut std::ffi::c
     // SAFETY: this thread and a C string.
     unsafe { libc::pthread_setname_np(libc::pthread_self(), name.0.as_ptr().cast()) };
     // A panic ends here: the caller's frames are C's.
-    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
+    let _ = caught(body, |_| ());
     std::ptr::null_mut()
 }
 

@@ -77,9 +77,11 @@ impl Callbacks {
             buf,
             filled: len,
             src: std::ptr::null(),
+            src_len: u64::MAX,
             buffer: PhantomData,
         };
         let answer = call(Inside::Fill { slot: Arc::as_ptr(slot), id }, || callback.fill(&mut run));
+        run.keep_to_src();
         let whole = run.filled / slot.granule;
         let sound = run.filled % slot.granule == 0 && whole > 0 && run.filled <= len;
         match answer {

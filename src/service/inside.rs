@@ -4,6 +4,7 @@ use std::cell::Cell;
 
 use rustix::io::Errno;
 
+use crate::caller::Keep;
 use crate::error::{words, Error, Result};
 use crate::memory::Slot;
 use crate::pages::claims::Id;
@@ -79,4 +80,15 @@ pub fn call<T>(inside: Inside, body: impl FnOnce() -> T) -> Option<T> {
     let result = loudly(body);
     INSIDE.set(before);
     result
+}
+
+/// A value of the caller's, whose destructor is run as a callback is: the last user of it may be any thread, in any call.
+pub fn kept(value: Keep) -> Keep {
+    struct Kept(Option<Keep>);
+    impl Drop for Kept {
+        fn drop(&mut self) {
+            call(Inside::Quiet, || drop(self.0.take()));
+        }
+    }
+    Arc::new(Kept(Some(value)))
 }

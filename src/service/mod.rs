@@ -10,7 +10,7 @@ mod callbacks;
 pub mod calls;
 pub mod config;
 mod fault;
-mod inside;
+pub mod inside;
 mod life;
 mod queues;
 #[cfg(test)]

@@ -15,7 +15,7 @@ pub mod thread;
 pub mod time;
 
 // All backends use these types of std: they do not influence the schedule.
-pub use std::sync::{Arc, Once, PoisonError, TryLockError, Weak};
+pub use std::sync::{Arc, Once, PoisonError, TryLockError};
 
 #[cfg(kuf_tsan)]
 mod pthread;

@@ -1,7 +1,9 @@
 //! Threads: `std::thread`, or its counterpart in a model.
 
 #[cfg(not(any(loom, shuttle)))]
-pub use std::thread::{available_parallelism, panicking, scope, spawn, yield_now, Builder, JoinHandle, Result};
+pub use std::thread::{available_parallelism, panicking, yield_now};
+#[cfg(all(test, not(any(loom, shuttle))))]
+pub use std::thread::{scope, spawn, JoinHandle};
 
 /// Sleeps as std's does, which panics where a filter refuses the call. This one returns at once then, and also when a
 /// signal comes.

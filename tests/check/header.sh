@@ -1,35 +1,48 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# Compiles each header alone: without another header before it, twice, as C11 and as C++17, with warnings as errors, those
-# for `~FLAG` and for structs that begin at zero among them. Checks that the headers have the version and the calls of this
-# tree, and a macro for each call. (tests/header.rs checks that they are cbindgen's output.)
+# Compiles each header alone: without another header before it, once and twice, in each version of C and C++, with each
+# compiler that is installed, with warnings as errors, those for `~FLAG` and for structs that begin at zero among them. Checks
+# that the headers have the version and the calls of this tree, and a macro for each call. (tests/header.rs checks that they
+# are cbindgen's output.)
 
 . "$(dirname "$0")/common.sh"
 
 needs gcc=gcc g++=g++
 
-uses='static inline uint64_t use(uint64_t flags) { struct kuf_stats_info stats = {0}; return (flags & ~KUF_OPEN_DIRECT) + stats.size; }'
+uses='static uint32_t use(uint32_t flags) { struct kuf_stats_info s = {0}; return (flags & ~KUF_OPEN_DIRECT) + s.size; }'
+in_cpp='static uint32_t use(uint32_t flags) { kuf_stats_info s = {}; return (flags & ~KUF_OPEN_DIRECT) + s.size; }'
 for header in kuf kuf-kvm; do
-    printf '#include "%s.h"\n%s\n' $header "$uses" >"$work/$header-once.c"
-    printf '#include "%s.h"\n#include "%s.h"\n%s\n' $header $header "$uses" >"$work/$header-twice.c"
-    for often in once twice; do
-        sed 's/= {0}/{}/' "$work/$header-$often.c" >"$work/$header-$often.cc"
-    done
+    include="#include \"$header.h\""
+    printf '%s\n' "$include" "$uses" >"$work/$header-once.c"
+    printf '%s\n' "$include" "$include" "$uses" >"$work/$header-twice.c"
+    printf '%s\n' "$include" "$in_cpp" >"$work/$header-once.cc"
+    printf '%s\n' "$include" "$include" "$in_cpp" >"$work/$header-twice.cc"
 done
 
-for pair in gcc:g++ clang:clang++; do
-    for how in "${pair%:*} -std=c11 c" "${pair#*:} -std=c++17 cc"; do
-        read -r compiler standard ending <<<"$how"
-        if ! command -v "$compiler" >/dev/null; then
-            skipped "$compiler $standard" "$compiler is not installed"
-            continue
-        fi
-        for file in kuf-once kuf-twice kuf-kvm-once kuf-kvm-twice; do
-            try "$compiler $standard, included: $file" "$compiler" "$standard" -Wall -Wextra -Wpedantic -Wsign-conversion \
-                -Werror -Wno-unused-function -Iinclude -fsyntax-only "$work/$file.$ending"
-        done
+compiles() { # COMPILER ENDING OPTION...
+    local compiler=$1 ending=$2 file
+    shift 2
+    for file in "$work"/*."$ending"; do
+        "$compiler" "$@" -Wall -Wextra -Wsign-conversion -Werror -Wno-unused-function -Iinclude -fsyntax-only "$file" || return
     done
+}
+for compiler in gcc clang g++ clang++; do
+    if ! command -v $compiler >/dev/null; then
+        skipped $compiler "it is not installed"
+        continue
+    fi
+    # uint64_t and its constants are long long, which the oldest versions know as an extension only.
+    case $compiler in
+    *++)
+        try "$compiler, C++98" compiles $compiler cc -std=c++98
+        for version in 11 14 17 20; do try "$compiler, C++$version" compiles $compiler cc -std=c++$version -Wpedantic; done
+        ;;
+    *)
+        try "$compiler, C89" compiles $compiler c -std=c89
+        for version in 99 11 17 2x; do try "$compiler, C$version" compiles $compiler c -std=c$version -Wpedantic; done
+        ;;
+    esac
 done
 
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)

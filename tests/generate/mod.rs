@@ -61,6 +61,8 @@ fn in_c_manners(text: &str) -> String {
         if line.trim() != "/*" {
             // Flags are unsigned, so that `~FLAG` can be used with any unsigned type.
             let line = if line.starts_with("#define") { line.replace("(1 << ", "(1u << ") } else { line.into() };
+            // C89 has no other comments.
+            let line = line.split_once("// ").map_or(line.clone(), |(code, text)| format!("{code}/* {text} */"));
             out.push_str(line.trim_end());
             out.push('\n');
             continue;
