@@ -189,9 +189,17 @@ fn concepts(sources: &[Source; 2]) -> String {
     prose(&mut out, &sources[0].preamble[2..]);
     out.push_str(".SH HANDLES AND ERRORS\n");
     let handle = sources[0].items.iter().find(|item| item.name() == "kuf").expect("struct kuf");
-    described(&mut out, handle);
+    for paragraph in handle.parts().0.split(|line| line.is_empty()) {
+        match paragraph.iter().any(|line| line.starts_with("-E")) {
+            true => returns(&mut out, paragraph),
+            false => prose(&mut out, paragraph),
+        }
+    }
+    prose(&mut out, handle.parts().1);
     out.push_str(".SH THE MECHANISMS OF KVM\n");
     prose(&mut out, &sources[1].preamble[2..]);
+    // This is about the headers.
+    let mut out = out.replace("This file is generated from the library\\(aqs source.\n", "");
     let calls = sources.iter().flat_map(|source| source.functions()).map(|f| format!("{}(3)", f.name()));
     let mut also: Vec<String> = std::iter::once("kuf(3)".to_owned()).chain(calls).collect();
     also.extend(SEE_ALSO.split(", ").map(str::to_owned));
@@ -557,7 +565,9 @@ fn wrapped(text: &str) -> String {
     let mut lines = vec![String::new()];
     for raw in marked.split(' ').filter(|word| !word.is_empty()) {
         let word = if raw.contains('\u{a0}') {
-            format!("\\fB{}\\fR", escaped(&raw.replace('\u{a0}', " ")))
+            // Without the punctuation after it.
+            let code = raw.trim_end_matches([',', '.', ':', ';']);
+            format!("\\fB{}\\fR{}", escaped(&code.replace('\u{a0}', " ")), &raw[code.len()..])
         } else {
             word(raw)
         };
