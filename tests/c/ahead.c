@@ -170,7 +170,7 @@ static void sequential(void)
     for (uint64_t n = 0; n < 4096; n++)
         right = right && good(n);
     ok(right, "demand_run of 64 KiB: pages in order");
-    is(atomic_load(&ahead), 0, "nothing is left to be brought later");
+    is(atomic_load(&ahead), 0, "nothing is left to be filled later");
     is(faults_of(kuf), 4 + 4096 / 16, "a fault each 64 KiB");
     end_part(kuf);
 }
@@ -217,7 +217,7 @@ static void dense(void)
         right = right && good(320 + order[i]);
     comes_to(present(kuf), sizeof(order), "below a quarter, each page comes by itself");
     right = right && good(320 + 20);
-    is(atomic_load(&longest_demanded), 5 * (long long)page, "the eighth of 32 brings its neighbours, up to those that are there");
+    is(atomic_load(&longest_demanded), 5 * (long long)page, "the eighth of 32 fills its neighbours, up to those that are there");
     /* Unless the source seems slow, which it does on a busy machine: then touchers demand the rest themselves. */
     for (int i = 0; i < 200 && present(kuf) < 32; i++)
         sleep_ms(1);
@@ -344,7 +344,7 @@ static void nobody_waits(void)
     }
     struct kuf *kuf = begin_part((struct kuf_options){.fill_threads = 1});
     walk_until_held();
-    ok(joins(start(touch_page, (void *)(uintptr_t)FAR_AWAY)), "a page is filled while what is brought ahead is held up");
+    ok(joins(start(touch_page, (void *)(uintptr_t)FAR_AWAY)), "a page is filled while what is filled ahead is held up");
     ok(good(FAR_AWAY - 100) && good(FAR_AWAY - 200), "and others");
 
     /* The only place for demand is taken too: the library reads events all the same. */
@@ -363,7 +363,7 @@ static void nobody_waits(void)
      */
     pthread_t catches_up = start(touch_page, (void *)(uintptr_t)50);
     wait_until(stats_of(kuf).faults_joined >= 1);
-    is(kuf_discard(kuf, gpa_of(48), 8 * page, KUF_DISCARD_REFILL), 0, "pages that are being brought ahead are discarded");
+    is(kuf_discard(kuf, gpa_of(48), 8 * page, KUF_DISCARD_REFILL), 0, "pages that are being filled ahead are discarded");
     is(kuf_discard(kuf, gpa_of(56), 2 * page, KUF_DISCARD_ZERO), 0, "and some are given back");
     atomic_store(&hold_ahead, false);
     ok(joins(catches_up), "the toucher gets its page");
@@ -383,12 +383,12 @@ static void discarded(void)
     for (uint64_t n = FAR_AWAY - 4000; n < FAR_AWAY - 4000 + 32; n++)
         must(good(n), "page %" PRIu64 " comes", n);
     unsigned asked = atomic_load(&ahead);
-    is(kuf_discard(kuf, BASE, PAGES * page, KUF_DISCARD_REFILL), 0, "everything is discarded while a run that is brought ahead is held up");
+    is(kuf_discard(kuf, BASE, PAGES * page, KUF_DISCARD_REFILL), 0, "everything is discarded while a run that is filled ahead is held up");
     atomic_store(&source.answer, KUF_FILL_DEFERRED);
     atomic_store(&hold_ahead, false);
     wait_until(stats_of(kuf).fills_deferred >= 1);
     sleep_ms(20);
-    is(atomic_load(&ahead), asked, "nothing more is brought ahead");
+    is(atomic_load(&ahead), asked, "nothing more is filled ahead");
     is(kuf_pending(kuf, NULL, 0), 0, "and no page is owed for which no thread waits");
     atomic_store(&source.answer, 0);
     is(kuf_ensure(kuf, BASE, PAGES * page, 30000), 0, "every page is filled when it is asked for");
@@ -490,7 +490,7 @@ static void removal_waits(void)
         pthread_join(lets_go, NULL);
         end_part(kuf);
     }
-    ok(at_once, "taking a slot off waits for what is brought ahead at that moment");
+    ok(at_once, "taking a slot off waits for what is filled ahead at that moment");
 }
 
 static void ends(void)
@@ -500,7 +500,7 @@ static void ends(void)
     removal_waits();
     struct kuf *kuf = begin_part((struct kuf_options){.size = 0});
     walk_until_held();
-    is(kuf_remove_memory(kuf, BASE, KUF_END_POISON), -EBUSY, "a slot is not taken off while its pages are brought: %s",
+    is(kuf_remove_memory(kuf, BASE, KUF_END_POISON), -EBUSY, "a slot is not taken off while its pages are filled: %s",
        kuf_error());
     atomic_store(&hold_ahead, false);
     is(remove_patiently(kuf, BASE), 0, "and is when they have come");
@@ -515,7 +515,7 @@ static void ends(void)
     is(atomic_load(&source.released), 0, "the callback is running still");
     atomic_store(&hold_ahead, false);
     wait_until(atomic_load(&source.released) == 1);
-    is(touch(ram + 60 * page), poison_signal(), "the bytes that it brought too late are not seen");
+    is(touch(ram + 60 * page), poison_signal(), "the bytes that it wrote too late are not seen");
     munmap(ram, PAGES * page);
 }
 
@@ -528,7 +528,7 @@ static void fails(void)
     bool right = true;
     for (uint64_t n = 0; n < 1000; n++)
         right = right && good(n);
-    ok(right, "all that is brought ahead fails: each page is asked for again when it is touched");
+    ok(right, "all that is filled ahead fails: each page is asked for again when it is touched");
     ok(stats_of(kuf).fills_failed > 0 && atomic_load(&ahead) > 0, "it did fail");
     is(atomic_load(&source.events[poison_event()]), 0, "nothing is poisoned");
     comes_to(progress_of(kuf, BASE).poisoned, 0, "at all");
@@ -601,7 +601,7 @@ static void deferred(void)
     unsigned char *bytes = map_anonymous(owed.len);
     write_content(bytes, owed.gpa, owed.len, 1);
     is(kuf_resolve(kuf, owed.gpa, bytes, owed.len, 0), (long long)owed.len, "and are resolved");
-    is(stats_of(kuf).bytes_ahead, (long long)owed.len, "they count as brought ahead");
+    is(stats_of(kuf).bytes_ahead, (long long)owed.len, "they count as filled ahead");
     is(stats_of(kuf).bytes_populated, 0, "and not as populated");
     ok(good(47) && good(62), "with their bytes");
     munmap(bytes, owed.len);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * The table of bad input, one row a line: call, what is wrong, the errno, words that kuf_error() must hold, and how the
- * test brings it about. bad_input.c includes this file twice: for a function a row, and for the table of them.
+ * test makes it. bad_input.c includes this file twice: for a function a row, and for the table of them.
  *
  *   ROW          the state afterwards is what it was.
  *   ROW_CHANGES  what the call could do before it failed may stay done.

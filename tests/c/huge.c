@@ -220,7 +220,7 @@ static void answers(void)
     is(kuf_populate(kuf, &all), 0, "populate by a callback that defers");
     wait_until(progress_of(kuf, BASE).deferred == HUGE);
     write_content(image, BASE + HUGE, HUGE, 1);
-    is(kuf_resolve(kuf, BASE + HUGE, image, HUGE / 2, 0), HUGE / 2, "half of the stretch is brought");
+    is(kuf_resolve(kuf, BASE + HUGE, image, HUGE / 2, 0), HUGE / 2, "half of the stretch is resolved");
     is(kuf_resolve(kuf, BASE + HUGE + HUGE / 2, image + HUGE / 2, HUGE / 2, 0), HUGE / 2, "and the other half");
     wait_until(atomic_load(&events.events[KUF_EVENT_POPULATED]) > before);
     ok(holds_content(memory, BASE, LENGTH, 1), "the bytes are there");

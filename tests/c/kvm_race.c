@@ -36,7 +36,7 @@ struct mailbox {
 struct page {
     _Atomic uint64_t generation;
     /* kuf_resolve calls under way with bytes of an even or odd generation. */
-    atomic_int bringing[2];
+    atomic_int supplying[2];
     /* Odd while the owner changes the contents of the page. */
     _Atomic uint64_t sequence, holds;
 };
@@ -160,7 +160,7 @@ static void discard(unsigned first, unsigned count, bool removed)
     changing(first, count);
     for (unsigned i = first; i < first + count; i++) {
         uint64_t old = atomic_fetch_add(&pages[i].generation, 1);
-        while (atomic_load(&pages[i].bringing[old % 2]) != 0)
+        while (atomic_load(&pages[i].supplying[old % 2]) != 0)
             sched_yield();
     }
     int got = kuf_discard(handle, gpa_of(first), count * PAGE, removed ? KUF_DISCARD_ZERO : KUF_DISCARD_REFILL);
@@ -308,10 +308,10 @@ static void *resolve_main(void *unused)
             struct page *page = &pages[first + i];
             for (;;) {
                 generation[i] = atomic_load(&page->generation);
-                atomic_fetch_add(&page->bringing[generation[i] % 2], 1);
+                atomic_fetch_add(&page->supplying[generation[i] % 2], 1);
                 if (atomic_load(&page->generation) == generation[i])
                     break;
-                atomic_fetch_sub(&page->bringing[generation[i] % 2], 1);
+                atomic_fetch_sub(&page->supplying[generation[i] % 2], 1);
             }
             put(bytes + i * PAGE, first + i, source_code(first + i, generation[i]));
         }
@@ -320,7 +320,7 @@ static void *resolve_main(void *unused)
             must(got >= 0 && got <= (ssize_t)(count * PAGE), "kuf_resolve: %zd, %s", got, kuf_error());
         }
         for (unsigned i = 0; i < count; i++)
-            atomic_fetch_sub(&pages[first + i].bringing[generation[i] % 2], 1);
+            atomic_fetch_sub(&pages[first + i].supplying[generation[i] % 2], 1);
         nanosleep(&(struct timespec){.tv_nsec = (long)below(500000)}, NULL);
     }
     return NULL;

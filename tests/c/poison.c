@@ -96,7 +96,7 @@ static void brought_meanwhile(bool shared)
     struct one_touch touch;
     touch_in_thread(&touch, ram + 7 * page);
     wait_until(atomic_load(&source.inside) == 1);
-    ok(kuf_resolve(kuf, BASE + 7 * page, bytes, page, 0) >= 0, "%s: a page is brought while its callback runs", kind);
+    ok(kuf_resolve(kuf, BASE + 7 * page, bytes, page, 0) >= 0, "%s: a page is resolved while its callback runs", kind);
     atomic_store(&source.hold, false);
     pthread_join(touch.thread, NULL);
     is(touch.raised, 0, "%s: the toucher goes on although the callback failed", kind);
@@ -104,7 +104,7 @@ static void brought_meanwhile(bool shared)
     sleep_ms(20);
     is(try_touch(ram + 7 * page), 0, "%s: the page is not poisoned", kind);
     ok(try_touch(ram + 7 * page) == 0 && holds_content(ram + 7 * page, BASE + 7 * page, page, 9),
-       "%s: and still holds the bytes that were brought", kind);
+       "%s: and still holds the resolved bytes", kind);
     is(atomic_load(&source.events[poison_event()]), 0, "%s: no event says it was lost", kind);
     atomic_store(&source.bad_gpa, NO_GPA);
     end_served(&served);
@@ -171,7 +171,7 @@ static void owed_before(bool shared)
     is(touch.raised, poison_signal(), "%s: the toucher gets the signal", kind);
     is(progress_of(kuf, BASE).deferred, 0, "%s: the page is not owed any more", kind);
     is(progress_of(kuf, BASE).poisoned, page, "%s: it is poisoned", kind);
-    is(kuf_resolve(kuf, BASE, bytes, 4 * page, 0), 3 * page, "%s: its neighbours are brought", kind);
+    is(kuf_resolve(kuf, BASE, bytes, 4 * page, 0), 3 * page, "%s: its neighbours are resolved", kind);
     is(try_touch(ram + page), poison_signal(), "%s: it is still poisoned", kind);
     ok(holds_content(ram, BASE, page, 9) && holds_content(ram + 2 * page, BASE + 2 * page, 2 * page, 9),
        "%s: the neighbours hold their bytes", kind);

@@ -196,7 +196,7 @@ static void does_not_end(unsigned n)
     wait_until(atomic_load(&inside));
     atomic_store(&released, true);
     is(replayed(), 0, "the replay goes on");
-    ok(holds_content(at(order[n]), gpa_of(order[n]), page_size(), 1), "and has brought it");
+    ok(holds_content(at(order[n]), gpa_of(order[n]), page_size(), 1), "and has filled it");
     atomic_store(&blocked, NO_GPA);
     atomic_store(&inside, false);
     end_guest(kuf);

@@ -107,7 +107,7 @@ static void handles_that_call_each_other(void)
         is(stats.faults, PAGES, "handle %d: faults", n);
         is(stats.fills, PAGES, "handle %d: fills", n);
         is(stats.filling.count, PAGES, "handle %d: how long they took", n);
-        is(stats.bytes_copied, 2 * PAGES * page, "handle %d: its own pages and those that the other's threads brought", n);
+        is(stats.bytes_copied, 2 * PAGES * page, "handle %d: its own pages and those that the other's threads resolved", n);
         ok(holds_content(sides[n].ram, BASE, 2 * PAGES * page, 1), "handle %d: every byte", n);
     }
     for (int n = 0; n < 2; n++)

@@ -30,7 +30,7 @@ struct page {
     /* The source's. Only the owner raises it. */
     _Atomic uint64_t generation;
     /* kuf_resolve calls under way with bytes of an even or odd generation. */
-    atomic_int bringing[2];
+    atomic_int supplying[2];
     /* Odd while the owner changes the contents of the page. */
     _Atomic uint64_t sequence;
     /* The code of its contents, and another one for its first words when that is not 0. */
@@ -63,7 +63,7 @@ static struct worker workers[WORKERS_MAX];
 static unsigned worker_count;
 static struct kuf *handle;
 static size_t page_bytes, page_words;
-static atomic_bool stop, stop_bringing, ending, closing;
+static atomic_bool stop, stop_supplying, ending, closing;
 static atomic_int released;
 /* Held while writing in place to pages of a file, which KUF_END_POISON takes away. */
 static pthread_rwlock_t places = PTHREAD_RWLOCK_INITIALIZER;
@@ -162,7 +162,7 @@ static void dump_workers(void)
         printf("    worker %u: %s gpa %#" PRIx64 ", %" PRIu64 " operations\n", i, doing ? doing : "-",
                atomic_load(&workers[i].gpa), atomic_load(&workers[i].operations));
     }
-    printf("    deferred runs that are still to be brought: %u\n", ticket_count);
+    printf("    deferred runs that are still to be resolved: %u\n", ticket_count);
     for (unsigned i = 0; i < ticket_count && i < 16; i++)
         printf("        gpa %#" PRIx64 ", %u pages%s\n", gpa_of(tickets[i].first), tickets[i].pages,
                tickets[i].place ? ", in place" : "");
@@ -267,7 +267,7 @@ static void next_generation(unsigned first, unsigned count)
 {
     for (unsigned i = first; i < first + count; i++) {
         uint64_t old = atomic_fetch_add(&pages[i].generation, 1);
-        while (atomic_load(&pages[i].bringing[old % 2]) != 0)
+        while (atomic_load(&pages[i].supplying[old % 2]) != 0)
             sched_yield();
     }
 }
@@ -295,14 +295,14 @@ static uint64_t hold_generation(unsigned page)
 {
     for (;;) {
         uint64_t generation = atomic_load(&pages[page].generation);
-        atomic_fetch_add(&pages[page].bringing[generation % 2], 1);
+        atomic_fetch_add(&pages[page].supplying[generation % 2], 1);
         if (atomic_load(&pages[page].generation) == generation)
             return generation;
-        atomic_fetch_sub(&pages[page].bringing[generation % 2], 1);
+        atomic_fetch_sub(&pages[page].supplying[generation % 2], 1);
     }
 }
 
-static void bring(unsigned first, unsigned count, unsigned char *place, unsigned times)
+static void supply(unsigned first, unsigned count, unsigned char *place, unsigned times)
 {
     uint64_t generation[RUN_MAX];
     unsigned char *bytes = place ? place : malloc(count * page_bytes);
@@ -325,7 +325,7 @@ static void bring(unsigned first, unsigned count, unsigned char *place, unsigned
                  kuf_error());
     }
     for (unsigned i = 0; i < count; i++)
-        atomic_fetch_sub(&pages[first + i].bringing[generation[i] % 2], 1);
+        atomic_fetch_sub(&pages[first + i].supplying[generation[i] % 2], 1);
     if (place == NULL)
         free(bytes);
 }
@@ -352,12 +352,12 @@ static bool pop_ticket(struct ticket *ticket)
 }
 
 /* Resolves deferred runs, in random order and pieces. */
-static void *bringing_body(void *argument)
+static void *supplying_body(void *argument)
 {
     struct worker *worker = argument;
     thread_random = worker->random;
     struct ticket ticket;
-    while (!atomic_load(&stop_bringing)) {
+    while (!atomic_load(&stop_supplying)) {
         if (!pop_ticket(&ticket)) {
             atomic_store(&worker->doing, "waits for deferred runs");
             nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
@@ -369,10 +369,10 @@ static void *bringing_body(void *argument)
         if (from + count < ticket.pages)
             push_ticket((struct ticket){ticket.first + from + count, ticket.pages - from - count,
                                         ticket.place ? ticket.place + (from + count) * page_bytes : NULL});
-        doing(worker, "brings a deferred run", ticket.first + from);
+        doing(worker, "resolves a deferred run", ticket.first + from);
         pthread_rwlock_rdlock(&places);
         if (ticket.place == NULL || !atomic_load(&closing))
-            bring(ticket.first + from, count, ticket.place ? ticket.place + from * page_bytes : NULL, 1);
+            supply(ticket.first + from, count, ticket.place ? ticket.place + from * page_bytes : NULL, 1);
         pthread_rwlock_unlock(&places);
     }
     atomic_store(&worker->doing, "ended");
@@ -411,7 +411,7 @@ static int fill(void *opaque, struct kuf_fill *run)
         dawdle();
         return KUF_FILL_DEFERRED;
     } else if (!near_bad && !others_place && below(12) == 0) {
-        bring(first, count, NULL, 1);
+        supply(first, count, NULL, 1);
         return KUF_FILL_DEFERRED;
     }
     if (count > 1 && below(4) == 0)
@@ -625,8 +625,8 @@ static void *unasked_main(void *argument)
         for (unsigned i = page; i < page + count; i++)
             theirs = theirs || may_be_bad(i) || brought_in_place(i);
         if (!theirs) {
-            doing(worker, "brings pages unasked", page);
-            bring(page, count, NULL, 2);
+            doing(worker, "resolves pages unasked", page);
+            supply(page, count, NULL, 2);
         }
         struct kuf_fault owed[8];
         ssize_t n = kuf_pending(handle, owed, 8);
@@ -789,7 +789,7 @@ static void run_round(unsigned number, uint64_t until)
     atomic_store(&ending, false);
     atomic_store(&closing, false);
     atomic_store(&stop, false);
-    atomic_store(&stop_bringing, false);
+    atomic_store(&stop_supplying, false);
     atomic_store(&released, 0);
     ticket_count = 0;
     worker_count = 0;
@@ -813,7 +813,7 @@ static void run_round(unsigned number, uint64_t until)
     employ(coming_main);
     unsigned users = worker_count;
     for (unsigned i = 0; i < RESOLVERS; i++)
-        employ(bringing_body);
+        employ(supplying_body);
 
     while (now_ns() < until)
         sleep_ms(5);
@@ -839,7 +839,7 @@ static void run_round(unsigned number, uint64_t until)
     must(got == 0, "kuf_close %#x: %d, %s", flags, got, kuf_error());
     atomic_store(&closing, true);
     wait_until(atomic_load(&released) == 1);
-    atomic_store(&stop_bringing, true);
+    atomic_store(&stop_supplying, true);
     for (unsigned i = users; i < worker_count; i++)
         pthread_join(workers[i].thread, NULL);
     if (!poison)

@@ -134,7 +134,7 @@ static void called(uint32_t userfaultfds, bool shared)
     add_kind(kuf, BASE, ram, length, fd);
     is(kuf_ensure(kuf, BASE + (HALF - 4) * page, 8 * page, -1), 0, "%u, %s: kuf_ensure across", userfaultfds,
        shared ? "shared" : "private");
-    ok(range_holds(ram, HALF - 4, 8, 1), "has brought both sides");
+    ok(range_holds(ram, HALF - 4, 8, 1), "has filled both sides");
     write_content(bytes, BASE, length, 2);
     is(kuf_resolve(kuf, BASE + (HALF - 12) * page, bytes + (HALF - 12) * page, 24 * page, 0), 16 * page,
        "kuf_resolve across opens what is absent");
@@ -155,7 +155,7 @@ static void called(uint32_t userfaultfds, bool shared)
     struct kuf_populate_request all = {.size = sizeof(all), .gpa = BASE, .len = length};
     is(kuf_populate(kuf, &all), 0, "kuf_populate of it all");
     wait_until(atomic_load(&source.events[KUF_EVENT_COMPLETE]) > 0);
-    ok(range_holds(ram, 0, PAGES, 3), "brings it all");
+    ok(range_holds(ram, 0, PAGES, 3), "fills all of it");
     close_watched(kuf, 0);
     ok(range_holds(ram, 0, PAGES, 3), "which stays after kuf_close");
     free(bytes);

@@ -95,7 +95,7 @@ static long pages_of(int fd)
     return (long)(stat.st_blocks * 512 / (long)page_size());
 }
 
-static void bring(struct kuf *kuf, enum how how, int first, int count)
+static void supply(struct kuf *kuf, enum how how, int first, int count)
 {
     size_t page = page_size();
     uint64_t gpa = BASE + (uint64_t)first * page;
@@ -132,13 +132,13 @@ static void private_memory(enum how how)
     madvise(ram, PAGES * page, MADV_NOHUGEPAGE);
     struct kuf *kuf = open_for(&how, KUF_OPEN_DETECT_ZERO);
     add_of(kuf, how, ram, -1);
-    bring(kuf, how, 0, 450);
+    supply(kuf, how, 0, 450);
     is(resident(ram), 450 - zero_pages(0, 450), "private, %s: zeroes take no memory", hows[how]);
     if (how != RESOLVED)
         ok(good(ram, 450, PAGES - 450), "private, %s: on demand", hows[how]);
     else
-        bring(kuf, how, 450, PAGES - 450);
-    ok(good(ram, 0, PAGES), "private, %s: each page is what was brought", hows[how]);
+        supply(kuf, how, 450, PAGES - 450);
+    ok(good(ram, 0, PAGES), "private, %s: each page has its bytes", hows[how]);
     is(resident(ram), PAGES - zero_pages(0, PAGES), "private, %s: reading takes no memory either", hows[how]);
     comes_to(stats_of(kuf).bytes_zeroed, zero_pages(0, PAGES) * page, "private, %s: counted as zeroed", hows[how]);
     comes_to(stats_of(kuf).bytes_copied, (PAGES - zero_pages(0, PAGES)) * page, "private, %s: the rest as copied", hows[how]);
@@ -158,7 +158,7 @@ static void shared_memory(enum how how, bool in_place)
     unsigned char *ram = map_shared(PAGES * page, &fd);
     struct kuf *kuf = open_for(&how, KUF_OPEN_DETECT_ZERO);
     add_of(kuf, how, ram, in_place ? fd : -1);
-    bring(kuf, how, 0, 450);
+    supply(kuf, how, 0, 450);
     is(pages_of(fd), 450 - zero_pages(0, 450), "%s, %s: zeroes take no memory", kind, hows[how]);
     is(progress_of(kuf, BASE).removed, zero_pages(0, 450) * page, "%s, %s: they count as removed", kind, hows[how]);
     is(stats_of(kuf).bytes_zeroed, zero_pages(0, 450) * page, "%s, %s: and as zeroed", kind, hows[how]);
@@ -166,13 +166,13 @@ static void shared_memory(enum how how, bool in_place)
     is(progress_of(kuf, BASE).removed, (zero_pages(0, 450) - 10) * page, "%s, %s: makes them", kind, hows[how]);
     is(pages_of(fd), 450 - zero_pages(0, 450) + 10, "%s, %s: with memory", kind, hows[how]);
     if (how == RESOLVED) {
-        bring(kuf, how, 450, PAGES - 450);
+        supply(kuf, how, 450, PAGES - 450);
     } else {
         is(kuf_ensure(kuf, BASE + 450 * page, 32 * page, -1), 0, "%s, %s: kuf_ensure fills", kind, hows[how]);
         is(progress_of(kuf, BASE).removed, (zero_pages(0, 450) - 10) * page, "%s, %s: and leaves nothing out", kind,
            hows[how]);
     }
-    ok(good(ram, 0, PAGES), "%s, %s: each page is what was brought", kind, hows[how]);
+    ok(good(ram, 0, PAGES), "%s, %s: each page has its bytes", kind, hows[how]);
     ram[220 * page] = 9;
     ok(ram[220 * page] == 9, "%s, %s: a page that was left out can be written", kind, hows[how]);
     wait_until(progress_of(kuf, BASE).flags & KUF_PROGRESS_COMPLETE);
@@ -206,9 +206,9 @@ int main(void)
     unsigned char *ram = map_anonymous(PAGES * page);
     struct kuf *kuf = open_for(&how, 0);
     add_of(kuf, how, ram, -1);
-    bring(kuf, how, 0, PAGES);
+    supply(kuf, how, 0, PAGES);
     is(stats_of(kuf).bytes_zeroed, 0, "without the flag zeroes are bytes like any other");
-    ok(good(ram, 0, PAGES), "without the flag: each page is what was brought");
+    ok(good(ram, 0, PAGES), "without the flag: each page has its bytes");
     close_with(kuf, 0);
 
     /*
@@ -218,7 +218,7 @@ int main(void)
     ram = map_anonymous(PAGES * page);
     kuf = open_for(&how, KUF_OPEN_DETECT_ZERO);
     add_of(kuf, how, ram, -1);
-    bring(kuf, how, 0, 300);
+    supply(kuf, how, 0, 300);
     memset(ram + 190 * page, 0xff, 20 * page);
     is(kuf_discard(kuf, BASE + 190 * page, 20 * page, KUF_DISCARD_REFILL), 0, "pages are dropped");
     ok(good(ram, 180, 40), "and come again");

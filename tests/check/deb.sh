@@ -54,7 +54,7 @@ try "no file is in both" test -z "$(comm -12 "$work/library" "$work/dev")"
 try "links stay inside" test -z "$(for deb in "${debs[@]}"; do dpkg-deb -c "$deb" | sed -n 's/.* -> //p' | grep /; done)"
 try "files belong to root" test -z "$(dpkg-deb -c "${debs[0]}" | grep -v ' root/root ')"
 try "depends on the C library, and has symbols" grep -qE '^Depends: .*libc6 \(>= ' <(dpkg-deb -I "${debs[0]}" | sed 's/^ *//')
-try "programs depend on the version that brought their symbols" grep -qF "(symver)KUF_0.1" debian/libkuf0.symbols &&
+try "programs depend on the version that introduced their symbols" grep -qF "(symver)KUF_0.1" debian/libkuf0.symbols &&
     try "symbols in the package" grep -q "kuf_open@KUF_0.1 $version" <(dpkg-deb --info "${debs[0]}" symbols)
 if command -v lintian >/dev/null; then
     try "lintian" lintian --fail-on error --suppress-tags initial-upload-closes-no-bugs,unreleased-changes "${debs[@]}"

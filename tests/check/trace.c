@@ -71,7 +71,7 @@ int main(void)
             return 1;
         if (i % 4 == 0 || i % 4 == 3)
             continue;
-        /* Not touched: the caller brings these bytes, or there are none. */
+        /* Not touched: the caller supplies these bytes, or there are none. */
         struct kuf_populate_request request = {.size = sizeof(request), .gpa = BASE + i * APART, .len = sizeof(page)};
         if (kuf_populate(kuf, &request) < 0)
             return fprintf(stderr, "%s\n", kuf_error()), 1;
