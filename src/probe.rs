@@ -168,7 +168,7 @@ impl Report {
     }
 }
 
-/// KUF_FEATURE_* bits: what works in this process, where userfaultfd offers these bits.
+/// The KUF_FEATURE_* bits of this process; `offered` has the UFFD_FEATURE_* bits of the kernel.
 fn features(offered: u64) -> u32 {
     let has = |bits: u64| offered & bits != 0;
     let found = [

@@ -207,7 +207,7 @@ fn concepts(sources: &[Source; 2]) -> String {
     out
 }
 
-/// `kuf(3)`: what the calls share.
+/// `kuf(3)`: callbacks, structures and constants, which the calls share.
 fn types(sources: &[Source; 2], example: &str) -> String {
     let mut out = begin("kuf", 3, "kuf \\- calls, callbacks, structures and constants of libkuf");
     out.push_str(".SH SYNOPSIS\n.nf\n.B #include <kuf.h>\n.PP\n");

@@ -67,7 +67,7 @@ fn no_byte_behind_a_static_slice_reaches_the_guest() {
     assert_eq!(slot.progress().unwrap().present, 32 * PAGE);
 }
 
-/// What a panic carries here: it panics again when it is dropped, this many times.
+/// The payload of a panic: it panics again when it is dropped, this many times.
 struct Again(u8);
 
 impl Drop for Again {
@@ -254,7 +254,7 @@ fn a_callback_may_resolve_and_discard_what_it_fills() {
     assert!(here.set(kuf.clone()).is_ok());
     let guest = guest();
     let slot = kuf.add_memory(memory(&guest)).unwrap();
-    // What was given back last reads as zero.
+    // Memory that was given back last reads as zero.
     assert_eq!((0..64).map(|page| touch(&guest, page)).collect::<Vec<_>>(), [0; 64]);
     assert_eq!(slot.progress().unwrap().poisoned, 0);
     kuf.close(End::Poison).unwrap();

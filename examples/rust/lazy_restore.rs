@@ -45,7 +45,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         offset += region.len();
     }
 
-    // The guest starts at once. What it does not touch is filled behind it.
+    // The guest starts at once. Populate fills the pages that it does not touch.
     kuf.populate_all(0)?;
     let pages = thread::scope(|scope| {
         let vcpus = [3, 7].map(|stride| {

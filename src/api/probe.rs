@@ -1,4 +1,4 @@
-//! What works on this host.
+//! The mechanisms and features of this host.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 

@@ -163,7 +163,7 @@ static int fill_late(void *opaque, struct kuf_fill *fill)
     return written_before == 0 ? late_answer : KUF_FILL_DONE;
 }
 
-/* What kuf_resolve takes after a discard, while a callback still writes to the page itself, is the page's. */
+/* The page gets the bytes of a kuf_resolve after a discard, while a callback still writes to the page itself. */
 static void resolved_since(int answer, const char *how)
 {
     size_t page = page_size();

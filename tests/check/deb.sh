@@ -33,7 +33,7 @@ try "make deb takes the library that is built" test "$(stat -c %Y build/libkuf.a
 debs=(build/deb/libkuf0_*_"$arch".deb build/deb/libkuf-dev_*_"$arch".deb)
 try "debhelper leaves no file in the tree" test "$(find debian)" = "$files"
 
-names() { # FILE: what is in a package, without folders
+names() { # FILE: the files of a package, without folders
     dpkg-deb -c "$1" | awk '$1 !~ /^d/ { print $6 }' | sort
 }
 names "${debs[0]}" >"$work/library"

@@ -128,7 +128,7 @@ pub fn install_early(service: &Service, slot: &Arc<Slot>, id: Id, pages: &Range<
                 continue;
             };
             left.start = page;
-            // The page was dropped from the file in between, and is written again. What was in place only is lost.
+            // The page was dropped from the file in between, and is written again. Bytes that were only in place are lost.
             let again = errno == Errno::FAULT && slot.shared.is_some() && !matches!(bytes, Early::InPlace);
             if !again || !patience.for_memory(Instant::now()) {
                 could_not(service, slot, id, left, errno);

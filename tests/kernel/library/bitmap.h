@@ -147,7 +147,7 @@ static UNUSED struct kuf_options rig_options(struct rig *r)
 /* For the tests: the library sets the memslot. */
 #define BY_LIBRARY (1u << 31)
 
-/* What a slot says of the memslot @number that the library sets. The program is short: nothing frees it. */
+/* The KVM fields of a slot whose memslot @number the library sets. Never freed, because the program is short. */
 static UNUSED const struct kuf_kvm_memory *memslot_of(uint32_t number, uint32_t flags)
 {
 	struct kuf_kvm_memory *kvm = calloc(1, sizeof(*kvm));
