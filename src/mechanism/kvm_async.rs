@@ -21,7 +21,7 @@ use super::userfaultfd::Marker;
 use crate::abi::KUF_KVM_FAULT;
 use crate::error::{Error, Result};
 use crate::mapping::Region;
-use crate::mechanism::{Address, Binding, Content, Facts, ForKvm, Installed, Mechanism, Message, Stop};
+use crate::mechanism::{Address, Binding, Content, Facts, ForKvm, Installed, Mechanism, Message, Reported, Stop};
 use crate::pages::{Pages, State};
 use crate::sync::atomic::{fence, AtomicBool, Ordering};
 use crate::sync::time::{Duration, Instant};
@@ -261,6 +261,8 @@ impl Marked {
             && self.region.each_mapped(pages, |at, len| marker.mark(at as u64, len as u64, self.region.granule)).is_ok()
     }
 }
+
+impl Reported for Marked {}
 
 impl Binding for Marked {
     fn arm(&self, pages: &Pages) -> Result<()> {

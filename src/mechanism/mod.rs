@@ -272,8 +272,16 @@ pub trait Mechanism: Send + Sync {
     }
 }
 
+/// A slot whose events the queues of a mechanism report.
+pub trait Reported {
+    /// Which queue reports the byte at this offset of the slot, and for how many bytes from there.
+    fn queue_at(&self, _offset: u64) -> (usize, u64) {
+        (0, u64::MAX)
+    }
+}
+
 /// One slot under a mechanism, by the pages of its region. It keeps the mechanism.
-pub trait Binding: Send + Sync {
+pub trait Binding: Reported + Send + Sync {
     /// Starts catching touches of absent pages. The caller holds the gate exclusively. `pages` tells which pages are present
     /// already.
     fn arm(&self, pages: &Pages) -> Result<()>;

@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 
 use super::bitmap::Bitmap;
 use super::gate::Gate;
-use super::{Binding, Content, Facts, ForKvm, Installed, Mechanism, Message, Stray};
+use super::{Binding, Content, Facts, ForKvm, Installed, Mechanism, Message, Reported, Stray};
 use rustix::io::Errno;
 
 use crate::error::Result;
@@ -147,5 +147,11 @@ impl<B: OverBinding> Binding for B {
 
     fn bitmap(&self) -> Option<&Bitmap> {
         OverBinding::bitmap(self)
+    }
+}
+
+impl<B: OverBinding> Reported for B {
+    fn queue_at(&self, offset: u64) -> (usize, u64) {
+        self.under().queue_at(offset)
     }
 }

@@ -569,6 +569,44 @@ static void moved_before(bool moves)
 }
 
 /*
+ * A slot moves to where another was, and goes on from there, or is unmapped there, before the event of the other was read:
+ * that comes by another queue.
+ */
+static void moved_through(bool moves_on)
+{
+    const char *how = moves_on ? "moved on" : "unmapped there";
+    size_t page = page_size(), length = 8 * page;
+    unsigned char *room, *ram = map_stripes(2 * STRIPE, &room), *other = ram + STRIPE, *last = map_anonymous(length);
+    struct moving first = {.from = ram, .to = map_anonymous(length), .length = length};
+    struct moving second = {.from = other, .to = ram, .length = length};
+    struct moving third = {.from = ram, .to = moves_on ? last : NULL, .length = length};
+    struct kuf *kuf = open_two(ram, length, other, length);
+    hold_only(userfaultfd_of(ram, BASE));
+    start_moving(&first);
+    /* On this thread, for a new one's stack might be put into the hole. */
+    moving_body(&second);
+    must(second.got == ram, "mremap: %s", strerror(second.error));
+    ok(holds_content(ram, OTHER, page, 1), "%s: a slot that takes another's place is served there at once", how);
+    moving_body(&third);
+    must(third.got == third.to, "mremap: %s", strerror(third.error));
+    if (moves_on)
+        ok(holds_content(last, OTHER, length / 2, 1), "%s: and where it goes from there", how);
+    atomic_store(&held, false);
+    end_moving(&first);
+    is(progress_of(kuf, BASE).removed, 0, "%s: nothing of the other is taken for removed", how);
+    ok(holds_content(first.to, BASE, length, 1), "%s: it is served where it is now", how);
+    is(progress_of(kuf, OTHER).removed, moves_on ? 0 : length, "%s: the first is removed only if it was unmapped", how);
+    if (moves_on)
+        ok(holds_content(last, OTHER, length, 1), "%s: it is served to its end", how);
+    close_watched(kuf, KUF_END_POISON);
+    memset(is_uffd, 0, sizeof(is_uffd));
+    held_only = -1;
+    unmap_around(room, 3 * STRIPE, ram, ram + length);
+    munmap(last, length);
+    munmap(first.to, length);
+}
+
+/*
  * A slot moves to the place of another that was unmapped and that two userfaultfds had shared, before the second event
  * of that.
  */
@@ -620,6 +658,8 @@ int main(void)
     moved_into_the_gap(true);
     moved_before(true);
     moved_before(false);
+    moved_through(true);
+    moved_through(false);
     moved_to_unmapped();
     return done();
 }

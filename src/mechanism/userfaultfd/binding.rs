@@ -11,7 +11,7 @@ use super::{ioctl, is_mapped, open, page_size, Userfaultfd};
 use crate::error::{words, Error, Result};
 use crate::mapping::buffer::Buffer;
 use crate::mapping::{Region, HUGE};
-use crate::mechanism::{Binding, Content, Installed, Mechanism, Stop};
+use crate::mechanism::{Binding, Content, Installed, Mechanism, Reported, Stop};
 use crate::os::resident::{self, Pagemap};
 use crate::pages::Pages;
 use crate::sync::{Arc, OnceLock};
@@ -28,11 +28,6 @@ pub struct Registered {
 impl Registered {
     pub fn new(uffd: Arc<Userfaultfd>, region: Arc<Region>) -> Self {
         Self { uffd, region, stripes: OnceLock::new() }
-    }
-
-    /// Which userfaultfd has the byte at `offset` of the region, and for how many bytes from there.
-    fn queue_at(&self, offset: u64) -> (usize, u64) {
-        self.stripes.get().map_or((0, u64::MAX), |stripes| stripes.at(offset))
     }
 
     /// Does something with the mapped parts of `pages`, each under one userfaultfd.
@@ -251,6 +246,12 @@ impl Registered {
             Some(Errno::AGAIN) => Stop::Again,
             _ => Stop::Untrue,
         }
+    }
+}
+
+impl Reported for Registered {
+    fn queue_at(&self, offset: u64) -> (usize, u64) {
+        self.stripes.get().map_or((0, u64::MAX), |stripes| stripes.at(offset))
     }
 }
 

@@ -86,7 +86,7 @@ fn apply_event(service: &Service, queue: &Arc<KernelQueue>, message: Message, wo
         Message::Unmapped(range) => {
             service.stats.here().events_unmap(1);
             for part in overtaken::unmapped(service, queue, &range) {
-                unmap_range(service, id, &part, work);
+                unmap_range(service, queue, &part, work);
                 // A removal in the old mapping does not apply to the next mapping at these addresses.
                 let _ = take_within(&mut lock(&queue.given_back), &part);
             }
@@ -96,7 +96,7 @@ fn apply_event(service: &Service, queue: &Arc<KernelQueue>, message: Message, wo
             service.stats.here().events_remap(1);
             stray::moved_away(service, queue, &from, to);
             note(service, KUF_LOG_DEBUG, || words!("hva {from:#x?} moved to {to:#x}"), work);
-            let (its, place) = (overtaken::known_as(service, id, &from), to..to + (from.end - from.start));
+            let (its, place) = (overtaken::known_as(service, queue, &from), to..to + (from.end - from.start));
             if let Some(aside) = overtaken::aside_from(service, queue, &place) {
                 move_slots(service, id, &place, Some(aside));
             }
@@ -204,8 +204,9 @@ fn remove_range(service: &Service, mechanism: u32, hva: &Range<u64>, work: &mut 
     }
 }
 
-fn unmap_range(service: &Service, mechanism: u32, hva: &Range<u64>, work: &mut Vec<Work>) {
-    for (part, _) in overtaken::known_as(service, mechanism, hva) {
+fn unmap_range(service: &Service, queue: &KernelQueue, hva: &Range<u64>, work: &mut Vec<Work>) {
+    let mechanism = queue.mechanism.id();
+    for (part, _) in overtaken::known_as(service, queue, hva) {
         note(service, KUF_LOG_DEBUG, || words!("hva {part:#x?} unmapped"), work);
         let map = service.memory.map();
         let its: Vec<_> = map.within_hva(mechanism, part.clone()).map(|(slot, bytes)| (slot.clone(), bytes)).collect();
@@ -220,7 +221,7 @@ fn unmap_range(service: &Service, mechanism: u32, hva: &Range<u64>, work: &mut V
 /// [`overtaken::still_aside`].
 pub fn unmap_aside(service: &Service, queue: &KernelQueue, work: &mut Vec<Work>) {
     for range in overtaken::still_aside(service, queue) {
-        unmap_range(service, queue.mechanism.id(), &range, work);
+        unmap_range(service, queue, &range, work);
     }
 }
 

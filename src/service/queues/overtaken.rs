@@ -8,12 +8,14 @@
 //! that slot's memory must have left: until its own event is read, the map has the slot *aside*, at addresses where no
 //! memory can be.
 //!
-//! The library can tell which of two slots an event is about only if they leave the place in the order in which they
-//! came. If the mremap of the second is read before that of the first, it is taken for the first one's.
+//! Which of two slots an event is about is known where they are under different userfaultfds, for each reports its own
+//! memory. Under one it is known only as long as they leave the place in the order in which they came: an mremap of the
+//! second that is read before that of the first is taken for the first one's.
 
 use std::ops::Range;
 
 use crate::memory::ranges::{take_once, take_within};
+use crate::memory::Slot;
 use crate::service::queues::KernelQueue;
 use crate::service::Service;
 use crate::sync::atomic::Ordering;
@@ -97,18 +99,43 @@ pub fn moved(service: &Service, queue: &KernelQueue, from: &Range<u64>, to: &Ran
     first.into_iter().for_each(|part| owes(queue, part));
 }
 
-/// The memory that an event of `hva` is about, in parts: where the map has it, and the address in `hva` where the part
-/// begins. A slot that is aside from there has left before the one that is there now.
-pub fn known_as(service: &Service, mechanism: u32, hva: &Range<u64>) -> Vec<(Range<u64>, u64)> {
+/// The memory that an event of `hva` which `queue` has reported is about, in parts: where the map has it, and the address
+/// in `hva` where the part begins. A slot that is aside from there has left before the one that is there now, unless none
+/// of it is under this queue: then its own event is still to come.
+pub fn known_as(service: &Service, queue: &KernelQueue, hva: &Range<u64>) -> Vec<(Range<u64>, u64)> {
     let mut rest = vec![hva.clone()];
     let mut found = Vec::new();
-    for aside in service.memory.map().mapped_in(mechanism, ASIDE..u64::MAX) {
+    let mut is_its_own = false;
+    let map = service.memory.map();
+    let id = queue.mechanism.id();
+    let aside = map.within_hva(id, ASIDE..u64::MAX).zip(map.mapped_in(id, ASIDE..u64::MAX));
+    for ((slot, bytes), aside) in aside {
         let level = aside.start / ASIDE * ASIDE;
         let parts = take_within(&mut rest, &(aside.start - level..aside.end - level));
-        found.extend(parts.into_iter().map(|part| (part.start + level..part.end + level, part.start)));
+        found.extend(parts.into_iter().map(|part| {
+            let offset = bytes.start + (part.start + level - aside.start);
+            is_its_own |= is_under(slot, queue, offset..offset + (part.end - part.start));
+            (part.start + level..part.end + level, part.start)
+        }));
+    }
+    if !is_its_own {
+        return vec![(hva.clone(), hva.start)];
     }
     found.extend(rest.into_iter().map(|part| (part.clone(), part.start)));
     found
+}
+
+/// Whether `queue` reports any of these bytes of the slot.
+fn is_under(slot: &Slot, queue: &KernelQueue, bytes: Range<u64>) -> bool {
+    let mut from = bytes.start;
+    while from < bytes.end {
+        let (number, same) = slot.binding.queue_at(from);
+        if number == queue.number {
+            return true;
+        }
+        from = from.saturating_add(same);
+    }
+    false
 }
 
 /// Where the map is to have the slots that were at `place`, to which other memory has moved.

@@ -32,7 +32,7 @@ pub fn stray(service: &Service, queue: &KernelQueue, hva: u64, read_at: Instant)
 /// A REMAP event was read, and is about to be applied. The gate is held exclusively.
 pub fn moved_away(service: &Service, queue: &KernelQueue, from: &Range<u64>, to: u64) {
     // A slot that was aside leaves no memory behind: other memory has taken its place.
-    let its = overtaken::known_as(service, queue.mechanism.id(), from);
+    let its = overtaken::known_as(service, queue, from);
     let leaves: Vec<_> = its.into_iter().filter(|(part, at)| part.start == *at).map(|(part, _)| part).collect();
     let map = service.memory.map();
     let has_slot = leaves.iter().any(|part| map.within_hva(queue.mechanism.id(), part.clone()).next().is_some());
