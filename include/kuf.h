@@ -119,6 +119,9 @@
 /* Fill callback: the caller will call kuf_resolve for every page of the run later, from any thread and in any
  * pieces. Until then the run is not asked for again. */
 #define KUF_FILL_DEFERRED 2
+/* Fill callback, for a run without KUF_RUN_DEMAND (with it: -EPROTO): not now. The run stays absent, and populate and
+ * replay go on with the next. If a thread touched it meanwhile, it is asked for again at once, with KUF_RUN_DEMAND. */
+#define KUF_FILL_LATER 3
 
 #define KUF_MEMORY_REMOTE (1u << 0) /* hva is an address of the process that opened kuf_memory.uffd. */
 /* Ask the source for every page, whatever the file holds: for use after a handler that died and may have left
@@ -192,9 +195,8 @@
 /* Every page of the slot gpa..gpa+len is present or removed: the time for kuf_remove_memory. Not raised while pages
  * are poisoned. */
 #define KUF_EVENT_COMPLETE 3
-/* A kuf_populate request over gpa..gpa+len (0 and 0 for KUF_ALL) has ended. error: 0, the -errno of the fill that
- * stopped it,
- * -EAGAIN (KUF_FILL_LATER left pages absent) or -ECANCELED (KUF_POPULATE_STOP). Not raised when kuf_close ends it. */
+/* A kuf_populate request over gpa..gpa+len (0 and 0 for KUF_ALL) has ended, not by kuf_close. error: 0, -errno of the
+ * fill that stopped it, -EAGAIN (KUF_FILL_LATER left pages absent) or -ECANCELED (KUF_POPULATE_STOP). */
 #define KUF_EVENT_POPULATED 4
 /* The process behind the slot gpa..gpa+len is gone (error: -ESRCH). Noticed within a second. */
 #define KUF_EVENT_GONE 5
@@ -294,6 +296,7 @@ struct kuf_fill {
      * process that opened the userfaultfd; else 0. */
     uint32_t thread;
     uint32_t reserved; /* Zero. */
+    struct kuf *kuf; /* The handle, as from kuf_open: for kuf_resolve and other calls. */
 };
 
 /* Fill callback. Returns a KUF_FILL_*, or -errno if the source has failed: the run is then asked for again page by
@@ -316,6 +319,8 @@ struct kuf_event {
     int32_t error; /* 0, or the -errno behind the event. */
     uint32_t reserved; /* Zero. */
     const char *text; /* The same in words. Never NULL. */
+    void *memory_opaque; /* kuf_memory.opaque of the slot; NULL when the event concerns the handle. */
+    struct kuf *kuf; /* The handle, as from kuf_open. Calls with it fail with -EBADF while kuf_open has not returned. */
 };
 
 /* Event callback. Runs without locks on the thread that detected the event, after the state has changed, and should
@@ -369,6 +374,8 @@ struct kuf_options {
      * slot. Each chunk is a mapping of its own: mremap(2) of more than one fails with EFAULT. Not with
      * KUF_OPEN_ADOPT_ONLY. */
     uint32_t userfaultfds;
+    uint32_t end_timeout_ms; /* Limits KUF_END_POPULATE: -ETIMEDOUT, or poison with KUF_END_POISON too. */
+    uint32_t reserved; /* Zero. */
     /* CPUs that the service threads may use: a cpu_set_t or longer, read during the call. NULL: those of the
      * calling thread. Not with KUF_OPEN_DIRECT. */
     const void *cpus;
@@ -581,8 +588,8 @@ int kuf_open(const struct kuf_options *options,
  * -EINVAL: KUF_END_HANDOVER with other flags, or with a slot that uses the library's userfaultfd. -ECHILD: a forked
  *   child.
  * -EBUSY: unresolved pages and no flag for them, or pages discarded during KUF_END_POPULATE; the handle goes on.
- * -EIO: KUF_END_POPULATE could not fill everything. -ETIMEDOUT: as kuf_options.end_timeout_ms says. The handle goes
- *   on.
+ * -EIO: KUF_END_POPULATE could not fill everything (a fill failed, or KUF_FILL_LATER). -ETIMEDOUT: nor in time
+ *   (kuf_options.end_timeout_ms). The handle goes on.
  * -ENOTSUP: KUF_END_POPULATE on a caller-driven handle.
  */
 int kuf_close(struct kuf **kuf, uint32_t flags);
@@ -624,9 +631,9 @@ int kuf_add_memory(struct kuf *kuf, const struct kuf_memory *memory);
  * Returns 0. Also from an event callback, but not from a fill callback.
  * -ENOENT: no slot starts at gpa (of two threads that remove the same slot, one gets this).
  * -EBUSY: unresolved pages and no flag for them; or a callback of this slot is still running: try again.
- * -EIO: KUF_END_POPULATE could not fill everything and the slot goes on; or a page could be neither filled nor
- *   poisoned and stays inaccessible (KUF_EVENT_INACCESSIBLE). -ETIMEDOUT: as kuf_options.end_timeout_ms says; the
- *   slot goes on.
+ * -EIO: KUF_END_POPULATE could not fill everything, as in kuf_close, and the slot goes on; or a page could be
+ *   neither filled nor poisoned and stays inaccessible (KUF_EVENT_INACCESSIBLE). -ETIMEDOUT: not filled in time
+ *   (kuf_options.end_timeout_ms); the slot goes on.
  * -ENOTSUP: KUF_END_POPULATE on a caller-driven handle.
  * Kernel: UFFDIO_UNREGISTER.
  */
@@ -676,7 +683,7 @@ ssize_t kuf_read(struct kuf *kuf, struct kuf_fault *faults, size_t n);
  *
  * Works on every handle, for pages that were asked for or not, in any order and pieces, from any thread, also from
  * callbacks. Pages that are present keep their bytes; pages that the guest gave back stay so. Never waits for
- * caller code: bytes for a page whose callback is running are kept until it returns KUF_FILL_DEFERRED or fails.
+ * caller code: bytes for a page whose callback is running are kept until it returns without having filled it.
  *
  * Returns the bytes that this call made present or poisoned. Bytes that were present, given back, kept for later,
  * or are being made present by another thread do not count.

@@ -108,6 +108,14 @@ pub const KUF_FILL_ZERO: c_int = 1;
 /// Fill callback: the caller will call kuf_resolve for every page of the run later, from any thread and in any
 /// pieces. Until then the run is not asked for again.
 pub const KUF_FILL_DEFERRED: c_int = 2;
+/// Fill callback, for a run without KUF_RUN_DEMAND (with it: -EPROTO): not now. The run stays absent, and populate and
+/// replay go on with the next. If a thread touched it meanwhile, it is asked for again at once, with KUF_RUN_DEMAND.
+///
+/// # Notes
+/// The same request does not ask for the run again. With KUF_END_POPULATE the call fails with -EIO. Where pages are
+/// filled in place, the memory of the run is returned, unless the slot has KUF_MEMORY_FILL_ALL. -EAGAIN from a fill
+/// callback has no meaning of its own: it is a source that has failed.
+pub const KUF_FILL_LATER: c_int = 3;
 
 /// hva is an address of the process that opened kuf_memory.uffd.
 pub const KUF_MEMORY_REMOTE: u32 = 1 << 0;
@@ -242,9 +250,8 @@ pub const KUF_EVENT_INACCESSIBLE: u32 = 2;
 /// Every page of the slot gpa..gpa+len is present or removed: the time for kuf_remove_memory. Not raised while pages
 /// are poisoned.
 pub const KUF_EVENT_COMPLETE: u32 = 3;
-/// A kuf_populate request over gpa..gpa+len (0 and 0 for KUF_ALL) has ended. error: 0, the -errno of the fill that
-/// stopped it,
-/// -EAGAIN (KUF_FILL_LATER left pages absent) or -ECANCELED (KUF_POPULATE_STOP). Not raised when kuf_close ends it.
+/// A kuf_populate request over gpa..gpa+len (0 and 0 for KUF_ALL) has ended, not by kuf_close. error: 0, -errno of the
+/// fill that stopped it, -EAGAIN (KUF_FILL_LATER left pages absent) or -ECANCELED (KUF_POPULATE_STOP).
 pub const KUF_EVENT_POPULATED: u32 = 4;
 /// The process behind the slot gpa..gpa+len is gone (error: -ESRCH). Noticed within a second.
 pub const KUF_EVENT_GONE: u32 = 5;
@@ -384,6 +391,8 @@ pub struct kuf_fill {
     pub thread: u32,
     /// Zero.
     pub reserved: u32,
+    /// The handle, as from kuf_open: for kuf_resolve and other calls.
+    pub kuf: *mut kuf_handle,
 }
 
 /// A page fault, from kuf_read and kuf_pending. 64 bytes on 64-bit machines.
@@ -429,6 +438,15 @@ pub struct kuf_event {
     pub reserved: u32,
     /// The same in words. Never NULL.
     pub text: *const c_char,
+    /// kuf_memory.opaque of the slot; NULL when the event concerns the handle.
+    pub memory_opaque: *mut c_void,
+    /// The handle, as from kuf_open. Calls with it fail with -EBADF while kuf_open has not returned.
+    ///
+    /// # Notes
+    /// Before kuf_open has returned only a failure raises an event (KUF_EVENT_FATAL, KUF_EVENT_UNREADABLE): there is no
+    /// memory yet. If kuf_open then fails, the pointer must not be used any more. After kuf_close it stays valid for
+    /// calls, which fail with -EBADF.
+    pub kuf: *mut kuf_handle,
 }
 
 /// Fill callback. Returns a KUF_FILL_*, or -errno if the source has failed: the run is then asked for again page by
@@ -528,6 +546,15 @@ pub struct kuf_options {
     /// chunks are mappings of their own for as long as the slot exists, and may stay so; they count against
     /// vm.max_map_count. Not with KUF_MECHANISM_KVM_ASYNC.
     pub userfaultfds: u32,
+    /// Limits KUF_END_POPULATE: -ETIMEDOUT, or poison with KUF_END_POISON too.
+    ///
+    /// # Notes
+    /// Runs that are deferred or in another thread's callback are waited for as long. A fill callback that the call
+    /// itself is in cannot be interrupted: the time is looked at when it returns. kuf_close then waits for running
+    /// callbacks as always, unless KUF_END_NOWAIT is given.
+    pub end_timeout_ms: u32,
+    /// Zero.
+    pub reserved: u32,
     /// CPUs that the service threads may use: a cpu_set_t or longer, read during the call. NULL: those of the
     /// calling thread. Not with KUF_OPEN_DIRECT.
     pub cpus: *const c_void,

@@ -64,6 +64,50 @@ impl std::fmt::Display for Reason {
     }
 }
 
+/// Why pages could not be filled: an errno, and words where the errno alone does not say it.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    errno: Errno,
+    words: Words,
+}
+
+impl Failure {
+    pub fn new(errno: Errno, words: impl Into<Words>) -> Self {
+        Self { errno, words: words.into() }
+    }
+
+    pub fn errno(&self) -> Errno {
+        self.errno
+    }
+}
+
+impl From<Errno> for Failure {
+    fn from(errno: Errno) -> Self {
+        Self::new(errno, "")
+    }
+}
+
+impl From<NoMemory> for Failure {
+    fn from(_: NoMemory) -> Self {
+        Errno::NOMEM.into()
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self { errno: error.errno, words: error.text }
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match errno::name(self.errno.raw_os_error()).filter(|_| !self.words.is_empty()) {
+            Some(name) => write!(f, "{name}: {}", self.words),
+            None => Reason(self.errno).fmt(f),
+        }
+    }
+}
+
 /// The result of a call that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -163,6 +207,8 @@ mod tests {
         }
         assert!(Reason(Errno::from_raw_os_error(4000)).to_string().starts_with("errno 4000: "));
         assert_eq!(words!("{} is {:#x}", "gpa", 16), "gpa is 0x10");
+        assert_eq!(Failure::from(Errno::IO).to_string(), Reason(Errno::IO).to_string());
+        assert_eq!(Failure::new(Errno::PROTO, "returned 77").to_string(), "EPROTO: returned 77");
     }
 
     #[test]

@@ -62,7 +62,7 @@ pub fn structs(bytes: &[u8]) {
             let options = kuf_options { cpus: std::ptr::null(), ..options };
             // Use a number beyond all open descriptors, for a fuzzer would find its own.
             let options = kuf_options { vm_fd: options.vm_fd.saturating_add(1 << 20), ..options };
-            let _ = convert::options(&options).and_then(|(options, _)| options.config());
+            let _ = convert::options(&options, std::ptr::null_mut()).and_then(|(options, _)| options.config());
         }),
         1 => with::<kuf_memory>(bytes, |memory| {
             if let Ok(new) = convert_memory::memory(&memory, None, None).and_then(Memory::check) {

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::mapping::buffer::Buffer;
 use crate::panics::quietly;
 use crate::service::calls::close;
+use crate::service::calls::end_slot::Toll;
 use crate::service::threads::serve;
 use crate::service::{refuse_inside_callbacks, Service};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -137,13 +138,14 @@ struct End<'a> {
 impl End<'_> {
     fn go_through(mut self, flags: u32) {
         let Some(service) = &self.service else { return };
-        close::settle_rest(service, flags);
+        let mut toll = Toll::default();
+        close::settle_rest(service, flags, &mut toll);
         if flags & KUF_END_NOWAIT == 0 {
             self.wait_for_calls(service);
             // A kuf_discard that was still inside may have made pages absent since.
-            close::settle_rest(service, flags);
+            close::settle_rest(service, flags, &mut toll);
         }
-        close::end(service, flags);
+        close::end(service, flags, &mut toll);
         *write(&self.door.inside) = Inner::Nothing;
         // Dropping the last reference drops the caller's callbacks.
         self.service = None;

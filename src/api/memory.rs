@@ -4,9 +4,8 @@ use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use crate::api::checks::invalid;
-use crate::caller::Keep;
+use crate::caller::{Keep, Opaque};
 use crate::error::{words, Result};
-use crate::memory::Opaque;
 use crate::service::config::{NewMemory, NewSource};
 use crate::service::inside::kept;
 use crate::source::check_len as check_source_len;
@@ -110,7 +109,8 @@ impl<'a> Memory<'a> {
         self
     }
 
-    /// A number for the caller's use, which [`Run::tag`](crate::Run::tag) and [`Fault::tag`](crate::Fault::tag) return.
+    /// A number for the caller's use, which [`Run::tag`](crate::Run::tag), [`Fault::tag`](crate::Fault::tag) and
+    /// [`Event::tag`](crate::Event::tag) return.
     pub fn tag(mut self, tag: usize) -> Self {
         self.new.opaque = Opaque(std::ptr::without_provenance_mut(tag));
         self

@@ -11,6 +11,9 @@ use crate::service::config::{Callbacks, Config, Which, POPULATE_INFLIGHT};
 use crate::sync::time::Duration;
 use crate::sync::Arc;
 
+/// The default of kuf_options.end_timeout_ms.
+const END_TIMEOUT_MS: u64 = 30_000;
+
 /// The options of a handle. The constructor decides how its pages are filled.
 ///
 /// [`Kuf::open`](crate::Kuf::open) checks the values: it fails with EINVAL if one is out of its range or contradicts another.
@@ -45,6 +48,8 @@ pub struct Options {
     pub(crate) populate_run: u64,
     pub(crate) userfaultfds: u64,
     pub(crate) spin_us: u64,
+    /// u32::MAX: no limit.
+    pub(crate) end_timeout_ms: u64,
     pub(crate) cpus: Option<Cpus>,
     /// The first value that cannot be used at all.
     pub(crate) wrong: Option<&'static str>,
@@ -80,6 +85,7 @@ impl Options {
             populate_run: 0,
             userfaultfds: 0,
             spin_us: 0,
+            end_timeout_ms: 0,
             cpus: None,
             wrong: None,
         }
@@ -165,6 +171,14 @@ impl Options {
         self
     }
 
+    /// How long the end of a slot or handle with [`End::Populate`](crate::End::Populate) or
+    /// [`End::PopulateOrPoison`](crate::End::PopulateOrPoison) may fill: 30 seconds by default. None: no limit.
+    pub fn end_timeout(mut self, time: Option<Duration>) -> Self {
+        let ms = |time: Duration| time.as_millis().clamp(1, u128::from(u32::MAX) - 1) as u64;
+        self.end_timeout_ms = time.map_or(u32::MAX.into(), ms);
+        self
+    }
+
     /// The CPUs that service threads may use, by number: by default those of the thread that opens the handle. CPUs that the
     /// process may not use are left out; EINVAL if none is left.
     pub fn cpus(mut self, cpus: impl IntoIterator<Item = usize>) -> Self {
@@ -235,6 +249,7 @@ impl Options {
         if direct && self.cpus.is_some() {
             return invalid("options->cpus: with KUF_OPEN_DIRECT there is no thread");
         }
+        let end_timeout_ms = in_range("options->end_timeout_ms", self.end_timeout_ms, END_TIMEOUT_MS, u32::MAX.into())?;
         let run = |what, value, default| in_range(what, value, default, 64 << 20);
         Ok(Config {
             fill_threads: in_range("options->fill_threads", self.fill_threads, 2, 256)? as usize,
@@ -242,6 +257,7 @@ impl Options {
             populate_run: run("options->populate_run", self.populate_run, 256 << 10)?,
             populate_inflight: POPULATE_INFLIGHT,
             spin: Duration::from_micros(in_range("options->spin_us", self.spin_us, 0, KUF_SPIN_MAX.into())?),
+            end_timeout: Some(end_timeout_ms).filter(|ms| *ms != u64::from(u32::MAX)).map(Duration::from_millis),
             userfaultfds: self.number_of_userfaultfds()?,
             user_mode_only: self.user_mode_only,
             follow_fork: self.follow_fork,

@@ -2,6 +2,7 @@
 
 use rustix::io::Errno;
 
+use super::Opaque;
 use crate::abi::*;
 
 /// An event callback. It runs on the thread that detected the event, and the library holds no lock.
@@ -18,6 +19,8 @@ pub struct Event<'a> {
     pub(crate) len: u64,
     pub(crate) error: Option<Errno>,
     pub(crate) text: &'a str,
+    /// kuf_memory.opaque of the slot. None: it concerns the handle.
+    pub(crate) opaque: Option<Opaque>,
 }
 
 /// The kind of an [`Event`]. More kinds may be added.
@@ -90,6 +93,11 @@ impl<'a> Event<'a> {
     /// Whether the event concerns no range of guest memory.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// `Memory::tag` of the slot. None: the event concerns the handle.
+    pub fn tag(&self) -> Option<usize> {
+        self.opaque.map(|opaque| opaque.0.addr())
     }
 
     /// The error behind the event, if there is one.

@@ -37,7 +37,11 @@ pub enum Filled {
     /// The caller will call `Kuf::resolve` for every page of the run, from any thread and in any pieces. Until then the
     /// library does not ask for the run again.
     Deferred,
-    /// The source failed, with this errno. Where a thread is blocked, the library asks for the run again page by page, and
+    /// Not now, for a run that is not [`Run::is_demand`]: it stays absent. A populate request or a replay goes on with the next
+    /// run, and ends with EAGAIN. If a thread has touched the run meanwhile, it is asked for again at once, as demand. For a
+    /// run that is demand this is a failure (EPROTO): return [`Filled::Deferred`] there.
+    Later,
+    /// The source failed, with this errno, whichever it is. Where a thread is blocked, the library asks for the run again page by page, and
     /// poisons a page that fails alone.
     Failed(Errno),
 }
@@ -72,6 +76,8 @@ pub struct Run<'a> {
     /// How many bytes are at `src`, as far as that is known: not more than these go to the guest.
     pub(crate) src_len: u64,
     pub(crate) thread: u32,
+    /// The value of a C callback that means nothing.
+    pub(crate) unknown: Option<i32>,
     pub(crate) buffer: PhantomData<&'a mut [u8]>,
 }
 

@@ -6,9 +6,17 @@ use rustix::io::Errno;
 
 use crate::abi::*;
 use crate::caller::text::c_text;
-use crate::caller::{Event, Fill, Filled, LogLevel, Run};
-use crate::memory::Opaque;
+use crate::caller::{Event, Fill, Filled, LogLevel, Opaque, Run};
 use crate::sync::atomic::{AtomicBool, Ordering};
+
+/// The `struct kuf *` that callbacks get.
+#[derive(Clone, Copy)]
+struct HandlePointer(*mut kuf_handle);
+
+// SAFETY: an address that is only handed to the caller; the caller's calls check it.
+unsafe impl Send for HandlePointer {}
+// SAFETY: as above.
+unsafe impl Sync for HandlePointer {}
 
 /// The four functions of `struct kuf_options`, and their argument.
 pub struct CCallbacks {
@@ -17,14 +25,16 @@ pub struct CCallbacks {
     log: kuf_log_fn,
     release: kuf_release_fn,
     opaque: Opaque,
+    handle: HandlePointer,
     /// Set once kuf_open has succeeded: from then on the library has to call release.
     opened: AtomicBool,
 }
 
 impl CCallbacks {
-    pub fn new(o: &kuf_options) -> Self {
-        let opened = AtomicBool::new(false);
-        Self { fill: o.fill, event: o.event, log: o.log, release: o.release, opaque: Opaque(o.opaque), opened }
+    /// Those of `o`, for the handle that kuf_open is about to return.
+    pub fn new(o: &kuf_options, handle: *mut kuf_handle) -> Self {
+        let (opaque, handle, opened) = (Opaque(o.opaque), HandlePointer(handle), AtomicBool::new(false));
+        Self { fill: o.fill, event: o.event, log: o.log, release: o.release, opaque, handle, opened }
     }
 
     /// kuf_open has succeeded.
@@ -43,6 +53,8 @@ impl CCallbacks {
             error: -event.error.map_or(0, Errno::raw_os_error),
             reserved: 0,
             text: text.as_ptr().cast(),
+            memory_opaque: event.opaque.map_or(std::ptr::null_mut(), |opaque| opaque.0),
+            kuf: self.handle.0,
         };
         // SAFETY: as the header promises; `event` and its text outlive the call.
         unsafe { callback(self.opaque.0, &event) };
@@ -72,6 +84,7 @@ impl Fill for CCallbacks {
             src: run.src,
             thread: run.thread,
             reserved: 0,
+            kuf: self.handle.0,
         };
         // SAFETY: the callback and its argument are as the header requires; `fill` and its buffer outlive the call.
         let answer = unsafe { callback(self.opaque.0, &mut fill) };
@@ -80,8 +93,12 @@ impl Fill for CCallbacks {
             KUF_FILL_DONE => Filled::Done,
             KUF_FILL_ZERO => Filled::Zero,
             KUF_FILL_DEFERRED => Filled::Deferred,
+            KUF_FILL_LATER => Filled::Later,
             -4095..0 => Filled::Failed(Errno::from_raw_os_error(-answer)),
-            _ => Filled::Failed(Errno::PROTO),
+            unknown => {
+                run.unknown = Some(unknown);
+                Filled::Failed(Errno::PROTO)
+            }
         }
     }
 }

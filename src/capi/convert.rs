@@ -39,7 +39,7 @@ macro_rules! sized {
 
 // The sizes of KUF_0.1: once released they never change.
 sized! {
-    kuf_options: 104,
+    kuf_options: 112,
     kuf_memory: 80,
     kuf_source: 40,
     kuf_kvm_memory: 24,
@@ -184,8 +184,8 @@ pub fn descriptor(what: &str, fd: i32) -> Result<Option<i32>> {
     }
 }
 
-/// Options of `kuf_open` without the set of CPUs, and the callbacks in them.
-pub fn options(o: &kuf_options) -> Result<(Options, Arc<CCallbacks>)> {
+/// Options of `kuf_open` for this handle, without the set of CPUs, and the callbacks in them.
+pub fn options(o: &kuf_options, handle: *mut kuf_handle) -> Result<(Options, Arc<CCallbacks>)> {
     const KNOWN: u32 = KUF_OPEN_CALLER_DRIVEN
         | KUF_OPEN_USER_MODE_ONLY
         | KUF_OPEN_FOLLOW_FORK
@@ -196,9 +196,15 @@ pub fn options(o: &kuf_options) -> Result<(Options, Arc<CCallbacks>)> {
         | KUF_OPEN_SOURCES
         | KUF_OPEN_DEBUG_ENV;
     check_flags("options->flags", o.flags, KNOWN)?;
+    if o.reserved != 0 {
+        return Err(Error::new(
+            Errno::TOOBIG,
+            "options->reserved is not 0: this version of the library does not know it",
+        ));
+    }
     let has = |flag| o.flags & flag != 0;
     let mechanism = mechanism(o)?;
-    let callbacks = Arc::new(CCallbacks::new(o));
+    let callbacks = Arc::new(CCallbacks::new(o, handle));
     let options = Options {
         event: o.event.map(|_| -> OnEvent {
             let callbacks = callbacks.clone();
@@ -216,6 +222,7 @@ pub fn options(o: &kuf_options) -> Result<(Options, Arc<CCallbacks>)> {
         populate_run: o.populate_run,
         spin_us: o.spin_us.into(),
         userfaultfds: o.userfaultfds.into(),
+        end_timeout_ms: o.end_timeout_ms.into(),
         user_mode_only: has(KUF_OPEN_USER_MODE_ONLY),
         follow_fork: has(KUF_OPEN_FOLLOW_FORK),
         adopt_only: has(KUF_OPEN_ADOPT_ONLY),

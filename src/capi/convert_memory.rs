@@ -4,9 +4,9 @@ use super::convert::*;
 use crate::abi::*;
 use crate::api::checks::invalid;
 use crate::api::memory::{Memory, Source, SourceKind};
+use crate::caller::Opaque;
 use crate::error::{words, Result};
 use crate::mechanism::bitmap::Memslot;
-use crate::memory::Opaque;
 use crate::service::config::NewMemory;
 
 fn source(s: &kuf_source) -> Result<Source<'static>> {

@@ -26,11 +26,13 @@ pub struct Handle {
 static DOORS: Mutex<Vec<&'static Handle>> = Mutex::new(Vec::new());
 
 impl Handle {
-    /// Opens a handle. The steps that can fail come before the service is opened.
-    pub fn open(options: Options) -> Result<*mut kuf_handle> {
+    /// Opens a handle with the options that `make` returns for its address. The other steps that can fail come before the
+    /// service is opened.
+    pub fn open(make: impl FnOnce(*mut kuf_handle) -> Result<Options>) -> Result<*mut kuf_handle> {
         let handle = Self::hang()?;
-        match handle.kuf.start(options) {
-            Ok(()) => Ok(std::ptr::from_ref(handle).cast_mut().cast()),
+        let address = std::ptr::from_ref(handle).cast_mut().cast();
+        match make(address).and_then(|options| handle.kuf.start(options)) {
+            Ok(()) => Ok(address),
             Err(error) => {
                 handle.take_down();
                 Err(error)
@@ -47,10 +49,10 @@ impl Handle {
         Ok(handle)
     }
 
-    /// Removes a handle whose address was returned to no caller.
+    /// Removes a handle whose address kuf_open has returned to no caller. An event may have had it, but no callback runs now.
     fn take_down(&'static self) {
         lock(&DOORS).retain(|handle| !std::ptr::eq(*handle, self));
-        // SAFETY: from `hang`, no longer in the list, and its address was returned to no caller.
+        // SAFETY: from `hang`, no longer in the list; the header says that its address is not used after a failure.
         drop(unsafe { Box::from_raw(std::ptr::from_ref(self).cast_mut()) });
     }
 

@@ -95,11 +95,14 @@ pub unsafe extern "C" fn kuf_open(options: *const kuf_options, out: *mut *mut ku
         let options = unsafe { read_struct(options, "options") }?;
         // SAFETY: the caller promises that the set is as long as it says.
         let cpus = unsafe { convert::cpus(options.cpus, options.cpus_size, "options->cpus") }?;
-        let (options, callbacks) = convert::options(&options)?;
-        let handle = Handle::open(Options { cpus, ..options })?;
-        callbacks.opened();
+        let mut callbacks = None;
+        let handle = Handle::open(|handle| {
+            let (options, its) = convert::options(&options, handle)?;
+            callbacks = Some(its);
+            Ok(Options { cpus, ..options })
+        })?;
         // The service drops the last reference, for that calls release.
-        drop(callbacks);
+        callbacks.into_iter().for_each(|callbacks| callbacks.opened());
         // SAFETY: as above.
         unsafe { *out = handle };
         Ok(0)
@@ -120,8 +123,8 @@ pub unsafe extern "C" fn kuf_open(options: *const kuf_options, out: *mut *mut ku
 /// -EINVAL: KUF_END_HANDOVER with other flags, or with a slot that uses the library's userfaultfd. -ECHILD: a forked
 ///   child.
 /// -EBUSY: unresolved pages and no flag for them, or pages discarded during KUF_END_POPULATE; the handle goes on.
-/// -EIO: KUF_END_POPULATE could not fill everything. -ETIMEDOUT: as kuf_options.end_timeout_ms says. The handle goes
-///   on.
+/// -EIO: KUF_END_POPULATE could not fill everything (a fill failed, or KUF_FILL_LATER). -ETIMEDOUT: nor in time
+///   (kuf_options.end_timeout_ms). The handle goes on.
 /// -ENOTSUP: KUF_END_POPULATE on a caller-driven handle.
 ///
 /// # Safety
@@ -208,9 +211,9 @@ pub unsafe extern "C" fn kuf_add_memory(kuf: *mut kuf_handle, memory: *const kuf
 /// Returns 0. Also from an event callback, but not from a fill callback.
 /// -ENOENT: no slot starts at gpa (of two threads that remove the same slot, one gets this).
 /// -EBUSY: unresolved pages and no flag for them; or a callback of this slot is still running: try again.
-/// -EIO: KUF_END_POPULATE could not fill everything and the slot goes on; or a page could be neither filled nor
-///   poisoned and stays inaccessible (KUF_EVENT_INACCESSIBLE). -ETIMEDOUT: as kuf_options.end_timeout_ms says; the
-///   slot goes on.
+/// -EIO: KUF_END_POPULATE could not fill everything, as in kuf_close, and the slot goes on; or a page could be
+///   neither filled nor poisoned and stays inaccessible (KUF_EVENT_INACCESSIBLE). -ETIMEDOUT: not filled in time
+///   (kuf_options.end_timeout_ms); the slot goes on.
 /// -ENOTSUP: KUF_END_POPULATE on a caller-driven handle.
 /// Kernel: UFFDIO_UNREGISTER.
 ///
@@ -302,7 +305,7 @@ pub unsafe extern "C" fn kuf_read(kuf: *mut kuf_handle, faults: *mut kuf_fault, 
 ///
 /// Works on every handle, for pages that were asked for or not, in any order and pieces, from any thread, also from
 /// callbacks. Pages that are present keep their bytes; pages that the guest gave back stay so. Never waits for
-/// caller code: bytes for a page whose callback is running are kept until it returns KUF_FILL_DEFERRED or fails.
+/// caller code: bytes for a page whose callback is running are kept until it returns without having filled it.
 ///
 /// Returns the bytes that this call made present or poisoned. Bytes that were present, given back, kept for later,
 /// or are being made present by another thread do not count.

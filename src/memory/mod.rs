@@ -14,7 +14,7 @@ use crate::error::{words, Error, Result};
 use crate::mapping::Extent;
 use crate::mechanism::Address;
 use crate::sync::{read, write, Arc, RwLock};
-pub use slot::{Opaque, Parts, Slot, Waiter};
+pub use slot::{Parts, Slot, Waiter};
 
 /// Every slot of a handle. Readers take a snapshot; changes make a new one.
 #[derive(Default)]

@@ -1,7 +1,6 @@
 //! One memory slot: its pages, their owners, and where its host mapping is now.
 
 use std::collections::BTreeMap;
-use std::ffi::c_void;
 use std::ops::{Deref, Range};
 
 use super::huge::Huge;
@@ -9,7 +8,7 @@ use rustix::io::Errno;
 
 use crate::abi::KUF_KVM_FAULT;
 use crate::alloc::NoMemory;
-use crate::caller::Keep;
+use crate::caller::{Keep, Opaque};
 use crate::error::{words, Error};
 use crate::mapping::Region;
 use crate::mechanism::{Binding, Content, Facts, ForKvm, Mechanism};
@@ -21,15 +20,6 @@ use crate::stats::all_blocked::Wait;
 use crate::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use crate::sync::time::Instant;
 use crate::sync::{lock, wait, wait_timeout, Arc, Condvar, Mutex, MutexGuard};
-
-/// A pointer of the caller's, which the library only passes back.
-#[derive(Clone, Copy)]
-pub struct Opaque(pub *mut c_void);
-
-// SAFETY: the library never dereferences it; the header says that several threads call the callbacks.
-unsafe impl Send for Opaque {}
-// SAFETY: as above.
-unsafe impl Sync for Opaque {}
 
 /// A fault that waits for a page that another thread is filling.
 pub struct Waiter {

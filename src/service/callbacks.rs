@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use crate::abi::*;
 use crate::caller::text::{c_text, TEXT};
 use crate::caller::{Event, Fill, Filled, LogLevel, OnEvent, OnLog, Run};
-use crate::error::Words;
+use crate::error::{words, Failure, Words};
 use crate::memory::Slot;
 use crate::pages::claims::Id;
 use crate::service::fault::pin::EventPin;
@@ -38,8 +38,10 @@ pub enum Answer {
     Zero(u64),
     /// kuf_resolve will follow.
     Deferred,
-    /// It failed with this errno.
-    Failed(Errno),
+    /// Not now; no thread is known to wait.
+    Later,
+    /// It failed.
+    Failed(Failure),
 }
 
 impl Answer {
@@ -47,8 +49,8 @@ impl Answer {
     pub fn traced(&self, granule: u64) -> i64 {
         match self {
             Self::Filled(n) | Self::Elsewhere(n, _) | Self::Zero(n) => (n * granule) as i64,
-            Self::Deferred => 0,
-            Self::Failed(errno) => -i64::from(errno.raw_os_error()),
+            Self::Deferred | Self::Later => 0,
+            Self::Failed(failure) => -i64::from(failure.errno().raw_os_error()),
         }
     }
 }
@@ -64,7 +66,7 @@ impl Callbacks {
         buf: NonNull<u8>,
         flags: u32,
     ) -> Answer {
-        let Some(callback) = &self.fill else { return Answer::Failed(Errno::NOTSUP) };
+        let Some(callback) = &self.fill else { return Answer::Failed(Errno::NOTSUP.into()) };
         let (gpa, len) = slot.gpa_of(pages);
         let mut run = Run {
             flags: flags | if slot.parent.is_some() { KUF_RUN_FORKED } else { 0 },
@@ -78,6 +80,7 @@ impl Callbacks {
             filled: len,
             src: std::ptr::null(),
             src_len: u64::MAX,
+            unknown: None,
             buffer: PhantomData,
         };
         let answer = call(Inside::Fill { slot: Arc::as_ptr(slot), id }, || callback.fill(&mut run));
@@ -85,28 +88,26 @@ impl Callbacks {
         let whole = run.filled / slot.granule;
         let sound = run.filled % slot.granule == 0 && whole > 0 && run.filled <= len;
         match answer {
-            None => Answer::Failed(Errno::NOTRECOVERABLE),
             Some(Filled::Deferred) => Answer::Deferred,
             Some(Filled::Done) if sound && !run.src.is_null() => Answer::Elsewhere(whole, run.src.cast()),
             Some(Filled::Done) if sound => Answer::Filled(whole),
             Some(Filled::Zero) if sound => Answer::Zero(whole),
-            Some(Filled::Failed(errno)) => Answer::Failed(errno),
-            Some(Filled::Done | Filled::Zero) => Answer::Failed(Errno::PROTO),
+            Some(Filled::Later) if !run.is_demand() => Answer::Later,
+            other => Answer::Failed(failure(other, &run)),
         }
     }
 
     /// Raises an event of no slot. `error`: what failed.
     pub fn event(&self, kind: u32, gpa: u64, len: u64, error: Option<Errno>, text: &str) {
-        self.event_of(None, kind, gpa, len, error, text);
+        self.event_of(None, &Event { kind, gpa, len, error, text, opaque: None });
     }
 
-    /// Raises an event, of the slot `of` if it is given.
-    pub fn event_of(&self, of: Option<&EventPin<'_>>, kind: u32, gpa: u64, len: u64, error: Option<Errno>, text: &str) {
-        self.log_text(if error.is_none() { KUF_LOG_INFO } else { KUF_LOG_ERROR }, text);
+    /// Raises an event. `pin`: what holds the slot that it is of.
+    pub fn event_of(&self, pin: Option<&EventPin<'_>>, event: &Event<'_>) {
+        self.log_text(if event.error.is_none() { KUF_LOG_INFO } else { KUF_LOG_ERROR }, event.text);
         let Some(callback) = &self.event else { return };
-        let event = Event { kind, gpa, len, error, text };
-        let slot = of.map_or(std::ptr::null(), |telling| std::ptr::from_ref(telling.slot()));
-        call(Inside::Event { slot }, || callback(&event));
+        let slot = pin.map_or(std::ptr::null(), |telling| std::ptr::from_ref(telling.slot()));
+        call(Inside::Event { slot }, || callback(event));
     }
 
     /// Highest level of log records that are passed on; 0: none.
@@ -136,6 +137,37 @@ impl Callbacks {
         }
         let Some(callback) = self.log.as_ref().filter(|_| level <= self.log_level) else { return };
         call(Inside::Quiet, || callback(LogLevel::of(level), text));
+    }
+}
+
+/// Names the value with which the callback has failed `run`, and the rule. `answer`: None when it has panicked.
+fn failure(answer: Option<Filled>, run: &Run<'_>) -> Failure {
+    match answer {
+        None => Failure::new(Errno::NOTRECOVERABLE, "the fill callback has panicked"),
+        Some(Filled::Failed(_)) if run.unknown.is_some() => {
+            let value = run.unknown.unwrap_or_default();
+            let text = words!("the fill callback returned {value}, which is neither a KUF_FILL_* nor an -errno");
+            Failure::new(Errno::PROTO, text)
+        }
+        Some(Filled::Failed(Errno::AGAIN)) => Failure::new(
+            Errno::AGAIN,
+            "the fill callback returned -EAGAIN, which fails the fill as any errno does: to answer later, return \
+             KUF_FILL_DEFERRED and call kuf_resolve; without KUF_RUN_DEMAND, KUF_FILL_LATER leaves the run absent",
+        ),
+        Some(Filled::Failed(errno)) => errno.into(),
+        Some(Filled::Later) => Failure::new(
+            Errno::PROTO,
+            "the fill callback returned KUF_FILL_LATER for a run with KUF_RUN_DEMAND, for which a thread is blocked: \
+             return KUF_FILL_DEFERRED and call kuf_resolve later",
+        ),
+        Some(Filled::Done | Filled::Zero | Filled::Deferred) => {
+            let Run { filled, len, page_size, .. } = run;
+            let text = words!(
+                "the fill callback set `filled` to {filled}: it has to be a multiple of page_size, {page_size}, above 0 \
+                 and at most len, {len}"
+            );
+            Failure::new(Errno::PROTO, text)
+        }
     }
 }
 

@@ -2,9 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
-use crate::caller::Keep;
+use crate::caller::{Keep, Opaque};
 use crate::mechanism::bitmap::Memslot;
-use crate::memory::Opaque;
 use crate::os::cpus::Cpus;
 pub use crate::service::callbacks::Callbacks;
 pub use crate::source::NewSource;
@@ -51,6 +50,8 @@ pub struct Config {
     pub cpus: Option<Cpus>,
     /// How long a service thread may poll for the next fault before it sleeps.
     pub spin: Duration,
+    /// How long KUF_END_POPULATE may take. None: no limit.
+    pub end_timeout: Option<Duration>,
 }
 
 impl Config {

@@ -31,7 +31,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::{check_len, Found, Source, Wanted};
 use crate::alloc::refusable;
-use crate::error::{words, Error, Result};
+use crate::error::{words, Error, Failure, Result};
 use crate::mapping::buffer::map_file;
 use crate::os::proc::Path;
 
@@ -193,6 +193,13 @@ impl Source for File {
         end.saturating_sub(self.offset + bytes.start).min(len)
     }
 
+    fn explain(&self, bytes: &Range<u64>) -> Option<Failure> {
+        let has = rustix::fs::fstat(&self.file).ok().filter(|_| self.regular)?.st_size as u64;
+        let end = self.offset + bytes.end;
+        let text = || words!("the file is now {has} bytes, the page needs bytes up to {end}");
+        (has < end).then(|| Failure::new(Errno::IO, text()))
+    }
+
     unsafe fn read(&self, bytes: &Range<u64>, to: NonNull<u8>) -> std::result::Result<(), Errno> {
         let len = (bytes.end - bytes.start) as usize;
         let mut done = 0;
@@ -342,6 +349,9 @@ mod tests {
         ftruncate(&fd, 2 * PAGE + 100).unwrap();
         assert_eq!(source.still_has(&(0..3 * PAGE)), PAGE + 100);
         assert_eq!(source.still_has(&(2 * PAGE..3 * PAGE)), 0);
+        let failure = source.explain(&(PAGE..2 * PAGE)).unwrap();
+        assert_eq!(failure.to_string(), "EIO: the file is now 8292 bytes, the page needs bytes up to 12288");
+        assert!(source.explain(&(0..PAGE)).is_none());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::{Found, Source, Wanted};
 use rustix::io::Errno;
 
 use crate::caller::Keep;
+use crate::error::{words, Failure};
 use crate::os::usercopy::copy_nofault;
 
 /// The address of the slot's first byte, and the owner of the memory.
@@ -37,5 +38,10 @@ impl Source for Memory {
 
     unsafe fn read(&self, bytes: &Range<u64>, to: NonNull<u8>) -> std::result::Result<(), Errno> {
         copy_nofault(self.at(bytes), to, (bytes.end - bytes.start) as usize)
+    }
+
+    fn explain(&self, bytes: &Range<u64>) -> Option<Failure> {
+        let (at, len) = (self.at(bytes), bytes.end - bytes.start);
+        Some(Failure::new(Errno::FAULT, words!("the memory of its source, {len} bytes at {at:p}, is not readable")))
     }
 }

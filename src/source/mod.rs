@@ -18,7 +18,7 @@ use std::ptr::NonNull;
 use rustix::io::Errno;
 
 use crate::caller::Keep;
-use crate::error::{words, Error, Result};
+use crate::error::{words, Error, Failure, Result};
 use crate::sync::Arc;
 
 /// A source as passed to `kuf_add_memory`, after the checks that need no system call.
@@ -75,6 +75,9 @@ pub trait Source: Send + Sync {
     fn still_has(&self, bytes: &Range<u64>) -> u64 {
         bytes.end - bytes.start
     }
+
+    /// Why `bytes` could not be read, if the source can tell.
+    fn explain(&self, bytes: &Range<u64>) -> Option<Failure>;
 }
 
 /// Opens a source for a slot of `len` bytes.
@@ -98,6 +101,10 @@ impl Source for Zero {
         // SAFETY: the caller's promise.
         unsafe { to.write_bytes(0, (bytes.end - bytes.start) as usize) };
         Ok(())
+    }
+
+    fn explain(&self, _bytes: &Range<u64>) -> Option<Failure> {
+        None
     }
 }
 

@@ -31,6 +31,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -507,9 +508,10 @@ struct source {
     atomic_bool hold;
     atomic_int inside;
     atomic_int released;
-    /* For each KUF_EVENT_*: the number of events, and the last one. */
+    /* For each KUF_EVENT_*: the number of events, and the last one with its text. */
     atomic_int events[HARNESS_EVENTS];
     struct kuf_event last[HARNESS_EVENTS];
+    char text[HARNESS_EVENTS][512];
     pthread_mutex_t lock;
 };
 
@@ -543,6 +545,8 @@ static inline void source_event(void *opaque, const struct kuf_event *event)
         return;
     pthread_mutex_lock(&source->lock);
     source->last[event->kind] = *event;
+    source->last[event->kind].text = source->text[event->kind];
+    snprintf(source->text[event->kind], sizeof(source->text[0]), "%s", event->text);
     pthread_mutex_unlock(&source->lock);
     atomic_fetch_add(&source->events[event->kind], 1);
 }

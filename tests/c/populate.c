@@ -62,6 +62,52 @@ static void under_steady_demand(size_t page, size_t length)
     close_with(busy, KUF_END_POISON);
 }
 
+/* KUF_POPULATE_STOP ends every request and every replay, the one that is running too, each with its event. */
+static void stops_all(size_t page, size_t length)
+{
+    enum { REQUESTS = 4, REPLAYS = 3 };
+    static struct source other = SOURCE_INIT;
+    unsigned char *ram = map_anonymous(length);
+    int recording = memfd_create("recording", MFD_CLOEXEC);
+    struct kuf *stopped = open_with((struct kuf_options){
+        .fill = source_fill, .event = source_event, .opaque = &other, .demand_run = page, .populate_run = page});
+    add(stopped, LOW, ram, length);
+    is(kuf_record_start(stopped, 0), 0, "a recording begins");
+    is(kuf_ensure(stopped, LOW, 16 * page, -1), 0, "some pages are demanded");
+    is(kuf_record_stop(stopped, recording), 0, "and recorded");
+    is(kuf_discard(stopped, LOW, length, KUF_DISCARD_REFILL), 0, "pages are dropped");
+    for (int replay_runs = 0; replay_runs < 2; replay_runs++) {
+        for (unsigned i = 0; i < HARNESS_EVENTS; i++)
+            atomic_store(&other.events[i], 0);
+        atomic_store(&other.hold, true);
+        for (int i = 0; i < REPLAYS && replay_runs; i++)
+            must(lseek(recording, 0, SEEK_SET) == 0 && kuf_replay(stopped, recording, 0) == 0, "a replay is queued");
+        if (replay_runs)
+            wait_until(atomic_load(&other.inside) == 1);
+        for (int i = 0; i < REQUESTS; i++) {
+            struct kuf_populate_request request = {.size = sizeof(request), .gpa = LOW, .len = length};
+            must(kuf_populate(stopped, &request) == 0, "a request is queued");
+        }
+        wait_until(atomic_load(&other.inside) == 1);
+        struct kuf_populate_request stop = {.size = sizeof(stop), .flags = KUF_POPULATE_STOP};
+        is(kuf_populate(stopped, &stop), 0, "all are stopped, while a run is in its callback");
+        atomic_store(&other.hold, false);
+        comes_to(atomic_load(&other.events[KUF_EVENT_POPULATED]), REQUESTS, "each request ends with its event");
+        comes_to(atomic_load(&other.events[KUF_EVENT_REPLAYED]), replay_runs ? REPLAYS : 0, "and each replay");
+        is(last_event(&other, KUF_EVENT_POPULATED).error, -ECANCELED, "with its error");
+        ok(strstr(last_event(&other, KUF_EVENT_POPULATED).text, "KUF_POPULATE_STOP") != NULL, "and why");
+        if (replay_runs)
+            is(last_event(&other, KUF_EVENT_REPLAYED).error, -ECANCELED, "replays too");
+        ok(progress_of(stopped, LOW).absent >= length - 3 * page, "nothing was filled but the runs in their callbacks");
+    }
+    struct kuf_populate_request again = {.size = sizeof(again), .gpa = LOW, .len = length};
+    is(kuf_populate(stopped, &again), 0, "a later request is not concerned");
+    comes_to(atomic_load(&other.events[KUF_EVENT_POPULATED]), REQUESTS + 1, "and ends");
+    is(last_event(&other, KUF_EVENT_POPULATED).error, 0, "when it is done");
+    close_with(stopped, 0);
+    close(recording);
+}
+
 int main(void)
 {
     begin();
@@ -150,5 +196,6 @@ int main(void)
     close_with(kuf, KUF_END_POISON);
     is(atomic_load(&source.released), 1, "released once");
     under_steady_demand(page, length);
+    stops_all(page, length);
     return done();
 }

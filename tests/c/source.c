@@ -131,15 +131,27 @@ static void loses(const char *what, struct kuf_source source, uint32_t flags, bo
         must(ftruncate(truncated, (off_t)(source.offset + bad * page + part)) == 0, "truncates the file");
     if (lost != NULL)
         must(mprotect((unsigned char *)lost + bad * page, (PAGES - bad) * page, PROT_NONE) == 0, "takes the memory away");
-    ok(populate(kuf, &error) && (error == -EFAULT || error == -EIO), "%s: populate ends with an error (%d)", what, error);
+    char words[128];
+    if (truncated >= 0)
+        snprintf(words, sizeof(words), "the file is now %" PRIu64 " bytes, the page needs bytes up to %" PRIu64,
+                 source.offset + bad * page + part, source.offset + PAGES * page);
+    else
+        snprintf(words, sizeof(words), "is not readable");
+    int wanted = truncated >= 0 ? -EIO : -EFAULT;
+    ok(populate(kuf, &error), "%s: populate ends", what);
+    is(error, wanted, "%s: with an error", what);
+    const char *text = last_event(&callback, KUF_EVENT_POPULATED).text;
+    ok(strstr(text, truncated >= 0 ? "the file is now" : words) != NULL, "%s: and why: %s", what, text);
     is(progress_of(kuf, BASE).poisoned, 0, "%s: and poisons nothing", what);
     ok(progress_of(kuf, BASE).absent >= (PAGES - bad) * page, "%s: lost pages are absent", what);
     is(touch(ram + bad * page), poison_signal(), "%s: touching the first that is lost is a memory error", what);
     is(touch(ram + (PAGES - 1) * page), poison_signal(), "%s: and the last", what);
+    comes_to(atomic_load(&callback.events[poison_event()]) - poisoned, 2, "%s: one event for each", what);
+    is(last_event(&callback, poison_event()).error, wanted, "%s: that says why", what);
+    text = last_event(&callback, poison_event()).text;
+    ok(strstr(text, words) != NULL, "%s: in words: %s", what, text);
     is(kuf_ensure(kuf, BASE + (bad + 20) * page, page, -1), -EHWPOISON, "%s: kuf_ensure says so", what);
-    comes_to(atomic_load(&callback.events[poison_event()]) - poisoned, 3, "%s: one event for each", what);
-    error = last_event(&callback, poison_event()).error;
-    ok(error == -EFAULT || error == -EIO, "%s: that says why (%d)", what, error);
+    ok(strstr(kuf_error(), truncated >= 0 ? "the file is now" : words) != NULL, "%s: and why: %s", what, kuf_error());
     ok(holds_content(ram, BASE, bad * page, 1), "%s: the others are served", what);
     close_with(kuf, KUF_END_POISON);
     munmap(ram, length);

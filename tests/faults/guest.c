@@ -102,6 +102,10 @@ static struct region *find(uint64_t gpa, int *page)
 
 static void note_poison(uint64_t gpa, uint64_t length)
 {
+    /* The one event of kuf_close is about all memory. */
+    for (int r = 0; r < REGIONS && length == 0; r++)
+        if (guest->regions[r].memory != NULL)
+            note_poison(guest->regions[r].gpa, length_of(&guest->regions[r]));
     for (uint64_t at = gpa; at < gpa + length; at += page_size()) {
         int page;
         struct region *region = find(at, &page);

@@ -225,6 +225,13 @@ static bool declines(void)
     return world->plan.mode != MODE_SOURCES;
 }
 
+/* Whether an end with these flags may run out of time. */
+static bool times_out(uint32_t flags)
+{
+    uint32_t limit = world->plan.options.end_timeout_ms;
+    return (flags & KUF_END_POPULATE) && !(flags & KUF_END_POISON) && limit != UINT32_MAX;
+}
+
 static bool may_be_poisoned(const struct range *range)
 {
     for (unsigned i = 0; i < range->count; i++)
@@ -323,7 +330,8 @@ static long remove_memory(const struct operation_entry *operation)
                  (got == -ENOTSUP && driven && flags & KUF_END_POPULATE) ||
                  (got == -EIO && flags & KUF_END_POPULATE &&
                   (world->plan.failing_source || atomic_load(&world->shortage) || may_be_poisoned(&range) || declines() ||
-                   slot_may_be_missing(slot, before)));
+                   slot_may_be_missing(slot, before))) ||
+                 (got == -ETIMEDOUT && times_out(flags));
     if (got < 0)
         check_errno("kuf_remove_memory", -got, right, "of a slot");
     if (got == 0)
@@ -446,7 +454,8 @@ int close_handle(uint32_t flags)
     bool right = (got == -EBUSY && !(flags & KUF_END_POISON)) || (got == -EBADF && !alone) ||
                  (got == -ENOTSUP && driven && flags & KUF_END_POPULATE) ||
                  (got == -EIO && flags & KUF_END_POPULATE && !(flags & KUF_END_POISON) &&
-                  (world->plan.failing_source || atomic_load(&world->shortage) || poisoned || declines() || !alone));
+                  (world->plan.failing_source || atomic_load(&world->shortage) || poisoned || declines() || !alone)) ||
+                 (got == -ETIMEDOUT && times_out(flags));
     if (got < 0)
         check_errno("kuf_close", -got, right, "of the handle");
     if ((got == 0) != (kuf == NULL))

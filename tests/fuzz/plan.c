@@ -106,6 +106,8 @@ static void plan_options(struct plan *plan, uint64_t *random)
         options->demand_run = below(random, 3) ? SMALL_PAGE << below(random, 10) : 0;
         options->populate_run = below(random, 3) ? SMALL_PAGE << below(random, 7) : 0;
     }
+    static const uint32_t timeouts[] = {0, 0, 1, 30, UINT32_MAX};
+    options->end_timeout_ms = timeouts[below(random, 5)];
     if (plan->mode != MODE_DIRECT && below(random, 4) == 0)
         options->spin_us = (uint32_t)below(random, 200);
     if (plan->mode < MODE_DIRECT)

@@ -137,6 +137,8 @@ int fuzz_fill(void *opaque, struct kuf_fill *run)
     uint64_t *random = callback_random();
     if (opaque != world)
         fail("the fill callback's opaque is %p", opaque);
+    if (run->kuf != atomic_load(&fuzz_handle))
+        fail("the fill callback's handle is %p", (void *)run->kuf);
     check_run(run, slot);
     atomic_fetch_add(&world->callbacks, 1);
     unsigned first = page_of(slot, run->gpa), pages = (unsigned)(run->len / slot->page_size);
@@ -151,8 +153,14 @@ int fuzz_fill(void *opaque, struct kuf_fill *run)
         return push_ticket(first, pages, names_whole_pages(slot) ? run->buf : NULL, true) ? KUF_FILL_DEFERRED : -EIO;
     if (world->plan.blocks && below(random, 8) == 0)
         sleep_us((long)below(random, 3000));
-    if (!(run->flags & KUF_RUN_DEMAND) && below(random, 16) == 0)
-        return -EAGAIN;
+    if (!(run->flags & KUF_RUN_DEMAND) && below(random, 16) == 0) {
+        if (below(random, 2))
+            return -EAGAIN;
+        /* The library may drop what an earlier fill has left there. */
+        for (unsigned i = 0; i < pages; i++)
+            note_dropped(first + i);
+        return KUF_FILL_LATER;
+    }
     if (world->plan.defers && below(random, 3) == 0 &&
         push_ticket(first, pages, names_whole_pages(slot) ? run->buf : NULL, false))
         return KUF_FILL_DEFERRED;

@@ -83,7 +83,8 @@ const FILL_POINTS: u64 = 6;
 const FILL_RESOLVES: u64 = 7;
 const FILL_LOST: u64 = 8;
 const FILL_CALLS: u64 = 9;
-const FILL_KINDS: u64 = 10;
+const FILL_LATER: u64 = 10;
+const FILL_KINDS: u64 = 11;
 
 unsafe extern "C-unwind" fn fill(_: *mut c_void, fill: *mut kuf_fill) -> c_int {
     // SAFETY: the library's, for the time of the call.
@@ -105,6 +106,12 @@ unsafe extern "C-unwind" fn fill(_: *mut c_void, fill: *mut kuf_fill) -> c_int {
         FILL_DEFERS => {
             with(|state| state.deferred.push_back((fill.gpa, fill.len)));
             return KUF_FILL_DEFERRED;
+        }
+        FILL_LATER => {
+            if fill.flags & KUF_RUN_DEMAND != 0 {
+                may_fail(slot, pages);
+            }
+            return KUF_FILL_LATER;
         }
         FILL_PART => fill.filled = (1 + draw(fill.len / PAGE)) * PAGE,
         FILL_POINTS => {
@@ -140,7 +147,7 @@ unsafe extern "C-unwind" fn fill(_: *mut c_void, fill: *mut kuf_fill) -> c_int {
 }
 
 fn check_room(fill: &kuf_fill, slot: usize) {
-    if fill.len == 0 || fill.len % PAGE != 0 || fill.filled != fill.len || fill.buf.is_null() {
+    if fill.len == 0 || fill.len % PAGE != 0 || fill.filled != fill.len || fill.buf.is_null() || fill.kuf != handle() {
         violation("a fill callback with wrong fields");
     }
     if with(|state| state.released > 0) {
@@ -183,6 +190,7 @@ unsafe extern "C-unwind" fn event(_: *mut c_void, event: *const kuf_event) {
         KUF_EVENT_FATAL => violation(&format!("the service has failed inside: {text}")),
         KUF_EVENT_GONE => violation(&format!("memory of this process is gone: {text}")),
         KUF_EVENT_COMPLETE => complete(at_gpa(event.gpa).0),
+        KUF_EVENT_POISONED | KUF_EVENT_INACCESSIBLE if event.error == -libc::ECANCELED => poisoned_at_end(event),
         KUF_EVENT_POISONED | KUF_EVENT_INACCESSIBLE => poisoned(event.gpa, event.len),
         _ => {}
     }
@@ -220,6 +228,18 @@ fn complete(slot: usize) {
         if open {
             violation(&format!("slot {slot} was said to be complete, and page {page} was never filled"));
         }
+    }
+}
+
+/// One event for each call: that of a slot that is removed, or of the handle.
+fn poisoned_at_end(event: &kuf_event) {
+    let (slot, _) = at_gpa(event.gpa);
+    let whole = with(|state| {
+        let of_slot = state.slots.get(slot).is_some_and(|slot| (slot.gpa, slot.pages * PAGE) == (event.gpa, event.len));
+        of_slot || state.closing && (event.gpa, event.len) == (0, 0)
+    });
+    if !whole {
+        violation("an end of a slot or handle has an event of a part");
     }
 }
 
@@ -272,6 +292,7 @@ pub fn open() {
         options.userfaultfds = if setup.adopt { 0 } else { setup.userfaultfds };
         options.spin_us = if setup.mode == Mode::Direct { 0 } else { setup.spin_us };
         options.log_level = KUF_LOG_DEBUG;
+        options.end_timeout_ms = [0, 1, 20, u32::MAX][(setup.seed / 2 % 4) as usize];
         if setup.mode == Mode::Callback {
             options.fill = Some(fill);
         }
@@ -511,7 +532,7 @@ pub fn close(flags: u32) -> bool {
         allowed.push(libc::EINVAL);
     }
     if flags & KUF_END_POPULATE != 0 {
-        allowed.extend([libc::EIO, libc::ENOTSUP, libc::EBUSY]);
+        allowed.extend([libc::EIO, libc::ETIMEDOUT, libc::ENOTSUP, libc::EBUSY]);
     }
     expect("kuf_close", i64::from(code), &allowed);
     if code == 0 {
@@ -889,7 +910,8 @@ fn remove(slot: usize, flags: u32) -> bool {
     // SAFETY: a handle.
     let code = unsafe { kuf_remove_memory(handle(), now.gpa, flags) };
     trace!("remove slot {slot} {flags:#x}: {code}");
-    expect("kuf_remove_memory", i64::from(code), &or_ended(&[libc::EBUSY, libc::EIO, libc::ENOTSUP, libc::ENOENT]));
+    let allowed = [libc::EBUSY, libc::EIO, libc::ETIMEDOUT, libc::ENOTSUP, libc::ENOENT];
+    expect("kuf_remove_memory", i64::from(code), &or_ended(&allowed));
     if code == 0 {
         kernel::with(|kernel| lend(kernel, now.hva, now.pages, false));
         with(|state| state.slots[slot].added = false);

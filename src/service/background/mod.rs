@@ -1,5 +1,6 @@
 //! Background fills, for which no thread is blocked.
 
+pub mod ended;
 pub mod populate;
 pub mod prefetch;
 pub mod rate;
@@ -13,13 +14,35 @@ use std::ops::Range;
 
 use rustix::io::Errno;
 
+use crate::error::Failure;
 use crate::memory::Slot;
 use crate::service::fault::batch::RecentDemand;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{lock, Arc, Mutex};
 
-/// The result of a step of a target. Err is an errno.
-pub type Step = std::result::Result<(), Errno>;
+/// Why a target was not filled to its end.
+#[derive(Debug)]
+pub enum Stopped {
+    /// A fill failed.
+    Failed(Failure),
+    /// The callback left pages absent, with KUF_FILL_LATER.
+    Later,
+    /// By KUF_POPULATE_STOP, or the service ends.
+    Canceled,
+    /// The time of the call is up.
+    TimedOut,
+    /// Other threads give memory back all the time, so that the kernel installs no page.
+    GaveUp,
+}
+
+impl<F: Into<Failure>> From<F> for Stopped {
+    fn from(failure: F) -> Self {
+        Self::Failed(failure.into())
+    }
+}
+
+/// The result of a step of a target.
+pub type Step = std::result::Result<(), Stopped>;
 
 /// The action on each part of the pages to fill.
 pub type Act<'a> = dyn FnMut(&Arc<Slot>, &Range<u64>) -> Step + 'a;

@@ -5,21 +5,20 @@ use std::ops::Range;
 
 use rustix::io::Errno;
 
-use crate::abi::*;
 use crate::alloc::{refusable, try_collect, NoMemory};
-use crate::error::{words, Error, Reason, Result};
+use crate::error::{Error, Result};
 use crate::memory::{Map, Slot};
 use crate::pages::State;
 use crate::record_file::Recording;
+use crate::service::background::ended::{populated, replayed};
 use crate::service::background::rate::Rate;
-use crate::service::background::{recorded, replay_window, skip_removed, Act, Step};
+use crate::service::background::{recorded, replay_window, skip_removed, Act, Step, Stopped};
 use crate::service::config::NewPopulate;
-use crate::service::fault::fill::Fill;
-use crate::service::fault::notice::Notice;
+use crate::service::fault::fill::{Fill, NotFilled};
 use crate::service::fault::retry::RetryLimits;
 use crate::service::fault::{exits, fill, huge, retry};
 use crate::service::inside::refuse_inside_quiet;
-use crate::service::{Service, Work};
+use crate::service::Service;
 use crate::sync::time::{Duration, Instant};
 use crate::sync::{lock, thread, wait, wait_timeout, Arc, Condvar, Mutex};
 
@@ -112,7 +111,8 @@ enum Target<'a> {
 /// How a target is filled.
 struct FillPolicy<'a> {
     rate: Rate,
-    stop: &'a dyn Fn(&Service) -> bool,
+    /// Whether to go on.
+    go_on: &'a dyn Fn(&Service) -> Step,
     on_failure: OnFailure,
     /// Recordings that are queued meanwhile go first.
     gives_way: bool,
@@ -120,6 +120,17 @@ struct FillPolicy<'a> {
     took: Duration,
     /// The limits of waiting for memory, for the whole target.
     patience: RetryLimits,
+    /// The callback left a run absent.
+    later: bool,
+}
+
+impl<'a> FillPolicy<'a> {
+    /// Ends with the first failure.
+    fn new(rate: u64, go_on: &'a dyn Fn(&Service) -> Step) -> Self {
+        let rate = Rate { started: Instant::now(), rate, bytes: 0 };
+        let (on_failure, gives_way, took, patience) = (OnFailure::End, false, LOOK, RetryLimits::default());
+        Self { rate, go_on, on_failure, gives_way, took, patience, later: false }
+    }
 }
 
 /// `kuf_populate`.
@@ -135,10 +146,10 @@ pub fn populate(service: &Service, request: NewPopulate) -> Result<()> {
         let (sweeps, stopped) = std::mem::take(&mut state.requests).into_iter().partition(|r| r.sweep);
         state.requests = sweeps;
         for request in stopped {
-            service.push(populated(request.range, Some(Errno::CANCELED)));
+            service.push(populated(request.range, Err(Stopped::Canceled)));
         }
         for _ in std::mem::take(&mut state.replays) {
-            service.push(replayed(Some(Errno::CANCELED)));
+            service.push(replayed(Err(Stopped::Canceled)));
         }
     } else if !(request.sweep && state.requests.iter().any(|other| other.sweep)) {
         if runs(service, request.range)?.is_empty() {
@@ -161,36 +172,34 @@ pub fn populate_loop(service: &Arc<Service>) {
     }
 }
 
+/// Whether the service is open, and no KUF_POPULATE_STOP came since `era`.
+fn not_stopped(service: &Service, era: u64) -> Step {
+    let goes_on = service.check_open().is_ok() && lock(&service.background.populate.state).era == era;
+    goes_on.then_some(()).ok_or(Stopped::Canceled)
+}
+
+fn is_open(service: &Service) -> Step {
+    service.check_open().map_err(|_| Stopped::Canceled)
+}
+
 fn work_on_request(service: &Service, request: &NewPopulate, era: u64) {
-    let rate = Rate { started: Instant::now(), rate: request.rate, bytes: 0 };
     let sweep = request.sweep;
-    let stop = |service: &Service| {
-        service.check_open().is_err() || !sweep && lock(&service.background.populate.state).era != era
-    };
+    let go_on = |service: &Service| if sweep { is_open(service) } else { not_stopped(service, era) };
     let on_failure = if sweep { OnFailure::Poison } else { OnFailure::End };
-    let mut policy =
-        FillPolicy { rate, stop: &stop, on_failure, gives_way: !sweep, took: LOOK, patience: RetryLimits::default() };
-    let result = retry::patiently(service, &RetryLimits::default(), || Ok(runs(service, request.range)?))
-        .and_then(|runs| fill_target(service, &Target::Runs(runs), &mut policy));
+    let mut policy = FillPolicy { on_failure, gives_way: !sweep, ..FillPolicy::new(request.rate, &go_on) };
+    let runs = retry::patiently(service, &RetryLimits::default(), || Ok(runs(service, request.range)?));
+    let result = runs.map_err(Stopped::from).and_then(|runs| fill_target(service, &Target::Runs(runs), &mut policy));
     if service.check_open().is_ok() && !sweep {
-        service.push(populated(request.range, result.err()));
+        service.push(populated(request.range, result));
     }
 }
 
 fn work_on_replay(service: &Service, recording: &Recording, era: u64) {
-    let rate = Rate { started: Instant::now(), rate: 0, bytes: 0 };
-    let stop = |service: &Service| service.check_open().is_err() || lock(&service.background.populate.state).era != era;
-    let mut policy = FillPolicy {
-        rate,
-        stop: &stop,
-        on_failure: OnFailure::End,
-        gives_way: false,
-        took: LOOK,
-        patience: RetryLimits::default(),
-    };
-    let result = fill_target(service, &Target::Recording(recording, service.memory.map()), &mut policy);
+    let go_on = |service: &Service| not_stopped(service, era);
+    let target = Target::Recording(recording, service.memory.map());
+    let result = fill_target(service, &target, &mut FillPolicy::new(0, &go_on));
     if service.check_open().is_ok() {
-        service.push(replayed(result.err()));
+        service.push(replayed(result));
     }
 }
 
@@ -211,27 +220,23 @@ fn next_job(service: &Service) -> Option<Job> {
     }
 }
 
-/// Fills all pages of a range on this thread, for `kuf_close` and `kuf_remove_memory`. Err is an errno, or None where
-/// other threads give memory back all the time, so that the kernel installs no page.
-pub fn populate_now(service: &Service, range: Option<(u64, u64)>) -> std::result::Result<(), Option<Errno>> {
-    let rate = Rate { started: Instant::now(), rate: 0, bytes: 0 };
-    let stop = |service: &Service| service.check_open().is_err();
-    let mut policy = FillPolicy {
-        rate,
-        stop: &stop,
-        on_failure: OnFailure::Leave,
-        gives_way: false,
-        took: LOOK,
-        patience: RetryLimits::of_end(),
+/// Fills all pages of a range on this thread, for `kuf_close` and `kuf_remove_memory`, until `deadline`.
+pub fn populate_now(service: &Service, range: Option<(u64, u64)>, deadline: Option<Instant>) -> Step {
+    let go_on = |service: &Service| match deadline {
+        Some(deadline) if Instant::now() >= deadline => Err(Stopped::TimedOut),
+        _ => is_open(service),
     };
-    let runs = runs(service, range).map_err(|none| Some(none.into()))?;
-    let filled = fill_target(service, &Target::Runs(runs), &mut policy);
-    filled.map_err(|errno| Some(errno).filter(|_| !policy.patience.gave_up()))
+    let mut policy = FillPolicy {
+        on_failure: OnFailure::Leave,
+        patience: RetryLimits::of_end(deadline),
+        ..FillPolicy::new(0, &go_on)
+    };
+    fill_target(service, &Target::Runs(runs(service, range)?), &mut policy)
 }
 
 fn fill_target(service: &Service, target: &Target<'_>, policy: &mut FillPolicy<'_>) -> Step {
-    let stop = policy.stop;
-    let go_on = || if stop(service) { Err(Errno::CANCELED) } else { Ok(()) };
+    let go_on = policy.go_on;
+    let go_on = || go_on(service);
     // A discard during a fill leaves a page absent behind the scan, so scan again. The number of rounds is limited, so
     // that a caller that discards all the time cannot keep a request from ending.
     for _ in 0..ROUNDS {
@@ -241,10 +246,8 @@ fn fill_target(service: &Service, target: &Target<'_>, policy: &mut FillPolicy<'
             &go_on,
             fill_ahead(service, slot, pages, policy),
         ) {
-            Err(errno)
-                if policy.on_failure != OnFailure::End && errno != Errno::CANCELED && !policy.patience.gave_up() =>
-            {
-                failed = Err(errno);
+            Err(Stopped::Failed(failure)) if policy.on_failure != OnFailure::End => {
+                failed = Err(Stopped::Failed(failure));
                 Ok(())
             }
             other => other,
@@ -271,6 +274,10 @@ fn fill_target(service: &Service, target: &Target<'_>, policy: &mut FillPolicy<'
         if !left {
             break;
         }
+        if policy.later {
+            // Another round would ask for these pages again.
+            return Err(Stopped::Later);
+        }
     }
     Ok(())
 }
@@ -284,7 +291,7 @@ fn wait_for_others(slot: &Slot, pages: &Range<u64>, policy: &FillPolicy<'_>) -> 
     }
     drop(claims);
     if !policy.patience.tries_again() {
-        return Err(Errno::AGAIN);
+        return Err(Stopped::GaveUp);
     }
     thread::sleep(Duration::from_millis(1));
     Ok(())
@@ -295,11 +302,9 @@ fn fill_ahead(service: &Service, slot: &Arc<Slot>, pages: &Range<u64>, policy: &
     let mut from = pages.start;
     while has_absent(slot, &(from..pages.end)) {
         let_demand_pass(service, slot, policy);
-        if (policy.stop)(service) {
-            return Err(Errno::CANCELED);
-        }
+        (policy.go_on)(service)?;
         if let Some(errno) = slot.gone() {
-            return Err(errno);
+            return Err(errno.into());
         }
         let max = if failed.is_ok() { (service.config.populate_run / slot.granule).max(1) } else { 1 };
         let claimed =
@@ -314,15 +319,30 @@ fn fill_ahead(service: &Service, slot: &Arc<Slot>, pages: &Range<u64>, policy: &
         policy.patience.go_on_from(&run.patience);
         policy.took = run.since.elapsed();
         if policy.patience.gave_up() {
-            return Err(Errno::AGAIN);
+            return Err(Stopped::GaveUp);
         }
-        if let Err(errno) = filled {
-            failed = Err(errno);
-            if policy.on_failure == OnFailure::End {
-                return failed;
+        if run.patience.was_out() {
+            return Err(Stopped::TimedOut);
+        }
+        match filled {
+            Ok(()) | Err(NotFilled::Poisoned(_)) => {}
+            Err(NotFilled::Later) if policy.on_failure != OnFailure::Poison => {
+                policy.later = true;
+                from = run.pages.end;
+                continue;
             }
-            // A failed run is retried page by page; a page that fails is skipped.
-            from += u64::from(run.pages.end - run.pages.start == 1);
+            Err(not) => {
+                failed = Err(match not {
+                    NotFilled::Failed(failure) | NotFilled::Poisoned(failure) => failure.into(),
+                    // Threads may wait for these pages: they are asked for as demand.
+                    NotFilled::Later => Stopped::Later,
+                });
+                if policy.on_failure == OnFailure::End {
+                    return failed;
+                }
+                // A failed run is retried page by page; a page that fails is skipped.
+                from += u64::from(run.pages.end - run.pages.start == 1);
+            }
         }
         policy.rate.bytes += (run.pages.end - run.pages.start) * slot.granule;
     }
@@ -357,7 +377,8 @@ fn let_demand_pass(service: &Service, slot: &Arc<Slot>, policy: &FillPolicy<'_>)
         let deferred = slot.claims().tally().deferred * slot.granule;
         let due = policy.rate.due();
         let demanded = service.threads.queued() > 0 && since.get_or_insert_with(Instant::now).elapsed() < patience;
-        if (policy.stop)(service) || !demanded && deferred < service.config.populate_inflight && due.is_zero() {
+        if (policy.go_on)(service).is_err() || !demanded && deferred < service.config.populate_inflight && due.is_zero()
+        {
             slot.mechanism.gate().let_pass();
             return;
         }
@@ -418,21 +439,4 @@ impl Target<'_> {
 
 fn has_absent(slot: &Slot, pages: &Range<u64>) -> bool {
     slot.pages.first_run(pages.clone(), State::Absent, 1).is_some()
-}
-
-fn populated(range: Option<(u64, u64)>, error: Option<Errno>) -> Work {
-    let (gpa, len) = range.unwrap_or((0, 0));
-    let text = match error {
-        None => "a populate request is done".into(),
-        Some(errno) => words!("a populate request ended early: {}", Reason(errno)),
-    };
-    Work::Notice(Notice { slot: None, kind: KUF_EVENT_POPULATED, gpa, len, error, text })
-}
-
-fn replayed(error: Option<Errno>) -> Work {
-    let text = match error {
-        None => "a replay is done".into(),
-        Some(errno) => words!("a replay ended early: {}", Reason(errno)),
-    };
-    Work::Notice(Notice { slot: None, kind: KUF_EVENT_REPLAYED, gpa: 0, len: 0, error, text })
 }

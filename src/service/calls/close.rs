@@ -4,11 +4,11 @@ use rustix::io::Errno;
 
 use crate::abi::*;
 use crate::alloc::refusable;
-use crate::error::{words, Error, Reason, Result};
+use crate::error::{words, Error, Result};
 use crate::mechanism::Mechanism;
 use crate::memory::Slot;
-use crate::service::background::populate;
-use crate::service::calls::end_slot::cut_off_if_written;
+use crate::service::background::{populate, Stopped};
+use crate::service::calls::end_slot::{cut_off_if_written, Toll};
 use crate::service::calls::{end_slot, known_flags, take_out, unresolved};
 use crate::service::fault::exits;
 use crate::service::inside::refuse_inside_callbacks;
@@ -82,19 +82,26 @@ pub fn populate_before_end(service: &Service, range: Option<(u64, u64)>, flags: 
     if !service.serviced() {
         return Err(Error::new(Errno::NOTSUP, "KUF_END_POPULATE needs a fill callback to ask, or sources"));
     }
-    match populate::populate_now(service, range) {
-        _ if flags & KUF_END_POISON != 0 => Ok(()),
-        Ok(()) => Ok(()),
-        Err(None) => {
-            let text = "not everything could be filled, for other threads give memory back all the while: nothing was \
-                        closed";
-            Err(Error::new(Errno::IO, text))
+    let limit = service.config.end_timeout;
+    let stopped = match populate::populate_now(service, range, limit.map(|limit| Instant::now() + limit)) {
+        _ if flags & KUF_END_POISON != 0 => return Ok(()),
+        Ok(()) => return Ok(()),
+        Err(stopped) => stopped,
+    };
+    let (errno, why) = match stopped {
+        // A kuf_close has begun, or the service has failed.
+        Stopped::Canceled => return service.check_open(),
+        Stopped::Failed(failure) => (Errno::IO, words!("could be filled ({failure})")),
+        Stopped::Later => {
+            (Errno::IO, "could be filled: the fill callback left pages absent with KUF_FILL_LATER".into())
         }
-        Err(Some(errno)) => {
-            let reason = Reason(errno);
-            Err(Error::new(Errno::IO, words!("not everything could be filled ({reason}): nothing was closed")))
+        Stopped::GaveUp => (Errno::IO, "could be filled, for other threads give memory back all the while".into()),
+        Stopped::TimedOut => {
+            let limit = limit.unwrap_or_default().as_millis();
+            (Errno::TIMEDOUT, words!("was filled within kuf_options.end_timeout_ms, {limit}"))
         }
-    }
+    };
+    Err(Error::new(errno, words!("not everything {why}: nothing was ended")))
 }
 
 /// The last part of `kuf_close` that can be refused. From here on no page becomes absent any more, and waiting calls
@@ -111,11 +118,12 @@ pub fn begin_end(service: &Service, flags: u32) -> Result<()> {
 }
 
 /// Poisons the remaining pages, before any step that may take time.
-pub fn settle_rest(service: &Service, flags: u32) {
+pub fn settle_rest(service: &Service, flags: u32, toll: &mut Toll) {
     if flags & KUF_END_HANDOVER != 0 {
         return;
     }
-    end_slot::poison_all(service, service.memory.map().all());
+    end_slot::poison_all(service, service.memory.map().all(), toll);
+    toll.tell(service, None, None);
     let_unread_go(service);
 }
 
@@ -144,12 +152,12 @@ fn is_deaf(service: &Service, mechanism: &Arc<dyn Mechanism>) -> bool {
 }
 
 /// Ends the threads and releases the memory.
-pub fn end(service: &Arc<Service>, flags: u32) {
+pub fn end(service: &Arc<Service>, flags: u32, toll: &mut Toll) {
     start::stop_threads(service, flags & KUF_END_NOWAIT != 0);
     if flags & KUF_END_HANDOVER != 0 {
         service.memory.map().all().for_each(leave_to_next);
     } else {
-        let_go(service, flags & KUF_END_NOWAIT != 0);
+        let_go(service, flags & KUF_END_NOWAIT != 0, toll);
     }
     service
         .queues
@@ -184,11 +192,12 @@ fn leave_to_next(slot: &Arc<Slot>) {
     slot.binding.wake(&all);
 }
 
-fn let_go(service: &Service, in_use: bool) {
+fn let_go(service: &Service, in_use: bool, toll: &mut Toll) {
     // Every page is present, removed or poisoned now, so no thread that unregistering wakes gets a wrong page. Slots
     // added since the pages were settled are settled here.
     let map = service.memory.map();
-    end_slot::poison_all(service, map.all());
+    end_slot::poison_all(service, map.all(), toll);
+    toll.tell(service, None, None);
     let mine = |slot: &&Arc<Slot>| !slot.detached.swap(true, Ordering::AcqRel);
     map.all().filter(mine).for_each(|slot| {
         // An adopted userfaultfd stays open: memory that mremap has just moved has to be unregistered at its new place.

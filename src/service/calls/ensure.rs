@@ -5,14 +5,14 @@ use std::ops::Range;
 
 use rustix::io::Errno;
 
-use crate::error::{words, Error, Result};
+use crate::error::{words, Error, Result, Words};
 use crate::memory::{Slot, Waiter};
 use crate::pages::claims::{Claims, Owner};
 use crate::pages::readahead::{Rest, NEAR};
 use crate::pages::State;
 use crate::service::background::{prefetch, recorder};
 use crate::service::fault::demand::{map, open_removed, plan};
-use crate::service::fault::fill::{self, Fill};
+use crate::service::fault::fill::{self, Fill, NotFilled};
 use crate::service::fault::retry::RetryLimits;
 use crate::service::fault::{ask, huge};
 use crate::service::inside::refuse_inside_callbacks;
@@ -77,9 +77,9 @@ fn ensure_pages(
     }
     loop {
         let patience = RetryLimits::until(deadline);
-        let (one_by_one, applied) = (false, false);
+        let (one_by_one, failed, applied) = (false, None, false);
         let all = pages.clone();
-        Ensure { service, slot, pages: all, deadline, speculative, patience, one_by_one, applied }.run()?;
+        Ensure { service, slot, pages: all, deadline, speculative, patience, one_by_one, failed, applied }.run()?;
         if !slot.leaves_zeroes() {
             return Ok(());
         }
@@ -102,6 +102,8 @@ struct Ensure<'a> {
     patience: RetryLimits,
     /// A fill of a longer run has failed. For the rest of the call: there may be no memory for long runs.
     one_by_one: bool,
+    /// The last run that was not filled, and why.
+    failed: Option<(Range<u64>, NotFilled)>,
     /// Events that were read before have been applied.
     applied: bool,
 }
@@ -144,8 +146,7 @@ impl Ensure<'_> {
                 self.applied = true;
                 return Ok(());
             }
-            let text = words!("gpa {:#x} could not be filled", slot.gpa + page * slot.granule);
-            return Err(Error::new(Errno::HWPOISON, text));
+            return Err(Error::new(Errno::HWPOISON, self.unfilled(page)));
         }
         recorder::record_joined(service, slot, page, &mut claims);
         // Looked at with the lock held: a thread that ends the slot locks and wakes afterwards.
@@ -158,6 +159,17 @@ impl Ensure<'_> {
             return Err(not_in_time(slot, page));
         }
         Ok(())
+    }
+
+    /// That `page` is poisoned, and why if this call knows.
+    fn unfilled(&self, page: u64) -> Words {
+        let gpa = self.slot.gpa + page * self.slot.granule;
+        match &self.failed {
+            Some((pages, NotFilled::Failed(failure) | NotFilled::Poisoned(failure))) if pages.contains(&page) => {
+                words!("gpa {gpa:#x} could not be filled ({failure})")
+            }
+            _ => words!("gpa {gpa:#x} could not be filled"),
+        }
     }
 
     /// Fills a run from `page` on, which is absent.
@@ -181,7 +193,10 @@ impl Ensure<'_> {
         let Some((id, pages)) = claimed else { return Ok(()) };
         recorder::record(service, slot, &pages);
         let run = Fill { patience: self.patience.clone(), ..Fill::demand(slot, id, pages, page, 0) };
-        self.one_by_one |= fill::fill(service, &run).is_err();
+        if let Err(not) = fill::fill(service, &run) {
+            self.one_by_one |= !matches!(not, NotFilled::Poisoned(_));
+            self.failed = Some((run.pages.clone(), not));
+        }
         if run.patience.was_out() {
             return Err(not_in_time(slot, page));
         }

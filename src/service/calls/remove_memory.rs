@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::memory::{Slot, Waiter};
 use crate::pages::claims::Claims;
 use crate::pages::State;
+use crate::service::calls::end_slot::{Shut, Toll};
 use crate::service::calls::{close, end_slot, known_flags, kvm, no_slot_starts, take_out, unresolved};
 use crate::service::fault::exits;
 use crate::service::inside::{refuse_inside_callbacks, refuse_inside_fill};
@@ -16,6 +17,7 @@ use crate::service::Service;
 use crate::sync::atomic::Ordering;
 use crate::sync::time::{Duration, Instant};
 use crate::sync::{thread, Arc};
+use std::ops::Range;
 
 /// How long kuf_remove_memory waits for fills that are running.
 const FILLS_END: Duration = Duration::from_millis(100);
@@ -38,8 +40,12 @@ pub fn remove_memory(service: &Service, gpa: u64, flags: u32) -> Result<()> {
     let views = try_collect(service.memory.map().forks_of(slot).cloned())?;
     // Suspend prefetch until the slot has gone: see `FillPin`.
     let _none = service.background.prefetch.suspend_for(slot);
-    poison_when_idle(service, slot, flags & KUF_END_POISON != 0)?;
-    end_slot::poison_all(service, views.iter());
+    let mut toll = Toll::default();
+    let shut = poison_when_idle(service, slot, flags & KUF_END_POISON != 0, &mut toll)?;
+    end_slot::poison_all(service, views.iter(), &mut toll);
+    toll.tell(service, Some(slot), shut.pin.as_ref());
+    drop(shut);
+    end_slot::wait_until_told(slot);
     if slot.stays.load(Ordering::SeqCst) {
         let text =
             "pages of this slot could be neither poisoned nor made inaccessible: it stays, so that no thread reads zeroes";
@@ -57,7 +63,7 @@ pub fn remove_memory(service: &Service, gpa: u64, flags: u32) -> Result<()> {
 /// It waits for fills: the caller's vCPUs may have stopped, but readahead for their last touches may be in progress. The
 /// wait is limited, for a callback may want a lock that the caller holds; in a callback there is no wait, for others
 /// may wait for this thread.
-fn poison_when_idle(service: &Service, slot: &Arc<Slot>, poison: bool) -> Result<()> {
+fn poison_when_idle<'a>(service: &Service, slot: &'a Arc<Slot>, poison: bool, toll: &mut Toll) -> Result<Shut<'a>> {
     let patience = if refuse_inside_callbacks("").is_ok() { FILLS_END } else { Duration::ZERO };
     let since = Instant::now();
     let until = since + patience;
@@ -70,10 +76,14 @@ fn poison_when_idle(service: &Service, slot: &Arc<Slot>, poison: bool) -> Result
     let let_it = |claims: &Claims<Waiter>| {
         poison() && Instant::now() >= until && !slot.is_pinned() && !claims.writing(&(0..slot.pages.total()))
     };
-    while !end_slot::poison_unless(service, slot, |claims, all| {
+    let refuse = |claims: &Claims<Waiter>, all: &Range<u64>| {
         (claims.busy(all) || slot.is_pinned()) && !let_it(claims)
             || !poison() && (slot.pages.count(State::Absent) > 0 || claims.to_be_poisoned())
-    }) {
+    };
+    loop {
+        if let Some(shut) = end_slot::poison_unless(service, slot, refuse, toll) {
+            return Ok(shut);
+        }
         let claims = slot.claims();
         let busy = (claims.busy(&all) || slot.is_pinned()) && !let_it(&claims);
         if !poison() && (slot.pages.count(State::Absent) > 0 || !busy && claims.to_be_poisoned()) {
@@ -94,5 +104,4 @@ fn poison_when_idle(service: &Service, slot: &Arc<Slot>, poison: bool) -> Result
             drop(slot.sleep(claims, Some(soon.min(until))));
         }
     }
-    Ok(())
 }

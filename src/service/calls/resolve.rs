@@ -172,7 +172,7 @@ fn resolve_run(
 ) -> std::result::Result<u64, Errno> {
     let content = match how {
         Resolution::Poison => {
-            return Ok(settle::poison(service, slot, id, run, Errno::IO, "was given up by the host"));
+            return Ok(settle::poison(service, slot, id, run, &Errno::IO.into(), "was given up by the caller"));
         }
         Resolution::InPlace => Content::Map,
         Resolution::Present => return book_present(service, slot, id, run),

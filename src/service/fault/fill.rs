@@ -2,15 +2,13 @@
 //! answer.
 
 use std::ops::Range;
-use std::ptr::NonNull;
 
 use rustix::io::Errno;
 
 use crate::abi::*;
 use crate::alloc::try_push;
-use crate::mapping::buffer::Buffer;
+use crate::error::{words, Failure};
 use crate::mechanism::Content;
-use crate::memory::staging::Staging;
 use crate::memory::{Slot, Waiter};
 use crate::os::usercopy::{copy_nofault, populate_read};
 use crate::pages::claims::Id;
@@ -20,8 +18,9 @@ use crate::service::callbacks::Answer;
 use crate::service::fault::bytes::{Bytes, Counted};
 use crate::service::fault::install::Failed;
 use crate::service::fault::pin::FillPin;
+use crate::service::fault::place::{place_for, stage_for, FillPlace};
 use crate::service::fault::retry::RetryLimits;
-use crate::service::fault::{huge, retry, settle, zero};
+use crate::service::fault::{retry, settle, zero};
 use crate::service::Service;
 use crate::source::{Found, Source, Wanted};
 use crate::stats::trace;
@@ -64,33 +63,25 @@ impl Fill {
     }
 }
 
-/// Where the bytes are written.
-// "In place" is the term everywhere.
-#[allow(clippy::enum_variant_names)]
-enum FillPlace {
-    InPlace {
-        at: NonNull<u8>,
-        /// When the place was allocated.
-        since: Instant,
-    },
-    Buffer(Buffer),
-    /// A huge page for all of the run.
-    Staged(Staging),
+/// Why a run was not filled, or not all of it.
+#[derive(Debug)]
+pub enum NotFilled {
+    /// The source failed. No page was poisoned for it, or only pages that threads wait for.
+    Failed(Failure),
+    /// The source failed for the only page, which is poisoned: a thread waits for it.
+    Poisoned(Failure),
+    /// The callback left the run absent, with KUF_FILL_LATER.
+    Later,
 }
 
-impl FillPlace {
-    fn at(&self) -> NonNull<u8> {
-        match self {
-            Self::InPlace { at, .. } => *at,
-            Self::Buffer(buffer) => buffer.at(),
-            Self::Staged(staging) => staging.at(),
-        }
+impl<F: Into<Failure>> From<F> for NotFilled {
+    fn from(failure: F) -> Self {
+        Self::Failed(failure.into())
     }
 }
 
-/// Fills a run: the only way from a claim to the caller's callback. Err is the errno with which the source failed, for pages
-/// that were not poisoned for it.
-pub fn fill(service: &Service, run: &Fill) -> Result<(), Errno> {
+/// Fills a run: the only way from a claim to the caller's callback.
+pub fn fill(service: &Service, run: &Fill) -> Result<(), NotFilled> {
     let Fill { slot, id, pages, wanted, speculative, .. } = run;
     let mut place = None;
     let mut moved = false;
@@ -108,9 +99,9 @@ pub fn fill(service: &Service, run: &Fill) -> Result<(), Errno> {
             let (base, wanted) = (pages.start, *wanted);
             let bytes = Bytes { content, counted, base, zeroes: &zeroes, wanted, background, since, patience };
             let (installed, result) = settle::install(service, slot, *id, done.clone(), bytes);
-            not_installed(service, run, installed, &done, result)
+            not_installed(service, run, installed, &done, result).map_err(NotFilled::from)
         }
-        Err(errno) => Err(errno),
+        Err(not) => Err(not),
     };
     match place {
         Some(FillPlace::Buffer(buffer)) => service.buffers.put(buffer),
@@ -119,18 +110,28 @@ pub fn fill(service: &Service, run: &Fill) -> Result<(), Errno> {
     }
     match result {
         Ok(()) => Ok(()),
+        Err(NotFilled::Later) => Err(NotFilled::Later),
         // The claim may be in pieces by now; no thread can touch this memory any more.
-        Err(errno) if slot.gone().is_some() => {
+        Err(not) if slot.gone().is_some() => {
             settle::abandon_quietly(service, slot, *id, pages.clone());
-            Err(errno)
+            Err(not)
         }
         // The source did not fail: the time limit ran out.
-        Err(errno) if run.patience.was_out() => {
+        Err(not) if run.patience.was_out() => {
             settle::abandon(service, slot, *id, pages.clone());
-            Err(errno)
+            Err(not)
         }
-        Err(errno) => fill_failed(service, run, errno),
+        Err(NotFilled::Failed(failure) | NotFilled::Poisoned(failure)) => {
+            Err(fill_failed(service, run, explain(run, failure)))
+        }
     }
+}
+
+/// `failure` in the words of the source, if it has become shorter or cannot be read.
+fn explain(run: &Fill, failure: Failure) -> Failure {
+    let unread = matches!(failure.errno(), Errno::IO | Errno::FAULT);
+    let source = run.slot.source.as_ref().filter(|_| unread);
+    source.and_then(|source| source.explain(&run.slot.bytes_of(&run.pages))).unwrap_or(failure)
 }
 
 /// Bytes that came for a run.
@@ -151,8 +152,8 @@ impl Supply {
     }
 }
 
-/// Gets the bytes of a run. None: there is nothing to install. Err is an errno.
-fn supply(service: &Service, run: &Fill, place: &mut Option<FillPlace>) -> Result<Option<Supply>, Errno> {
+/// Gets the bytes of a run. None: there is nothing to install.
+fn supply(service: &Service, run: &Fill, place: &mut Option<FillPlace>) -> Result<Option<Supply>, NotFilled> {
     let Fill { slot, id, pages, .. } = run;
     // The pages were resolved, or the slot was shut, before the callback was called: nothing is left to do.
     let Some(pin) = FillPin::begin(slot, *id, pages) else { return Ok(None) };
@@ -179,21 +180,26 @@ fn supply(service: &Service, run: &Fill, place: &mut Option<FillPlace>) -> Resul
             Ok(Some(Supply::of(n, Bytes::plain(content, pages.start), zeroes, since)))
         }
         // A filled answer without a place cannot be.
-        (Answer::Filled(_), None) => Err(Errno::PROTO),
+        (Answer::Filled(_), None) => Err(Errno::PROTO.into()),
         (Answer::Elsewhere(n, src), _) => {
             Ok(Some(Supply::of(n, Bytes::plain(Content::Copy(src), pages.start), Vec::new(), since)))
         }
-        (Answer::Zero(n), place) => supply_zero(service, run, n, place).map(Some),
+        (Answer::Zero(n), place) => Ok(Some(supply_zero(service, run, n, place)?)),
         (Answer::Deferred, _) => {
             service.stats.here().fills_deferred(1);
             slot.claims().defer(pages.clone(), *id);
             settle::settle_cancelled(service, slot, *id, pages);
             Ok(None)
         }
-        (Answer::Failed(errno), _) => {
+        (Answer::Later, _) => {
+            // Threads that have touched the run meanwhile are served anew: it is asked for again, as demand.
+            settle::leave_absent(service, slot, *id, pages.clone());
+            Err(NotFilled::Later)
+        }
+        (Answer::Failed(failure), _) => {
             service.stats.here().fills_failed(1);
             settle::install_early(service, slot, *id, pages);
-            Err(errno)
+            Err(failure.into())
         }
     }
 }
@@ -210,7 +216,7 @@ fn ask(service: &Service, run: &Fill, place: &mut Option<FillPlace>) -> Result<A
     let answer = match (&slot.source, place.as_ref()) {
         (Some(source), _) => ask_source(service, run, source.as_ref(), place),
         (None, Some(to)) => ask_caller(service, run, to, demand),
-        (None, None) => Answer::Failed(Errno::PROTO),
+        (None, None) => Answer::Failed(Errno::PROTO.into()),
     };
     let answer = fetch(service, run, answer, place);
     let answer = match &slot.source {
@@ -239,15 +245,14 @@ fn count_time(service: &Service, run: &Fill, answer: &Answer, place: Option<&Fil
     }
 }
 
-/// Counts `installed`, the installed pages of `done`, and handles the failure of the rest. Err is an errno with which the
-/// source failed.
+/// Counts `installed`, the installed pages of `done`, and handles the failure of the rest. Err: the source failed.
 fn not_installed(
     service: &Service,
     run: &Fill,
     installed: u64,
     done: &Range<u64>,
     result: Result<(), Failed>,
-) -> Result<(), Errno> {
+) -> Result<(), Failure> {
     let Fill { slot, id, wanted, speculative, .. } = run;
     let id = *id;
     match (wanted, speculative) {
@@ -270,7 +275,8 @@ fn not_installed(
             settle::abandon(service, slot, id, page..done.end);
             Ok(())
         }
-        other => other.map_err(|failed| failed.errno),
+        Err(Failed { errno, .. }) => Err(errno.into()),
+        Ok(()) => Ok(()),
     }
 }
 
@@ -294,7 +300,7 @@ fn ask_source(service: &Service, run: &Fill, source: &dyn Source, place: &mut Op
                 // SAFETY: `place` made room for these bytes, and the claim makes them this thread's.
                 unsafe { source.read(&(bytes.start..bytes.start + len), to) }
             });
-            placed.map_or_else(Answer::Failed, |()| Answer::Filled(n))
+            placed.map_or_else(|errno| Answer::Failed(errno.into()), |()| Answer::Filled(n))
         }
     }
 }
@@ -307,20 +313,21 @@ fn fetch(service: &Service, run: &Fill, answer: Answer, place: &mut Option<FillP
     let part = pages.start..pages.start + n;
     let len = n * slot.granule;
     if let Err(error) = service.memory.map().check_not_unresolved(src, len) {
-        return Answer::Failed(error.errno());
+        return Answer::Failed(error.into());
     }
+    let unread = |errno: Errno| Answer::Failed(if errno == Errno::FAULT { unreadable(src, len) } else { errno.into() });
     if place.is_none() {
         *place = stage_for(service, slot, &part).map(FillPlace::Staged);
     }
     if !slot.in_place() && !slot.detects_zero && !matches!(place, Some(FillPlace::Staged(_))) {
         let brought = retry::patiently(service, &run.patience, || populate_read(src, len as usize));
-        return brought.map_or_else(Answer::Failed, |()| Answer::Elsewhere(n, src));
+        return brought.map_or_else(unread, |()| Answer::Elsewhere(n, src));
     }
     let to = match place {
         Some(place) => place.at(),
         None => match place_for(service, slot, &part, &run.patience) {
             Ok(new) => place.insert(new).at(),
-            Err(errno) => return Answer::Failed(errno),
+            Err(errno) => return Answer::Failed(errno.into()),
         },
     };
     // Pages of the run that the callback itself has resolved are left out: the guest has them. The claims are unlocked: the
@@ -332,7 +339,12 @@ fn fetch(service: &Service, run: &Fill, answer: Answer, place: &mut Option<FillP
         let to = unsafe { to.add(at as usize) };
         retry::patiently(service, patience, || copy_nofault(src.wrapping_add(at as usize), to, len as usize))
     });
-    read.map_or_else(Answer::Failed, |()| Answer::Filled(n))
+    read.map_or_else(unread, |()| Answer::Filled(n))
+}
+
+/// The caller's bytes at `src` cannot be read.
+fn unreadable(src: *const u8, len: u64) -> Failure {
+    Failure::new(Errno::FAULT, words!("src {src:p} is not readable for all of `filled`, {len} bytes"))
 }
 
 /// The first `n` pages are zero. `place`: where the callback could have written.
@@ -372,36 +384,17 @@ fn supply_zero(service: &Service, run: &Fill, n: u64, place: Option<&FillPlace>)
     Ok(Supply::of(n, Bytes::zero_in_place(pages.start), zeroes, None))
 }
 
-fn place_for(
-    service: &Service,
-    slot: &Arc<Slot>,
-    pages: &Range<u64>,
-    patience: &RetryLimits,
-) -> Result<FillPlace, Errno> {
-    match settle::place_in(service, slot, pages, patience)? {
-        Some(at) => Ok(FillPlace::InPlace { at, since: Instant::now() }),
-        None => {
-            if let Some(staging) = stage_for(service, slot, pages) {
-                return Ok(FillPlace::Staged(staging));
-            }
-            let len = (pages.end - pages.start) * slot.granule;
-            retry::patiently(service, patience, || service.buffers.take(len as usize).map_err(|e| e.errno()))
-                .map(FillPlace::Buffer)
-        }
-    }
-}
-
 /// The source failed for a run. Where a thread waits, the source is asked again page by page: a neighbour may be the bad
 /// page.
-fn fill_failed(service: &Service, run: &Fill, errno: Errno) -> Result<(), Errno> {
+fn fill_failed(service: &Service, run: &Fill, failure: Failure) -> NotFilled {
     let Fill { slot, id, pages, wanted, .. } = run;
     if pages.end - pages.start == 1 && wanted.is_some() {
-        let why = match errno {
+        let why = match failure.errno() {
             Errno::EXIST => "existed before it was filled, so its bytes are not the source's",
             _ => "the source failed",
         };
-        settle::poison(service, slot, *id, pages.clone(), errno, why);
-        return Ok(());
+        settle::poison(service, slot, *id, pages.clone(), &failure, why);
+        return NotFilled::Poisoned(failure);
     }
     let mut waiters = settle::abandon_quietly(service, slot, *id, pages.clone());
     let mut next = wanted.or_else(|| waiters.iter().next().map(|waiter| waiter.page));
@@ -425,7 +418,7 @@ fn fill_failed(service: &Service, run: &Fill, errno: Errno) -> Result<(), Errno>
             run.patience.go_on_from(&one.patience);
         }
     }
-    Err(errno)
+    NotFilled::Failed(failure)
 }
 
 /// The rest of `answer` when the source was truncated meanwhile: a page that it still has in part counts as lost.
@@ -435,14 +428,9 @@ fn cut_off(run: &Fill, source: &dyn Source, answer: Answer) -> Answer {
     let whole = source.still_has(&slot.bytes_of(&(pages.start..pages.start + n))) / slot.granule;
     match answer {
         _ if whole == n => answer,
-        _ if whole == 0 => Answer::Failed(Errno::IO),
+        _ if whole == 0 => Answer::Failed(Errno::IO.into()),
         Answer::Elsewhere(_, at) => Answer::Elsewhere(whole, at),
         Answer::Filled(_) => Answer::Filled(whole),
         _ => Answer::Zero(whole),
     }
-}
-
-/// A huge page to fill for `pages`, where the slot wants them.
-fn stage_for(service: &Service, slot: &Slot, pages: &Range<u64>) -> Option<Staging> {
-    slot.huge.wanted.then(|| huge::stage(service, slot, pages)).flatten()
 }

@@ -12,6 +12,7 @@ pub mod install;
 pub mod notice;
 pub mod parked;
 pub mod pin;
+pub mod place;
 pub mod poison;
 pub mod retry;
 pub mod settle;

@@ -2,6 +2,7 @@
 
 use rustix::io::Errno;
 
+use crate::caller::Event;
 use crate::error::Words;
 use crate::memory::Slot;
 use crate::service::fault::pin::EventPin;
@@ -26,7 +27,9 @@ impl Notice {
         let telling = slot.as_deref().map(EventPin::begin);
         // At the end of the service slots stay until all was told.
         if !matches!(telling, Some(None)) || !service.life.is_open() {
-            service.config.callbacks.event_of(telling.flatten().as_ref(), *kind, *gpa, *len, *error, text);
+            let opaque = slot.as_ref().map(|slot| slot.opaque);
+            let event = Event { kind: *kind, gpa: *gpa, len: *len, error: *error, text, opaque };
+            service.config.callbacks.event_of(telling.flatten().as_ref(), &event);
         }
     }
 }

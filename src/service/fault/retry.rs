@@ -98,9 +98,9 @@ impl RetryLimits {
         now.saturating_duration_since(since) < if remote { EVENTS_REMOTE } else { EVENTS }
     }
 
-    /// Of work that gives up in the end, however often threads give memory back.
-    pub fn of_end() -> Self {
-        Self { tries: Cell::new(Some(TRIES)), ..Self::default() }
+    /// Of work that is to end by `deadline`, and gives up in the end however often threads give memory back.
+    pub fn of_end(deadline: Option<Instant>) -> Self {
+        Self { tries: Cell::new(Some(TRIES)), ..Self::until(deadline) }
     }
 
     /// Whether to retry after an event was in the way.
@@ -205,7 +205,7 @@ mod tests {
     fn tries_are_counted_and_earned() {
         let endless = RetryLimits::default();
         assert!((0..10 * TRIES).all(|_| endless.tries_again()) && !endless.gave_up());
-        let patience = RetryLimits::of_end();
+        let patience = RetryLimits::of_end(None);
         for _ in 0..TRIES {
             // A page that takes a few tries earns them.
             assert!((0..EARNED).all(|_| patience.tries_again()));

@@ -3,7 +3,8 @@
 use rustix::io::Errno;
 
 use crate::abi::*;
-use crate::error::{words, Reason};
+use crate::caller::Event;
+use crate::error::{words, Failure};
 use crate::mechanism::Content;
 use crate::memory::{Slot, Waiter};
 use crate::pages::claims::{Early, Id, Waiters};
@@ -66,6 +67,21 @@ pub fn abandon_as(
     }
 }
 
+/// Gives up pages that the callback left absent with KUF_FILL_LATER. The memory that a shared file has got for them is
+/// returned; with KUF_MEMORY_FILL_ALL the file may hold bytes that are still to be named.
+pub fn leave_absent(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>) {
+    if slot.in_place() && !slot.fills_all {
+        let _gate = slot.mechanism.gate().read();
+        if slot.gone().is_none() {
+            // Pages with early bytes stay as they are, and none get any while this thread has them.
+            let begun = slot.claims().begin_poison(pages.clone(), id);
+            begun.runs.iter().for_each(|run| slot.scrub(run));
+            slot.claims().suspend(pages.clone(), id);
+        }
+    }
+    abandon(service, slot, id, pages);
+}
+
 /// Settles the pages of the claim `id` that were discarded or given back while it was filled: with the bytes that came
 /// since, or as dropped.
 pub fn settle_cancelled(service: &Service, slot: &Arc<Slot>, id: Id, pages: &Range<u64>) {
@@ -106,7 +122,7 @@ pub fn could_not(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>,
     } else if errno == Errno::CANCELED {
         leave_to_the_end(service, slot, id, pages);
     } else {
-        poison(service, slot, id, pages, errno, "could not be made present");
+        poison(service, slot, id, pages, &errno.into(), "could not be made present");
     }
 }
 
@@ -116,7 +132,7 @@ pub fn install_early(service: &Service, slot: &Arc<Slot>, id: Id, pages: &Range<
     let next = || slot.claims().early(pages, id);
     while let Some((pages, bytes)) = next() {
         if let Early::Poison = bytes {
-            poison(service, slot, id, pages, Errno::IO, "poisoned by kuf_resolve");
+            poison(service, slot, id, pages, &Errno::IO.into(), "poisoned by kuf_resolve");
             continue;
         }
         let mut left = pages.clone();
@@ -181,54 +197,59 @@ pub fn place_in(
     retry::patiently(service, patience, || slot.binding.in_place_buffer(pages))
 }
 
-/// Poisons the pages that the claim `id` owns of `pages`, and raises the event.
-pub fn poison(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: Errno, why: &str) -> u64 {
-    poison_with(service, slot, id, pages, Content::Poison { at_end: false }, (errno, why), None)
+/// Poisons the pages that the claim `id` owns of `pages`, and raises the event. Returns how many were lost.
+pub fn poison(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>, failure: &Failure, why: &str) -> u64 {
+    let Some(telling) = EventPin::of_claimed(slot, &pages, id) else { return 0 };
+    let (gpa, len) = slot.gpa_of(&pages);
+    let lost = lose(service, slot, id, &pages, None);
+    // Bytes may have come for a part at the last moment: that part was neither poisoned nor made inaccessible.
+    abandon(service, slot, id, pages);
+    let (kind, how) = match lost {
+        Lost { poisoned: 0, closed: 0, .. } => return 0,
+        Lost { closed: 0, .. } => (KUF_EVENT_POISONED, "poisoned"),
+        Lost { all: true, .. } => (KUF_EVENT_INACCESSIBLE, "made inaccessible"),
+        Lost { .. } => (KUF_EVENT_INACCESSIBLE, "left absent: a thread that touches it stays blocked"),
+    };
+    let text = words!("guest memory {gpa:#x}..{:#x} {why} ({failure}): {how}", gpa + len);
+    let event = Event { kind, gpa, len, error: Some(failure.errno()), text: &text, opaque: Some(slot.opaque) };
+    service.config.callbacks.event_of(Some(&telling), &event);
+    lost.poisoned + lost.closed
 }
 
-pub fn poison_with(
-    service: &Service,
-    slot: &Arc<Slot>,
-    id: Id,
-    pages: Range<u64>,
-    content: Content,
-    (errno, why): (Errno, &str),
-    patience: Option<&RetryLimits>,
-) -> u64 {
-    let Some(telling) = EventPin::of_claimed(slot, &pages, id) else { return 0 };
+/// Pages that a claim has lost.
+#[derive(Clone, Copy, Default)]
+pub struct Lost {
+    pub poisoned: u64,
+    /// Made inaccessible, or left closed where that is not possible.
+    pub closed: u64,
+    /// All that could not be poisoned were made inaccessible.
+    pub all: bool,
+}
+
+/// Poisons the pages that the claim `id` owns of `pages`, or makes them inaccessible. `patience`: for the end of the slot, for
+/// which no bytes come any more.
+pub fn lose(service: &Service, slot: &Arc<Slot>, id: Id, pages: &Range<u64>, patience: Option<&RetryLimits>) -> Lost {
     if slot.in_place() {
         // Bytes that a failed fill has left there are not valid.
-        let _ = slot.each_held(id, &pages, |run| {
+        let _ = slot.each_held(id, pages, |run| {
             slot.scrub(&run);
             Ok::<_, i32>(())
         });
     }
-    let (gpa, len) = slot.gpa_of(&pages);
-    let reason = Reason(errno);
+    let content = Content::Poison { at_end: patience.is_some() };
     let bytes = Bytes { patience, ..Bytes::plain(content, pages.start) };
     let Outcome { installed: poisoned, result, .. } = install::install(service, slot, id, pages.clone(), bytes);
-    let (closed, all) = match result {
-        Ok(()) => (0, true),
+    match result {
+        Ok(()) => Lost { poisoned, closed: 0, all: true },
         Err(failed) if failed.errno == Errno::CANCELED && patience.is_none() && service.ends(slot) => {
-            leave_to_the_end(service, slot, id, pages);
-            return poisoned;
+            leave_to_the_end(service, slot, id, pages.clone());
+            Lost { poisoned, closed: 0, all: true }
         }
-        Err(failed) => close_claimed(service, slot, id, &(failed.page..pages.end)),
-    };
-    if patience.is_none() {
-        // Bytes may have come for a part at the last moment: that part was neither poisoned nor made inaccessible. No bytes
-        // come for a slot that has ended.
-        abandon(service, slot, id, pages);
+        Err(failed) => {
+            let (closed, all) = close_claimed(service, slot, id, &(failed.page..pages.end));
+            Lost { poisoned, closed, all }
+        }
     }
-    let (kind, how) = match (poisoned, closed, all) {
-        (0, 0, _) => return 0,
-        (_, 0, _) => (KUF_EVENT_POISONED, "poisoned"),
-        (_, _, true) => (KUF_EVENT_INACCESSIBLE, "made inaccessible"),
-        (_, _, false) => (KUF_EVENT_INACCESSIBLE, "left absent: a thread that touches it stays blocked"),
-    };
-    let text = words!("guest memory {gpa:#x}..{:#x} {why} ({reason}): {how}", gpa + len);
-    service.config.callbacks.event_of(Some(&telling), kind, gpa, len, Some(errno), &text);
-    poisoned + closed
 }
 
 /// Makes inaccessible the pages that the claim `id` owns of `pages` and that could not be poisoned. Parts with early bytes

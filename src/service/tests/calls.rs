@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::service::background::populate;
+use crate::service::calls::end_slot::Toll;
 use crate::service::calls::{add_memory, close, discard, ensure, kvm, remove_memory, resolve};
 use crate::service::config::{NewMemory, NewPopulate, Resolution};
 use crate::service::Service;
@@ -66,7 +67,8 @@ impl Close for Arc<Service> {
         close::begin_end(self, flags)
     }
     fn rest_of_end(&self, flags: u32) {
-        close::settle_rest(self, flags);
-        close::end(self, flags);
+        let mut toll = Toll::default();
+        close::settle_rest(self, flags, &mut toll);
+        close::end(self, flags, &mut toll);
     }
 }

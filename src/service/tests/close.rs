@@ -31,7 +31,7 @@ fn a_close_that_failed_inside_is_completed_by_the_next_one() {
 #[test]
 fn a_handle_that_could_not_be_opened_leaves_nothing() {
     for _ in 0..3 {
-        let refused = Handle::open(Options::caller_driven().fill_threads(0));
+        let refused = Handle::open(|_| Ok(Options::caller_driven().fill_threads(0)));
         assert_eq!(refused.unwrap_err().errno(), Errno::INVAL);
     }
 }

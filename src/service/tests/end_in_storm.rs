@@ -144,7 +144,7 @@ fn pages_that_failed_to_be_filled_are_not_in_the_file_that_is_handed_over() {
     rig.service.add(slot).unwrap();
     rig.service.ensure(1 << 20, PAGE).unwrap();
     rig.caller.fail(0..u64::MAX);
-    assert!(populate_now(&rig.service, Some((1 << 20, LEN))).is_err());
+    assert!(populate_now(&rig.service, Some((1 << 20, LEN)), None).is_err());
     hand_over(&rig);
     assert_eq!(rustix::fs::fstat(&file).unwrap().st_blocks as u64 * 512, PAGE);
 }

@@ -266,7 +266,7 @@ impl Rig {
 
     /// As [`Rig::close`], with every page filled, so that the bytes of all of them are compared.
     pub fn fill_and_close(&self) {
-        assert!(populate_now(&self.service, None).is_ok());
+        assert!(populate_now(&self.service, None, None).is_ok());
         for page in 0..PAGES {
             assert_eq!(self.kernel.byte(gfn(page)), Some(pattern(gfn(page))), "page {page}");
         }

@@ -89,7 +89,7 @@ fn bytes_that_come_while_another_call_poisons_the_page_are_not_lost() {
         let other = slot.claims_for(&(0..4), false).unwrap().take(&slot.pages, 0..4, true, None);
         assert_eq!(rig.service.resolve(gpa + came.start * PAGE, &[9; 2 * PAGE as usize]).unwrap(), 0, "they are kept");
         let toucher = read_in_thread(hva + came.start * PAGE);
-        let lost = settle::poison(&rig.service, &slot, other.id, 0..4, Errno::IO, "was given up");
+        let lost = settle::poison(&rig.service, &slot, other.id, 0..4, &Errno::IO.into(), "was given up");
         assert_eq!(lost, 2, "no_poison: {no_poison}, {came:?}");
         assert!(ends("the page that was resolved is read", toucher));
         for page in 0..4 {

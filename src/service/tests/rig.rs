@@ -9,9 +9,10 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::abi::*;
+use crate::caller::Opaque;
 use crate::caller::{self, Fill, Filled, Run};
 use crate::mechanism::Mechanism;
-use crate::memory::{Opaque, Slot};
+use crate::memory::Slot;
 use crate::service::config::{Callbacks, Config, NewMemory, Which};
 use crate::service::tests::calls::{Calls, Close};
 use crate::service::Service;
@@ -175,6 +176,7 @@ pub fn config(caller: &Arc<Caller>) -> Config {
         populate_run: PAGE,
         populate_inflight: 1 << 20,
         spin: Duration::ZERO,
+        end_timeout: None,
         userfaultfds: 1,
         cpus: None,
     }

@@ -4,7 +4,7 @@ use rustix::io::Errno;
 
 use crate::abi::*;
 use crate::error::Error;
-use crate::mechanism::{Content, Stop};
+use crate::mechanism::Stop;
 use crate::service::background::populate::populate_now;
 use crate::service::calls::discard;
 use crate::service::config::NewMemory;
@@ -69,11 +69,7 @@ fn no_event_of_a_slot_comes_after_another_thread_has_removed_it() {
     let taken = slot.claims_for(&(0..1), false).unwrap().take(&slot.pages, 0..1, false, None);
     rig.service.remove(0, KUF_END_POISON).unwrap();
     let before = rig.caller.events.lock().unwrap().len();
-    let why = (Errno::CANCELED, "was not filled");
-    assert_eq!(
-        settle::poison_with(&rig.service, &slot, taken.id, 0..1, Content::Poison { at_end: true }, why, None),
-        0
-    );
+    assert_eq!(settle::poison(&rig.service, &slot, taken.id, 0..1, &Errno::CANCELED.into(), "was not filled"), 0);
     let events = rig.caller.events.lock().unwrap();
     assert!(events.len() == before, "{:?}", &events[before..]);
 }
@@ -91,6 +87,6 @@ fn a_slot_that_is_removed_meanwhile_is_not_to_be_filled_before_the_end() {
             Stop::Again
         }
     }));
-    populate_now(&rig.service, None).unwrap();
+    populate_now(&rig.service, None, None).unwrap();
     assert!(byte_at(second).is_some(), "the other slot is filled");
 }
