@@ -1,5 +1,5 @@
-//! The state of a handle: it admits calls, and ends the service after the last one. [`Kuf`](crate::Kuf) and `struct kuf *`
-//! have one each.
+//! The state of a handle: it admits calls, and ends the service after the last one. [`Kuf`](crate::Kuf) and `struct kuf
+//! *` have one each.
 
 use std::ptr::NonNull;
 

@@ -5,8 +5,8 @@ use std::ptr::NonNull;
 use crate::abi::*;
 use crate::sync::time::Duration;
 
-/// A page fault, as given by [`Kuf::read`](crate::Kuf::read), or a run of pages that the caller has been asked for, as given by
-/// [`Kuf::pending`](crate::Kuf::pending).
+/// A page fault, as given by [`Kuf::read`](crate::Kuf::read), or a run of pages that the caller has been asked for, as
+/// given by [`Kuf::pending`](crate::Kuf::pending).
 #[repr(transparent)]
 #[derive(Clone, Copy)]
 pub struct Fault(kuf_fault);
@@ -67,8 +67,8 @@ impl Fault {
         Duration::from_nanos(self.0.age_ns)
     }
 
-    /// Where to write the bytes of the page before [`Kuf::resolve_in_place`](crate::Kuf::resolve_in_place); valid until the page
-    /// is resolved. None if the slot is not filled in place, and from `pending`.
+    /// Where to write the bytes of the page before [`Kuf::resolve_in_place`](crate::Kuf::resolve_in_place); valid until
+    /// the page is resolved. None if the slot is not filled in place, and from `pending`.
     pub fn place(&self) -> Option<NonNull<u8>> {
         NonNull::new(self.0.place.cast())
     }

@@ -15,8 +15,8 @@ use crate::uapi::kvm::{KVM_MEMORY_ATTRIBUTE_USERFAULT, KVM_MEM_LOG_DIRTY_PAGES, 
 /// The flags that a memslot set by the library may have besides KVM_MEM_USERFAULT.
 const MEMSLOT_FLAGS: u32 = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY;
 
-/// A memory slot to add with [`Kuf::add_memory`](crate::Kuf::add_memory): a guest physical range and the mapping behind it.
-/// Descriptors are borrowed; the library duplicates them.
+/// A memory slot to add with [`Kuf::add_memory`](crate::Kuf::add_memory): a guest physical range and the mapping behind
+/// it. Descriptors are borrowed; the library duplicates them.
 pub struct Memory<'a> {
     pub(crate) new: NewMemory,
     pub(crate) source: Option<Source<'a>>,
@@ -41,8 +41,8 @@ impl<'a> Memory<'a> {
     /// # Safety
     /// The library may write to this memory at any time from [`Kuf::add_memory`](crate::Kuf::add_memory) on, until
     /// [`Slot::remove`](crate::Slot::remove) or the end of the handle has returned (after
-    /// [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting), or if the handle is dropped in a callback: until the
-    /// fill callback is dropped; after `mem::forget` of the handle: always). During that time:
+    /// [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting), or if the handle is dropped in a callback:
+    /// until the fill callback is dropped; after `mem::forget` of the handle: always). During that time:
     /// - The memory stays mapped. madvise(2), munmap(2) and mremap(2) of a guest's memory are allowed. [`Memory::keep`] can keep
     ///   its owner alive.
     /// - The program uses it by raw pointers only, and no reference to its bytes exists: they change at any time.
@@ -50,8 +50,8 @@ impl<'a> Memory<'a> {
         Self::at(gpa, len, host.expose_provenance() as u64)
     }
 
-    /// As [`Memory::new`], for memory of another process: the one that opened `userfaultfd`, in which the memory is at the
-    /// address `host`.
+    /// As [`Memory::new`], for memory of another process: the one that opened `userfaultfd`, in which the memory is at
+    /// the address `host`.
     ///
     /// # Safety
     /// As for [`Memory::new`], in the process of the userfaultfd, which may be this one.
@@ -82,8 +82,8 @@ impl<'a> Memory<'a> {
         Self { new, source: None }
     }
 
-    /// The shared file (memfd, tmpfs, hugetlbfs) that is mapped MAP_SHARED, from byte `offset` on. Pages are then filled in
-    /// place where the kernel has minor faults: [`Run::buf`](crate::Run::buf) is a page of the file.
+    /// The shared file (memfd, tmpfs, hugetlbfs) that is mapped MAP_SHARED, from byte `offset` on. Pages are then
+    /// filled in place where the kernel has minor faults: [`Run::buf`](crate::Run::buf) is a page of the file.
     ///
     /// # Safety
     /// - Only this slot touches pages of the file that it has not filled yet: no other mapping, slot or process does.
@@ -95,15 +95,15 @@ impl<'a> Memory<'a> {
         self
     }
 
-    /// The userfaultfd that serves the slot, instead of one of the library's own. UFFDIO_API is done on it. The library sets
-    /// O_NONBLOCK on it and must be its only reader.
+    /// The userfaultfd that serves the slot, instead of one of the library's own. UFFDIO_API is done on it. The library
+    /// sets O_NONBLOCK on it and must be its only reader.
     pub fn userfaultfd(mut self, userfaultfd: &'a impl AsFd) -> Self {
         self.new.uffd = Some(userfaultfd.as_fd().as_raw_fd());
         self
     }
 
-    /// The page size of the mapping in bytes. Needed only for memory of another process without a file, if it is not the base
-    /// page size; the library detects all others.
+    /// The page size of the mapping in bytes. Needed only for memory of another process without a file, if it is not
+    /// the base page size; the library detects all others.
     pub fn page_size(mut self, bytes: u64) -> Self {
         self.new.granule = bytes;
         self
@@ -116,7 +116,8 @@ impl<'a> Memory<'a> {
         self
     }
 
-    /// Where the slot's pages come from, instead of the fill callback. The slot's first byte is at the start of the source.
+    /// Where the slot's pages come from, instead of the fill callback. The slot's first byte is at the start of the
+    /// source.
     pub fn source(mut self, source: Source<'a>) -> Self {
         self.source = Some(source);
         self
@@ -129,22 +130,23 @@ impl<'a> Memory<'a> {
         self
     }
 
-    /// The memory may hold pages already, and their bytes are the guest's own: they count as present. Without this, memory that
-    /// holds pages is refused with EBUSY.
+    /// The memory may hold pages already, and their bytes are the guest's own: they count as present. Without this,
+    /// memory that holds pages is refused with EBUSY.
     pub fn populated(mut self) -> Self {
         self.new.populated = true;
         self
     }
 
-    /// Ask for every page, whatever the file holds already: after a handler that died and may have left half-filled pages.
-    /// Needs [`Memory::file`] and [`Feature::Minor`](crate::Feature::Minor); not with [`Memory::populated`].
+    /// Ask for every page, whatever the file holds already: after a handler that died and may have left half-filled
+    /// pages. Needs [`Memory::file`] and [`Feature::Minor`](crate::Feature::Minor); not with [`Memory::populated`].
     pub fn fill_all(mut self) -> Self {
         self.new.fill_all = true;
         self
     }
 
-    /// A value to keep for as long as the library uses the memory, such as the owner of the mapping. Any thread may drop it, as
-    /// if in a callback: a call of its destructor that could wait fails with EDEADLK, and a panic there is caught.
+    /// A value to keep for as long as the library uses the memory, such as the owner of the mapping. Any thread may
+    /// drop it, as if in a callback: a call of its destructor that could wait fails with EDEADLK, and a panic there is
+    /// caught.
     pub fn keep(mut self, owner: Keep) -> Self {
         let owner = kept(owner);
         self.new.keep = Some(match self.new.keep.take() {

@@ -1,6 +1,6 @@
-//! The interface for Rust programs: a handle is a [`Kuf`], which Drop ends. Only the functions that declare memory to be the
-//! guest's are `unsafe`. `capi` is a thin layer over the same types: it converts the structs of `kuf.h` to [`Options`] and
-//! [`Memory`], and has the same handle inside (`door`).
+//! The interface for Rust programs: a handle is a [`Kuf`], which Drop ends. Only the functions that declare memory to
+//! be the guest's are `unsafe`. `capi` is a thin layer over the same types: it converts the structs of `kuf.h` to
+//! [`Options`] and [`Memory`], and has the same handle inside (`door`).
 
 #![deny(missing_docs, missing_debug_implementations)]
 

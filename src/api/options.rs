@@ -16,7 +16,8 @@ const END_TIMEOUT_MS: u64 = 30_000;
 
 /// The options of a handle. The constructor decides how its pages are filled.
 ///
-/// [`Kuf::open`](crate::Kuf::open) checks the values: it fails with EINVAL if one is out of its range or contradicts another.
+/// [`Kuf::open`](crate::Kuf::open) checks the values: it fails with EINVAL if one is out of its range or contradicts
+/// another.
 ///
 /// ```no_run
 /// use std::os::unix::fs::FileExt;
@@ -106,30 +107,31 @@ impl Options {
         Self::new(Mode::Sources)
     }
 
-    /// A caller-driven handle: the caller's own loop takes faults with [`Kuf::read`](crate::Kuf::read) and answers them with
-    /// [`Kuf::resolve`](crate::Kuf::resolve).
+    /// A caller-driven handle: the caller's own loop takes faults with [`Kuf::read`](crate::Kuf::read) and answers them
+    /// with [`Kuf::resolve`](crate::Kuf::resolve).
     pub fn caller_driven() -> Self {
         Self::new(Mode::CallerDriven)
     }
 
-    /// A caller-driven handle without a service thread: [`Kuf::read`](crate::Kuf::read) reads the kernel itself, which saves
-    /// one wake-up of a thread for each fault. The caller reports memory that the guest gives back with
-    /// [`Kuf::discard`](crate::Kuf::discard), and does not unmap or move guest memory before its slot is removed. Not with
-    /// [`Kuf::populate`](crate::Kuf::populate), [`Kuf::replay`](crate::Kuf::replay), [`Options::follow_fork`] and
+    /// A caller-driven handle without a service thread: [`Kuf::read`](crate::Kuf::read) reads the kernel itself, which
+    /// saves one wake-up of a thread for each fault. The caller reports memory that the guest gives back with
+    /// [`Kuf::discard`](crate::Kuf::discard), and does not unmap or move guest memory before its slot is removed. Not
+    /// with [`Kuf::populate`](crate::Kuf::populate), [`Kuf::replay`](crate::Kuf::replay), [`Options::follow_fork`] and
     /// [`Options::cpus`].
     pub fn direct() -> Self {
         Self::new(Mode::Direct)
     }
 
-    /// The event callback: called for each event, on the thread that detected it. It may make the calls that a fill callback
-    /// may make, and [`Slot::remove`](crate::Slot::remove). It should return soon, because the thread serves faults.
+    /// The event callback: called for each event, on the thread that detected it. It may make the calls that a fill
+    /// callback may make, and [`Slot::remove`](crate::Slot::remove). It should return soon, because the thread serves
+    /// faults.
     pub fn on_event(mut self, event: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Self {
         self.event = Some(Box::new(event));
         self
     }
 
-    /// The log callback: called for each log record of `level` and of the more urgent levels, on any thread. It must not call
-    /// the library.
+    /// The log callback: called for each log record of `level` and of the more urgent levels, on any thread. It must
+    /// not call the library.
     pub fn on_log(mut self, level: LogLevel, log: impl Fn(LogLevel, &str) + Send + Sync + 'static) -> Self {
         self.log = Some(Box::new(log));
         self.log_level = level.number();
@@ -143,22 +145,22 @@ impl Options {
         self.never_0(threads.into(), "fill_threads is 0")
     }
 
-    /// The most bytes that one fault fills, its own page included: up to 64 MiB, 2 MiB by default; rounded to whole pages, at
-    /// least one.
+    /// The most bytes that one fault fills, its own page included: up to 64 MiB, 2 MiB by default; rounded to whole
+    /// pages, at least one.
     pub fn demand_run(mut self, bytes: u64) -> Self {
         self.demand_run = bytes;
         self.never_0(bytes, "demand_run is 0")
     }
 
-    /// The longest run, in bytes, of a fill for which no thread is blocked: up to 64 MiB, 256 KiB by default; rounded to whole
-    /// pages, at least one.
+    /// The longest run, in bytes, of a fill for which no thread is blocked: up to 64 MiB, 256 KiB by default; rounded
+    /// to whole pages, at least one.
     pub fn populate_run(mut self, bytes: u64) -> Self {
         self.populate_run = bytes;
         self.never_0(bytes, "populate_run is 0")
     }
 
-    /// How many userfaultfds share the guest memory, striped in chunks of 16 MiB or more: 1 to 64, 1 by default. With more
-    /// than one, mremap(2) across the border of two chunks fails with EFAULT. Not with [`Options::adopt_only`].
+    /// How many userfaultfds share the guest memory, striped in chunks of 16 MiB or more: 1 to 64, 1 by default. With
+    /// more than one, mremap(2) across the border of two chunks fails with EFAULT. Not with [`Options::adopt_only`].
     pub fn userfaultfds(mut self, number: u32) -> Self {
         self.userfaultfds = number.into();
         self.never_0(number.into(), "userfaultfds is 0")
@@ -172,23 +174,24 @@ impl Options {
     }
 
     /// How long the end of a slot or handle with [`End::Populate`](crate::End::Populate) or
-    /// [`End::PopulateOrPoison`](crate::End::PopulateOrPoison) may fill: 30 seconds by default. None: no limit.
+    /// [`End::PopulateOrPoison`](crate::End::PopulateOrPoison) may fill: 30 seconds by default. None: no limit. Then it
+    /// fails with ETIMEDOUT, or poisons the rest.
     pub fn end_timeout(mut self, time: Option<Duration>) -> Self {
         let ms = |time: Duration| time.as_millis().clamp(1, u128::from(u32::MAX) - 1) as u64;
         self.end_timeout_ms = time.map_or(u32::MAX.into(), ms);
         self
     }
 
-    /// The CPUs that service threads may use, by number: by default those of the thread that opens the handle. CPUs that the
-    /// process may not use are left out; EINVAL if none is left.
+    /// The CPUs that service threads may use, by number: by default those of the thread that opens the handle. CPUs
+    /// that the process may not use are left out; EINVAL if none is left.
     pub fn cpus(mut self, cpus: impl IntoIterator<Item = usize>) -> Self {
         self.cpus = Cpus::of_numbers(cpus);
         let there = self.cpus.is_some().into();
         self.never_0(there, "cpus names no CPU, or one that no kernel has")
     }
 
-    /// Accept a userfaultfd that catches accesses from user mode only. It needs no privilege, and cannot serve a KVM guest:
-    /// KVM's accesses would fail with EFAULT.
+    /// Accept a userfaultfd that catches accesses from user mode only. It needs no privilege, and cannot serve a KVM
+    /// guest: KVM's accesses would fail with EFAULT.
     pub fn user_mode_only(mut self) -> Self {
         self.user_mode_only = true;
         self
@@ -200,8 +203,8 @@ impl Options {
         self
     }
 
-    /// Open no userfaultfd: every slot has one ([`Memory::userfaultfd`](crate::Memory::userfaultfd)). For a handler without
-    /// privilege that serves other processes.
+    /// Open no userfaultfd: every slot has one ([`Memory::userfaultfd`](crate::Memory::userfaultfd)). For a handler
+    /// without privilege that serves other processes.
     pub fn adopt_only(mut self) -> Self {
         self.adopt_only = true;
         self

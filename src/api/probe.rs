@@ -63,8 +63,8 @@ impl std::fmt::Debug for Probe {
 }
 
 impl Probe {
-    /// Whether a handle can use this mechanism now. Ok: how it works here, in words. Err: the error that `Kuf::open` would
-    /// return.
+    /// Whether a handle can use this mechanism now. Ok: how it works here, in words. Err: the error that `Kuf::open`
+    /// would return.
     pub fn mechanism(&self, mechanism: Mechanism) -> std::result::Result<&str, &Error> {
         self.report.found(match mechanism {
             Mechanism::Userfaultfd => KUF_MECHANISM_USERFAULTFD,

@@ -10,9 +10,9 @@ use crate::service::config::NewPopulate;
 use crate::sync::time::Duration;
 use crate::sync::Arc;
 
-/// A memory slot of a [`Kuf`](crate::Kuf). It is only a name of the slot that is at this guest physical address now: to drop it
-/// does not end the slot, which ends with [`Slot::remove`] or with the handle. Its calls fail with EBADF when the handle has
-/// ended, and with ENOENT when the slot has been removed and no other one has its place.
+/// A memory slot of a [`Kuf`](crate::Kuf). It is only a name of the slot that is at this guest physical address now: to
+/// drop it does not end the slot, which ends with [`Slot::remove`] or with the handle. Its calls fail with EBADF when
+/// the handle has ended, and with ENOENT when the slot has been removed and no other one has its place.
 #[derive(Clone)]
 pub struct Slot {
     door: Arc<Door>,
@@ -67,12 +67,13 @@ impl Slot {
         discard::discard(self.door.enter()?.service(), gpa, len, how == Discard::Zero)
     }
 
-    /// Ends the slot: its memory stays mapped and is the caller's alone afterwards. `end` decides about unresolved pages. It may
-    /// be called in an event callback, but not in a fill callback (EDEADLK).
+    /// Ends the slot: its memory stays mapped and is the caller's alone afterwards. `end` decides about unresolved
+    /// pages. It may be called in an event callback, but not in a fill callback (EDEADLK).
     ///
-    /// EBUSY: there are unresolved pages and `end` is [`End::Complete`]; or a callback for this slot is still running after
-    /// 100 ms: try again. EIO: not every page could be filled and `end` is [`End::Populate`]; the slot goes on. ENOTSUP:
-    /// [`End::Populate`] on a caller-driven handle. EINVAL: [`End::HandOver`].
+    /// EBUSY: there are unresolved pages and `end` is [`End::Complete`]; or a callback for this slot is still running
+    /// after 100 ms: try again. EIO: not every page could be filled and `end` is [`End::Populate`]; ETIMEDOUT: not in
+    /// time ([`Options::end_timeout`](crate::Options::end_timeout)); the slot goes on. ENOTSUP: [`End::Populate`] on a
+    /// caller-driven handle. EINVAL: [`End::HandOver`].
     pub fn remove(&self, end: End) -> Result<()> {
         remove_memory::remove_memory(self.door.enter()?.service(), self.gpa, end.flags())
     }

@@ -37,7 +37,8 @@ pub enum EventKind {
     Populated,
     /// The process behind a slot is gone.
     Gone,
-    /// The service of this handle has failed. Unresolved pages stay inaccessible, and calls fail with EIO: end the handle.
+    /// The service of this handle has failed. Unresolved pages stay inaccessible, and calls fail with EIO: end the
+    /// handle.
     Fatal,
     /// The process forked, and the library serves the child's memory too; with an error, it does not.
     Forked,

@@ -10,11 +10,11 @@ use crate::abi::*;
 
 /// Fills pages. The caller implements it; closures implement it too.
 ///
-/// The library calls it on a service thread, or on the caller's thread inside `ensure`, `vcpu_fault`, or the end of a slot or
-/// handle with [`End::Populate`](crate::End::Populate). Several threads may be in it at once for different runs. The library
-/// holds no lock meanwhile. It may block: other pages are served while a fill thread is free. Calls that could wait for it
-/// fail with EDEADLK, on every handle. It must not touch absent guest memory, because the touch would wait for this fill. A
-/// panic is caught and counts as a failed fill.
+/// The library calls it on a service thread, or on the caller's thread inside `ensure`, `vcpu_fault`, or the end of a
+/// slot or handle with [`End::Populate`](crate::End::Populate). Several threads may be in it at once for different
+/// runs. The library holds no lock meanwhile. It may block: other pages are served while a fill thread is free. Calls
+/// that could wait for it fail with EDEADLK, on every handle. It must not touch absent guest memory, because the touch
+/// would wait for this fill. A panic is caught and counts as a failed fill.
 pub trait Fill: Send + Sync {
     /// Fills `run`.
     fn fill(&self, run: &mut Run<'_>) -> Filled;
@@ -37,12 +37,12 @@ pub enum Filled {
     /// The caller will call `Kuf::resolve` for every page of the run, from any thread and in any pieces. Until then the
     /// library does not ask for the run again.
     Deferred,
-    /// Not now, for a run that is not [`Run::is_demand`]: it stays absent. A populate request or a replay goes on with the next
-    /// run, and ends with EAGAIN. If a thread has touched the run meanwhile, it is asked for again at once, as demand. For a
-    /// run that is demand this is a failure (EPROTO): return [`Filled::Deferred`] there.
+    /// Not now: the run stays absent. Only for a run without [`Run::is_demand`]; for a run with it this is a failure
+    /// (EPROTO), so return [`Filled::Deferred`] there. A populate request or a replay continues with the next run, and
+    /// ends with EAGAIN. If a thread has touched the run meanwhile, the library asks for it again at once, as demand.
     Later,
-    /// The source failed, with this errno, whichever it is. Where a thread is blocked, the library asks for the run again page by page, and
-    /// poisons a page that fails alone.
+    /// The source failed, with this errno, which may be any. Where a thread is blocked, the library asks for the run
+    /// again page by page, and poisons a page that fails alone.
     Failed(Errno),
 }
 
@@ -128,8 +128,8 @@ impl Run<'_> {
         self.flags & KUF_RUN_IN_PLACE != 0
     }
 
-    /// The thread ID of the first thread that touched the run. None: the kernel does not report it, no thread is blocked, or
-    /// it is the calling thread.
+    /// The thread ID of the first thread that touched the run. None: the kernel does not report it, no thread is
+    /// blocked, or it is the calling thread.
     pub fn thread(&self) -> Option<u32> {
         (self.thread != 0).then_some(self.thread)
     }
@@ -141,21 +141,22 @@ impl Run<'_> {
         unsafe { std::slice::from_raw_parts_mut(self.buf.as_ptr(), self.len as usize) }
     }
 
-    /// The address of [`Run::buf`]. If the run is filled in place and the result is [`Filled::Deferred`], it stays valid until
-    /// the run is resolved, so that data may be received straight into it. [`End::Poison`](crate::End::Poison) takes it away.
+    /// The address of [`Run::buf`]. If the run is filled in place and the result is [`Filled::Deferred`], it stays
+    /// valid until the run is resolved, so that data may be received straight into it.
+    /// [`End::Poison`](crate::End::Poison) takes it away.
     pub fn buf_ptr(&mut self) -> NonNull<u8> {
         self.buf
     }
 
-    /// For [`Filled::Done`] and [`Filled::Zero`]: only the first `bytes` bytes are filled. A multiple of the page size, not 0,
-    /// at most [`Run::len`]; any other value fails the fill with EPROTO. The library asks for the rest again.
+    /// For [`Filled::Done`] and [`Filled::Zero`]: only the first `bytes` bytes are filled. A multiple of the page size,
+    /// not 0, at most [`Run::len`]; any other value fails the fill with EPROTO. The library asks for the rest again.
     pub fn set_filled(&mut self, bytes: u64) {
         self.filled = bytes;
     }
 
-    /// For [`Filled::Done`]: the bytes of the run are `bytes`, which the library copies to the guest from there, without
-    /// [`Run::buf`]. If they are shorter than the run, only their whole pages are filled, whatever [`Run::set_filled`] says; less
-    /// than one page fails the fill.
+    /// For [`Filled::Done`]: the bytes of the run are `bytes`, which the library copies to the guest from there,
+    /// without [`Run::buf`]. If they are shorter than the run, only their whole pages are filled, whatever
+    /// [`Run::set_filled`] says; less than one page fails the fill.
     pub fn use_static(&mut self, bytes: &'static [u8]) {
         self.src_len = bytes.len() as u64;
         let whole = self.src_len.min(self.len);
@@ -170,13 +171,13 @@ impl Run<'_> {
         }
     }
 
-    /// As [`Run::use_static`], for memory that the caller keeps, such as a mapped image: [`Run::len`] bytes from `bytes` on, or
-    /// as many as [`Run::set_filled`] says.
+    /// As [`Run::use_static`], for memory that the caller keeps, such as a mapped image: [`Run::len`] bytes from
+    /// `bytes` on, or as many as [`Run::set_filled`] says.
     ///
     /// # Safety
     /// The bytes stay where they are, unchanged, until the slot has been removed or the handle has ended (after
-    /// [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting): until the fill callback is dropped). If they are
-    /// unreadable, the fill fails.
+    /// [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting): until the fill callback is dropped). If they
+    /// are unreadable, the fill fails.
     pub unsafe fn use_bytes(&mut self, bytes: *const u8) {
         (self.src, self.src_len) = (bytes.cast(), u64::MAX);
     }
