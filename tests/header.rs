@@ -73,11 +73,10 @@ fn short(header: &Header) -> String {
             }
         }
     }
-    let calls = calls(&whole);
+    let mut have = vec!["/* For #ifdef: this header has the call. */".to_owned()];
+    have.extend(calls(&whole).iter().map(|call| format!("#define KUF_HAVE_{} 1", call.to_uppercase())));
+    have.push(String::new());
     let end = out.iter().rposition(|line| line.starts_with("#ifdef __cplusplus")).expect("the end of the calls");
-    let have = calls.iter().map(|call| format!("#define KUF_HAVE_{} 1", call.to_uppercase()));
-    let have =
-        ["/* For #ifdef: this header has the call. */".to_owned()].into_iter().chain(have).chain([String::new()]);
     out.splice(end..end, have);
     out.join("\n") + "\n"
 }

@@ -117,7 +117,7 @@ if has_begun; then
     try "kuf-latency.bt: a time for each fill" test "$(count fill_us "$pid")" -eq "$good"
     try "kuf-latency.bt: fills that failed" grep -qxF "@fills_failed[$pid, -5]: $(counted failed)" "$work/printed"
     try "kuf-latency.bt: fills that were deferred" grep -qxF "@fills_deferred[$pid]: $(counted deferred)" "$work/printed"
-    try "kuf-latency.bt: the slowest fills" grep -qE "^@slowest_fills_us\[$pid, [0-9]+, 4096\]: [0-9]+$" "$work/printed"
+    try "kuf-latency.bt: the slowest fills" grep -qE '^@slowest_fills_us\[[0-9]+, [0-9]+, 4096\]: [0-9]+$' "$work/printed"
 elif kill -0 "$tracer" 2>/dev/null; then
     kill -INT "$tracer"
     failed "kuf-latency.bt: no histogram came in 40 seconds"
