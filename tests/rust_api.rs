@@ -282,6 +282,38 @@ fn deferred_runs_are_resolved_by_another_thread() {
 }
 
 #[test]
+fn runs_are_left_for_later_and_an_end_has_a_limit() {
+    const TAG: usize = 77;
+    let busy = Arc::new(AtomicBool::new(true));
+    let is_busy = busy.clone();
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let keep = told.clone();
+    let options = Options::serviced(move |run: &mut Run<'_>| match is_busy.load(SeqCst) {
+        true if run.is_demand() => Filled::Deferred,
+        true => Filled::Later,
+        false => write_pattern(run),
+    });
+    let options = options.on_event(move |event| keep.lock().unwrap().push((event.kind(), event.tag(), event.error())));
+    let options = options.demand_run(PAGE).end_timeout(Some(Duration::from_millis(20)));
+    let (kuf, host) = (Kuf::open(options.user_mode_only()).unwrap(), Host(mapping()));
+    let slot = kuf.add_memory(memory(host.0).tag(TAG)).unwrap();
+    slot.populate().unwrap();
+    let later = (EventKind::Populated, None, Some(Errno::AGAIN));
+    wait_until("the request is through", || told.lock().unwrap().contains(&later));
+    assert_eq!(slot.remove(End::Populate).unwrap_err().errno(), Errno::IO);
+    // A page that a thread demands is deferred, and nothing answers.
+    let toucher = thread::spawn(move || touch(host, 0));
+    wait_until("a page is demanded", || kuf.progress().unwrap().deferred == PAGE);
+    busy.store(false, SeqCst);
+    assert_eq!(slot.remove(End::Populate).unwrap_err().errno(), Errno::TIMEDOUT);
+    kuf.resolve(GPA, &[pattern(GPA); PAGE as usize]).unwrap();
+    assert_eq!(toucher.join().unwrap(), pattern(GPA));
+    slot.remove(End::Populate).unwrap();
+    wait_until("the slot is complete", || told.lock().unwrap().contains(&(EventKind::Complete, Some(TAG), None)));
+    kuf.close(End::Complete).unwrap();
+}
+
+#[test]
 fn a_callback_ends_no_handle_and_may_resolve_its_own_run() {
     let kuf = Arc::new(OnceLock::<Kuf>::new());
     let here = kuf.clone();

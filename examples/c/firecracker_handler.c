@@ -598,6 +598,10 @@ static void open_memory_file(const char *path)
 static void note_lost(const struct kuf_event *event)
 {
     const struct region *region = handler.regions;
+    if (event->len == 0) { /* of kuf_close: about all memory */
+        note("%s; touching it raises SIGBUS", event->text);
+        return;
+    }
     while (event->gpa - region->offset >= region->size)
         region++;
     note("memory file offset %#" PRIx64 " (%#" PRIx64 " in Firecracker), %" PRIu64 " KiB: cannot be filled: %s; "
@@ -646,6 +650,7 @@ static void open_service(void)
         /* The handler opens no userfaultfd and needs no privilege. */
         .flags = KUF_OPEN_ADOPT_ONLY | KUF_OPEN_SOURCES | KUF_OPEN_DETECT_ZERO,
         .event = on_event,
+        .end_timeout_ms = UINT32_MAX, /* stop_serving has its own limit, and does not poison then */
     };
     if (access("/proc/self/fd", F_OK) < 0)
         refuse(SETUP, "/proc: %s (the library needs it to identify descriptors)", strerror(errno));

@@ -7,9 +7,10 @@ use crate::abi::*;
 pub enum End {
     /// End only if there are none. Otherwise the call fails with EBUSY, and the slot or handle goes on.
     Complete,
-    /// Fill them first. If one cannot be filled, the call fails with EIO, and the slot or handle goes on.
+    /// Fill them first. If one cannot be filled, the call fails with EIO, or ETIMEDOUT if the time is up
+    /// ([`Options::end_timeout`](crate::Options::end_timeout)), and the slot or handle goes on.
     Populate,
-    /// Fill them first, and poison those that cannot be filled.
+    /// Fill them first, and poison those that cannot be filled in time.
     PopulateOrPoison,
     /// Poison them: a touch raises SIGBUS. Stop the vCPUs first.
     Poison,

@@ -325,6 +325,7 @@ static long remove_memory(const struct operation_entry *operation)
     atomic_fetch_add(&slot->changing, 1);
     atomic_fetch_add(&slot->ends, 1);
     range_begin(&range, EFFECT_END, 0, flags);
+    atomic_fetch_add(&world->end_calls, 1);
     int got = kuf_remove_memory(atomic_load(&fuzz_handle), slot->gpa, flags);
     bool right = got == -EBUSY || usual(slot, before, -got) || (got == -ENOENT && slot_may_be_missing(slot, before)) ||
                  (got == -ENOTSUP && driven && flags & KUF_END_POPULATE) ||
@@ -445,6 +446,7 @@ int close_handle(uint32_t flags)
     int begun = atomic_fetch_add(&world->close_calls, 1) + 1;
     bool alone = atomic_load(&world->closing) == 1 && !atomic_load(&world->closed);
     all_begin(ranges, flags);
+    atomic_fetch_add(&world->end_calls, 1);
     int got = kuf_close(&kuf, flags);
     alone = alone && atomic_load(&world->close_calls) == begun;
     for (unsigned i = 0; i < world->plan.slots; i++)
@@ -667,6 +669,7 @@ static long fork_child(const struct operation_entry *operation)
     bool touches = follows && atomic_load(&slot->live) && !atomic_load(&world->closed);
     if (touches)
         pending = model_begin(page, EFFECT_READ, 0, 0);
+    atomic_fetch_add(&world->end_calls, SLOTS);
     pid_t process = fork();
     if (process == 0)
         child(atomic_load(&fuzz_handle), touches ? at : NULL, ends[1]);

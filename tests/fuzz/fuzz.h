@@ -282,6 +282,8 @@ struct world {
     atomic_bool failed, stop_serving, closed, shortage, process_gone, taking_over, dump, dumped;
     atomic_int closing, close_calls;
     atomic_uint moves, moving, poisonings;
+    /* Calls that may end a slot or the handle, or add a slot while it ends; and forks. */
+    atomic_uint end_calls;
     _Atomic uint64_t operations, touches, faults, lossy, callbacks;
     _Atomic uint64_t pair[OP_KINDS][OP_KINDS];
     _Atomic uint64_t kinds[OP_KINDS];

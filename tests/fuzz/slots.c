@@ -149,6 +149,7 @@ int add_slot(struct slot *slot, uint32_t flags)
     }
     if (world->plan.slot[slot - world->slot].huge_wish && !remote)
         memory.flags |= KUF_MEMORY_HUGE;
+    atomic_fetch_add(&world->end_calls, 1);
     int got = kuf_add_memory(atomic_load(&fuzz_handle), &memory);
     if (got < 0 && world->plan.mode == MODE_ADOPTED) {
         /* It may be registered still with this process's own userfaultfd, whose events nothing reads when the handle has gone. */

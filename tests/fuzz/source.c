@@ -181,6 +181,22 @@ int fuzz_fill(void *opaque, struct kuf_fill *run)
     return KUF_FILL_DONE;
 }
 
+/*
+ * One event of each kind for each call that ends a slot or the handle, and for each slot that is added or forked while the
+ * handle ends.
+ */
+static void check_end(const struct kuf_event *event)
+{
+    static atomic_uint count[2];
+    const struct slot *slot = event->memory_opaque;
+    bool whole = slot == NULL ? event->gpa == 0 && event->len == 0 : event->gpa == slot->gpa && event->len == slot->length;
+    if (!whole)
+        fail("an end is reported for %#" PRIx64 "+%#" PRIx64 ": %s", event->gpa, event->len, event->text);
+    unsigned events = atomic_fetch_add(&count[event->kind == KUF_EVENT_POISONED], 1) + 1;
+    if (events > atomic_load(&world->end_calls))
+        fail("%u events of %u ends: %s", events, atomic_load(&world->end_calls), event->text);
+}
+
 void fuzz_event(void *opaque, const struct kuf_event *event)
 {
     if (opaque != world || event->text == NULL || event->size < sizeof(*event))
@@ -192,6 +208,15 @@ void fuzz_event(void *opaque, const struct kuf_event *event)
     /* After a failure the process of the memory ends. */
     if (event->kind == KUF_EVENT_GONE && !atomic_load(&world->failed))
         fail("KUF_EVENT_GONE while the memory's process lives: %s", event->text);
+    bool lost = event->kind == KUF_EVENT_POISONED || event->kind == KUF_EVENT_INACCESSIBLE;
+    if ((lost || event->kind == KUF_EVENT_COMPLETE) && event->len != 0) {
+        const struct slot *slot = event->memory_opaque;
+        if (slot < world->slot || slot >= world->slot + SLOTS || event->gpa < slot->gpa ||
+            event->gpa + event->len > slot->gpa + slot->length)
+            fail("event %u of %p is about %#" PRIx64 "+%#" PRIx64, event->kind, (const void *)slot, event->gpa, event->len);
+    }
+    if (lost && event->error == -ECANCELED)
+        check_end(event);
     if (event->kind == KUF_EVENT_POISONED)
         atomic_fetch_add(&poison_events, 1);
 }
