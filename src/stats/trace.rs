@@ -25,7 +25,8 @@ pub fn fill_begin<H>(handle: &H, (gpa, len): (u64, u64), flags: u32) {
     probe!(kuf, fill_begin, std::ptr::from_ref(handle), gpa, len, flags);
 }
 
-/// The callback or the source has returned. `result`: the number of bytes filled, 0 if deferred, else -errno.
+/// The callback or the source has returned. `result`: the number of bytes filled, 0 if deferred or left for later, else
+/// -errno.
 #[inline(always)]
 pub fn fill_end<H>(handle: &H, (gpa, len): (u64, u64), result: i64) {
     probe!(kuf, fill_end, std::ptr::from_ref(handle), gpa, len, result);

@@ -20,13 +20,7 @@ for header in kuf kuf-kvm; do
     printf '%s\n' "$include" "$include" "$in_cpp" >"$work/$header-twice.cc"
 done
 
-compiles() { # COMPILER ENDING OPTION...
-    local compiler=$1 ending=$2 file
-    shift 2
-    for file in "$work"/*."$ending"; do
-        "$compiler" "$@" -Wall -Wextra -Wsign-conversion -Werror -Wno-unused-function -Iinclude -fsyntax-only "$file" || return
-    done
-}
+strictly=(-Wall -Wextra -Wsign-conversion -Werror -Wno-unused-function -Iinclude -fsyntax-only)
 for compiler in gcc clang g++ clang++; do
     if ! command -v $compiler >/dev/null; then
         skipped $compiler "it is not installed"
@@ -35,12 +29,16 @@ for compiler in gcc clang g++ clang++; do
     # uint64_t and its constants are long long, which the oldest versions know as an extension only.
     case $compiler in
     *++)
-        try "$compiler, C++98" compiles $compiler cc -std=c++98
-        for version in 11 14 17 20; do try "$compiler, C++$version" compiles $compiler cc -std=c++$version -Wpedantic; done
+        try "$compiler, C++98" $compiler -std=c++98 "${strictly[@]}" "$work"/*.cc
+        for version in 11 14 17 20; do
+            try "$compiler, C++$version" $compiler -std=c++$version -Wpedantic "${strictly[@]}" "$work"/*.cc
+        done
         ;;
     *)
-        try "$compiler, C89" compiles $compiler c -std=c89
-        for version in 99 11 17 2x; do try "$compiler, C$version" compiles $compiler c -std=c$version -Wpedantic; done
+        try "$compiler, C89" $compiler -std=c89 "${strictly[@]}" "$work"/*.c
+        for version in 99 11 17 2x; do
+            try "$compiler, C$version" $compiler -std=c$version -Wpedantic "${strictly[@]}" "$work"/*.c
+        done
         ;;
     esac
 done
