@@ -68,8 +68,7 @@
 /* Length of the arrays in struct kuf_probe_info: mechanisms are numbered from 1 to KUF_MECHANISM_COUNT - 1. */
 #define KUF_MECHANISM_COUNT 4
 
-/* Mode: the caller takes faults with kuf_read and answers with kuf_resolve. A thread of the library reads the
- * kernel. */
+/* Mode: the caller takes faults with kuf_read and answers with kuf_resolve. A library thread reads the kernel. */
 #define KUF_OPEN_CALLER_DRIVEN (1u << 0)
 /* Accept a userfaultfd that catches user-mode accesses only. It needs no privilege and cannot serve a KVM guest,
  * whose accesses are the kernel's and would fail with EFAULT. For emulators and tests. Kernel: UFFD_USER_MODE_ONLY. */
@@ -94,9 +93,9 @@
  * set-user-ID programs. */
 #define KUF_OPEN_DEBUG_ENV (1u << 7)
 
-/* kuf_source.kind: a regular file or block device. Holes are zero and are not read. If the file becomes shorter or
- * its disk fails, the pages concerned are poisoned; no signal is raised. Any change of the file changes what absent
- * pages will hold. */
+/* kuf_source.kind: a regular file or block device. Holes are zero (or the base's) and are not read. If the file
+ * becomes shorter or its disk fails, the pages concerned are poisoned; no signal is raised. Any change of the file
+ * changes what absent pages will hold. */
 #define KUF_SOURCE_FILE 1
 /* kuf_source.kind: readable memory of this process that is not itself served. It must not change while the slot
  * exists. */
@@ -128,10 +127,9 @@
  * half-filled pages. Add the slot before anything touches the memory. Mark pages that are known to be whole with
  * KUF_RESOLVE_IN_PLACE. Needs kuf_memory.fd and KUF_FEATURE_MINOR. */
 #define KUF_MEMORY_FILL_ALL (1u << 1)
-/* Prefer transparent huge pages for private memory that is filled ahead of demand (kuf_populate, kuf_replay,
- * kuf_ensure of a large range, KUF_END_POPULATE). Best effort; needs KUF_FEATURE_HUGE. For KVM to map a huge page,
- * gpa and hva must agree modulo 2 MiB. Do not set MADV_HUGEPAGE on the guest memory: demand becomes slower. Kernel:
- * UFFDIO_MOVE (Linux 6.8). */
+/* Prefer transparent huge pages for private memory that is filled ahead of demand. Best effort; needs
+ * KUF_FEATURE_HUGE. For KVM to map a huge page, gpa and hva must agree modulo 2 MiB. Do not set MADV_HUGEPAGE on the
+ * guest memory: demand becomes slower. Kernel: UFFDIO_MOVE (Linux 6.8). */
 #define KUF_MEMORY_HUGE (1u << 2)
 /* The memory may hold pages already, and these are the guest's own: they count as present and keep their bytes.
  * Without this flag, memory that holds pages is refused (-EBUSY). Not with KUF_MEMORY_FILL_ALL. */
@@ -209,9 +207,7 @@
 /* A kuf_replay has ended; error as in KUF_EVENT_POPULATED. gpa and len are 0. Not raised when kuf_close ends it. */
 #define KUF_EVENT_REPLAYED 8
 /* A userfaultfd cannot be read; error says why (-EMFILE: a fork has a descriptor to deliver that finds no room).
- * The library tries again every millisecond and loses nothing; until it succeeds no page under this userfaultfd is
- * installed. gpa and len are those of a slot that uses it, or 0 and 0. Raised once for reads that fail in a row.
- * Close descriptors that can be spared. */
+ * The library retries every millisecond and loses nothing; until then no page under this userfaultfd is installed. */
 #define KUF_EVENT_UNREADABLE 9
 
 #define KUF_SETTING_IN_PLACE (1u << 0) /* kuf_settings_info.flags: pages of the slot are filled in place. */
@@ -370,9 +366,8 @@ struct kuf_options {
     /* How long the thread that watches for faults busy-polls for the next one before it sleeps, while faults come
      * that fast. Saves the wake-up, which can be most of what a fault costs; takes up to one CPU while faults come. */
     uint32_t spin_us;
-    /* How many userfaultfds share the memory of this handle, striped in chunks of at least 16 MiB, at most 65 a
-     * slot. Each chunk is a mapping of its own: mremap(2) of more than one fails with EFAULT. Not with
-     * KUF_OPEN_ADOPT_ONLY. */
+    /* How many userfaultfds share the memory of this handle, in chunks of at least 16 MiB, each a mapping of its own:
+     * mremap(2) of more than one fails with EFAULT. Not with KUF_OPEN_ADOPT_ONLY. */
     uint32_t userfaultfds;
     uint32_t end_timeout_ms; /* Limits KUF_END_POPULATE: -ETIMEDOUT, or poison with KUF_END_POISON too. */
     uint32_t reserved; /* Zero. */
@@ -388,10 +383,19 @@ struct kuf_source {
     uint32_t kind; /* KUF_SOURCE_FILE, KUF_SOURCE_MEMORY or KUF_SOURCE_ZERO. */
     uint32_t flags; /* KUF_SOURCE_DIRECT_IO or 0. */
     int32_t fd; /* KUF_SOURCE_FILE: open for reading; duplicated. */
-    uint64_t offset; /* Where the slot's bytes begin in the file or memory; of any alignment. */
+    uint64_t offset; /* Where the slot's bytes (from slot_offset on) begin in the file or memory; of any alignment. */
     /* KUF_SOURCE_MEMORY: the first byte, readable and unchanged until the slot or handle has ended. Else NULL. */
     const void *addr;
     uint64_t len; /* KUF_SOURCE_MEMORY: bytes from addr on, at least offset + the slot's len. Else 0. */
+    uint64_t slot_offset; /* The source may have the bytes of the slot from here on; a multiple of 4096. */
+    uint64_t slot_len; /* How many of them, a multiple of 4096; 0: up to the slot's end. */
+    /* One bit for each page from slot_offset on, lowest bit first: whether this source has it. Holes of a file are zero
+     * then. NULL: it has all pages; a file with a base those that are not holes. Copied. */
+    const void *bitmap;
+    uint64_t bitmap_size; /* Bytes at bitmap, at least one bit for each page; 0 when bitmap is NULL. */
+    uint64_t bitmap_page_size; /* Bytes for one bit: a power of two, at least 4096; 0 when bitmap is NULL. */
+    /* The layer below, with the pages that this source does not have; NULL: they are zero. Copied. */
+    const struct kuf_source *base;
 };
 
 /* A memory slot: a guest physical range and the mapping behind it. */

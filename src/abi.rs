@@ -26,8 +26,7 @@ pub const KUF_MECHANISM_USERFAULTFD: u32 = 1;
 /// Length of the arrays in struct kuf_probe_info: mechanisms are numbered from 1 to KUF_MECHANISM_COUNT - 1.
 pub const KUF_MECHANISM_COUNT: usize = 4;
 
-/// Mode: the caller takes faults with kuf_read and answers with kuf_resolve. A thread of the library reads the
-/// kernel.
+/// Mode: the caller takes faults with kuf_read and answers with kuf_resolve. A library thread reads the kernel.
 pub const KUF_OPEN_CALLER_DRIVEN: u32 = 1 << 0;
 /// Accept a userfaultfd that catches user-mode accesses only. It needs no privilege and cannot serve a KVM guest,
 /// whose accesses are the kernel's and would fail with EFAULT. For emulators and tests. Kernel: UFFD_USER_MODE_ONLY.
@@ -69,9 +68,9 @@ pub const KUF_OPEN_SOURCES: u32 = 1 << 6;
 /// set-user-ID programs.
 pub const KUF_OPEN_DEBUG_ENV: u32 = 1 << 7;
 
-/// kuf_source.kind: a regular file or block device. Holes are zero and are not read. If the file becomes shorter or
-/// its disk fails, the pages concerned are poisoned; no signal is raised. Any change of the file changes what absent
-/// pages will hold.
+/// kuf_source.kind: a regular file or block device. Holes are zero (or the base's) and are not read. If the file
+/// becomes shorter or its disk fails, the pages concerned are poisoned; no signal is raised. Any change of the file
+/// changes what absent pages will hold.
 ///
 /// # Notes
 /// Bytes in the page cache are copied from there to the guest in one step; others are read ahead. Holes are looked
@@ -128,12 +127,12 @@ pub const KUF_MEMORY_REMOTE: u32 = 1 << 0;
 /// has changed, which is why nothing may touch or populate the memory before.
 pub const KUF_MEMORY_FILL_ALL: u32 = 1 << 1;
 
-/// Prefer transparent huge pages for private memory that is filled ahead of demand (kuf_populate, kuf_replay,
-/// kuf_ensure of a large range, KUF_END_POPULATE). Best effort; needs KUF_FEATURE_HUGE. For KVM to map a huge page,
-/// gpa and hva must agree modulo 2 MiB. Do not set MADV_HUGEPAGE on the guest memory: demand becomes slower. Kernel:
-/// UFFDIO_MOVE (Linux 6.8).
+/// Prefer transparent huge pages for private memory that is filled ahead of demand. Best effort; needs
+/// KUF_FEATURE_HUGE. For KVM to map a huge page, gpa and hva must agree modulo 2 MiB. Do not set MADV_HUGEPAGE on the
+/// guest memory: demand becomes slower. Kernel: UFFDIO_MOVE (Linux 6.8).
 ///
 /// # Notes
+/// Ahead of demand: kuf_populate, kuf_replay, kuf_ensure of a large range, KUF_END_POPULATE.
 /// For private anonymous memory of this process with pages of 4 KiB, under userfaultfd. A stretch of 2 MiB (aligned
 /// in hva) that is wholly absent is asked for in one fill, even if populate_run or demand_run are less, and moved to
 /// the guest as one page if all of it was filled. These stay on pages of 4 KiB: stretches with pages that demand has
@@ -265,9 +264,11 @@ pub const KUF_EVENT_FORKED: u32 = 7;
 /// A kuf_replay has ended; error as in KUF_EVENT_POPULATED. gpa and len are 0. Not raised when kuf_close ends it.
 pub const KUF_EVENT_REPLAYED: u32 = 8;
 /// A userfaultfd cannot be read; error says why (-EMFILE: a fork has a descriptor to deliver that finds no room).
-/// The library tries again every millisecond and loses nothing; until it succeeds no page under this userfaultfd is
-/// installed. gpa and len are those of a slot that uses it, or 0 and 0. Raised once for reads that fail in a row.
-/// Close descriptors that can be spared.
+/// The library retries every millisecond and loses nothing; until then no page under this userfaultfd is installed.
+///
+/// # Notes
+/// Close descriptors that can be spared. gpa and len are those of a slot that uses the userfaultfd, or 0 and 0. Raised
+/// once for reads that fail in a row.
 pub const KUF_EVENT_UNREADABLE: u32 = 9;
 
 /// kuf_settings_info.flags: pages of the slot are filled in place.
@@ -537,9 +538,8 @@ pub struct kuf_options {
     /// How long the thread that watches for faults busy-polls for the next one before it sleeps, while faults come
     /// that fast. Saves the wake-up, which can be most of what a fault costs; takes up to one CPU while faults come.
     pub spin_us: u32,
-    /// How many userfaultfds share the memory of this handle, striped in chunks of at least 16 MiB, at most 65 a
-    /// slot. Each chunk is a mapping of its own: mremap(2) of more than one fails with EFAULT. Not with
-    /// KUF_OPEN_ADOPT_ONLY.
+    /// How many userfaultfds share the memory of this handle, in chunks of at least 16 MiB, each a mapping of its own:
+    /// mremap(2) of more than one fails with EFAULT. Not with KUF_OPEN_ADOPT_ONLY.
     ///
     /// # Notes
     /// A userfaultfd has one lock and one list of waiters, on which all vCPUs that touch absent pages meet. The
@@ -574,12 +574,34 @@ pub struct kuf_source {
     pub flags: u32,
     /// KUF_SOURCE_FILE: open for reading; duplicated.
     pub fd: i32,
-    /// Where the slot's bytes begin in the file or memory; of any alignment.
+    /// Where the slot's bytes (from slot_offset on) begin in the file or memory; of any alignment.
     pub offset: u64,
     /// KUF_SOURCE_MEMORY: the first byte, readable and unchanged until the slot or handle has ended. Else NULL.
     pub addr: *const c_void,
     /// KUF_SOURCE_MEMORY: bytes from addr on, at least offset + the slot's len. Else 0.
     pub len: u64,
+    /// The source may have the bytes of the slot from here on; a multiple of 4096.
+    pub slot_offset: u64,
+    /// How many of them, a multiple of 4096; 0: up to the slot's end.
+    pub slot_len: u64,
+    /// One bit for each page from slot_offset on, lowest bit first: whether this source has it. Holes of a file are zero
+    /// then. NULL: it has all pages; a file with a base those that are not holes. Copied.
+    ///
+    /// # Notes
+    /// With a bitmap the file may end where its last page does. Of a file with a base and no bitmap, pages of 4096 bytes
+    /// that are a hole (as lseek(2) with SEEK_DATA says when the slot is added) are the base's. A copy of the file that
+    /// leaves pages of zeroes out (cp --sparse=always) has other holes than the file: use a bitmap. Each run of pages takes
+    /// 16 bytes of memory while the slot exists.
+    pub bitmap: *const c_void,
+    /// Bytes at bitmap, at least one bit for each page; 0 when bitmap is NULL.
+    pub bitmap_size: u64,
+    /// Bytes for one bit: a power of two, at least 4096; 0 when bitmap is NULL.
+    pub bitmap_page_size: u64,
+    /// The layer below, with the pages that this source does not have; NULL: they are zero. Copied.
+    ///
+    /// # Notes
+    /// At most 1024 layers. They are flattened when the slot is added: a page costs one search, however many there are.
+    pub base: *const kuf_source,
 }
 
 /// A memory slot: a guest physical range and the mapping behind it.

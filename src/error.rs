@@ -127,6 +127,11 @@ impl Error {
         Self::new(errno, words!("{what}: {}", Reason(errno)))
     }
 
+    /// The same error, with the part of the argument that it is about.
+    pub fn within(self, what: &str) -> Self {
+        Self::new(self.errno, words!("{what}: {}", self.text()))
+    }
+
     /// The errno.
     pub fn errno(&self) -> Errno {
         self.errno

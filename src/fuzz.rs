@@ -73,7 +73,13 @@ pub fn structs(bytes: &[u8]) {
         }),
         2 => with::<kuf_source>(bytes, |source| {
             let memory = kuf_memory { gpa: 4096, hva: 4096, len: 1 << 20, ..Default::default() };
-            let _ = convert_memory::memory(&memory, Some(&source), None).and_then(Memory::check);
+            let bits = [0x5a_u8; 32];
+            let bitmap = if source.bitmap.is_null() { source.bitmap } else { bits.as_ptr().cast() };
+            let bitmap_size = source.bitmap_size.min(bits.len() as u64);
+            let source = kuf_source { bitmap, bitmap_size, base: std::ptr::null(), ..source };
+            // SAFETY: the bitmap is as long as it says, and there is no base.
+            let source = unsafe { convert_memory::sources(&raw const source) };
+            let _ = source.and_then(|source| convert_memory::memory(&memory, source, None)).and_then(Memory::check);
         }),
         3 => with::<kuf_populate_request>(bytes, |request| {
             let _ = convert::populate(&request);

@@ -409,6 +409,21 @@ fn populate_and_discard_and_their_events() {
 }
 
 #[test]
+fn a_source_lies_over_another() {
+    let page = |value| -> Arc<[u8]> { vec![value; LEN as usize].into() };
+    let newer = Source::shared(page(7)).bitmap(&[0b10, 0, 0, 0, 0, 0, 0, 0], PAGE).unwrap();
+    let older = Source::shared(page(8)).part(2 * PAGE..3 * PAGE);
+    let kuf = Kuf::open(Options::sources().user_mode_only()).unwrap();
+    let host = mapping();
+    // SAFETY: as for `memory`.
+    let memory = unsafe { Memory::new(GPA, LEN, host) }.source(newer.over(older).over(Source::zero()));
+    kuf.add_memory(memory).unwrap();
+    let bytes = (0..4).map(|n| touch(Host(host), n)).collect::<Vec<_>>();
+    assert_eq!(bytes, [0, 7, 8, 0]);
+    kuf.close(End::Populate).unwrap();
+}
+
+#[test]
 fn slots_have_sources_of_their_own() {
     static IMAGE: [u8; LEN as usize] = [3; LEN as usize];
     // SAFETY: a new descriptor.

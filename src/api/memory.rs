@@ -1,14 +1,13 @@
-//! Memory slots and their sources.
+//! Memory slots.
 
-use std::marker::PhantomData;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 
 use crate::api::checks::invalid;
+use crate::api::source::Source;
 use crate::caller::{Keep, Opaque};
 use crate::error::{words, Result};
-use crate::service::config::{NewMemory, NewSource};
+use crate::service::config::NewMemory;
 use crate::service::inside::kept;
-use crate::source::check_len as check_source_len;
 use crate::sync::Arc;
 use crate::uapi::kvm::{KVM_MEMORY_ATTRIBUTE_USERFAULT, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
 
@@ -20,18 +19,6 @@ const MEMSLOT_FLAGS: u32 = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY;
 pub struct Memory<'a> {
     pub(crate) new: NewMemory,
     pub(crate) source: Option<Source<'a>>,
-}
-
-/// Where the pages of a slot come from without a callback.
-pub struct Source<'a> {
-    pub(crate) kind: SourceKind,
-    descriptor: PhantomData<BorrowedFd<'a>>,
-}
-
-pub(crate) enum SourceKind {
-    File { fd: i32, offset: u64, direct: bool },
-    Memory { addr: *const u8, len: u64, offset: u64, keep: Option<Keep> },
-    Zero,
 }
 
 impl<'a> Memory<'a> {
@@ -190,63 +177,6 @@ impl<'a> Memory<'a> {
     }
 }
 
-impl<'a> Source<'a> {
-    pub(crate) fn of(kind: SourceKind) -> Self {
-        Self { kind, descriptor: PhantomData }
-    }
-
-    /// A regular file or a block device, open for reading, from `offset` on. Holes are zero and are not read.
-    pub fn file(file: &'a impl AsFd, offset: u64) -> Self {
-        Self::of(SourceKind::File { fd: file.as_fd().as_raw_fd(), offset, direct: false })
-    }
-
-    /// As [`Source::file`], read past the page cache (O_DIRECT). `offset` is a multiple of 4096.
-    pub fn file_direct(file: &'a impl AsFd, offset: u64) -> Self {
-        Self::of(SourceKind::File { fd: file.as_fd().as_raw_fd(), offset, direct: true })
-    }
-
-    /// Bytes that never change.
-    pub fn bytes(bytes: &'static [u8]) -> Source<'static> {
-        Source::of(SourceKind::Memory { addr: bytes.as_ptr(), len: bytes.len() as u64, offset: 0, keep: None })
-    }
-
-    /// Bytes that the library keeps for as long as it reads them.
-    pub fn shared(bytes: Arc<[u8]>) -> Source<'static> {
-        let (addr, len) = (bytes.as_ptr(), bytes.len() as u64);
-        Source::of(SourceKind::Memory { addr, len, offset: 0, keep: Some(Arc::new(bytes)) })
-    }
-
-    /// The `len` bytes of memory at `addr`.
-    ///
-    /// # Safety
-    /// The memory stays mapped and unchanged until the slot has been removed or the handle has ended (after
-    /// [`Kuf::close_without_waiting`](crate::Kuf::close_without_waiting): until the fill callback is dropped). If it is
-    /// unreadable, fills fail.
-    pub unsafe fn raw(addr: *const u8, len: u64) -> Source<'static> {
-        Source::of(SourceKind::Memory { addr, len, offset: 0, keep: None })
-    }
-
-    /// Zeroes.
-    pub fn zero() -> Source<'static> {
-        Source::of(SourceKind::Zero)
-    }
-
-    /// Checks the source for a slot of `len` bytes.
-    fn check(self, slot_len: u64) -> Result<NewSource> {
-        Ok(match self.kind {
-            SourceKind::File { fd, offset, direct } => NewSource::File { fd, offset, direct },
-            SourceKind::Memory { addr, len, offset, keep } => {
-                if (addr.addr() as u64).checked_add(len).is_none() {
-                    return invalid(words!("source->addr {:#x} + len {len:#x} overflows", addr.addr()));
-                }
-                check_source_len("its memory", len, offset, slot_len)?;
-                NewSource::Memory { at: addr.wrapping_add(offset as usize), keep }
-            }
-            SourceKind::Zero => NewSource::Zero,
-        })
-    }
-}
-
 impl std::fmt::Debug for Memory<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Memory")
@@ -254,15 +184,5 @@ impl std::fmt::Debug for Memory<'_> {
             .field("len", &format_args!("{:#x}", self.new.len))
             .field("source", &self.source)
             .finish_non_exhaustive()
-    }
-}
-
-impl std::fmt::Debug for Source<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match &self.kind {
-            SourceKind::File { .. } => "Source(file)",
-            SourceKind::Memory { .. } => "Source(memory)",
-            SourceKind::Zero => "Source(zero)",
-        })
     }
 }

@@ -15,18 +15,20 @@ mod probe;
 mod progress;
 mod settings;
 mod slot;
+pub(crate) mod source;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;
 
 pub use end::{Discard, End};
 pub use fault::Fault;
 pub use kuf::Kuf;
-pub use memory::{Memory, Source};
+pub use memory::Memory;
 pub use options::Options;
 pub use probe::{probe, Feature, Mechanism, Probe};
 pub use progress::{BlockTime, Progress, Stats};
 pub use settings::Settings;
 pub use slot::Slot;
+pub use source::Source;
 
 pub use crate::abi::kuf_histogram as Histogram;
 pub use crate::caller::{Event, EventKind, Fill, Filled, Keep, LogLevel, Run};

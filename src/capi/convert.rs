@@ -41,7 +41,7 @@ macro_rules! sized {
 sized! {
     kuf_options: 112,
     kuf_memory: 80,
-    kuf_source: 40,
+    kuf_source: 88,
     kuf_kvm_memory: 24,
     kuf_populate_request: 32,
     kuf_probe_info: 2096,

@@ -3,13 +3,18 @@
 use super::convert::*;
 use crate::abi::*;
 use crate::api::checks::invalid;
-use crate::api::memory::{Memory, Source, SourceKind};
+use crate::api::memory::Memory;
+use crate::api::source::{Source, SourceKind, MOST_LAYERS};
 use crate::caller::Opaque;
 use crate::error::{words, Result};
 use crate::mechanism::bitmap::Memslot;
 use crate::service::config::NewMemory;
 
-fn source(s: &kuf_source) -> Result<Source<'static>> {
+/// One layer of a source.
+///
+/// # Safety
+/// `bitmap` is NULL or points to `bitmap_size` readable bytes, which no thread changes during the call.
+unsafe fn layer(s: &kuf_source) -> Result<Source<'static>> {
     let of_kind = |kind, known| -> Result<()> {
         check_flags("source->flags", s.flags, known)?;
         if kind != KUF_SOURCE_FILE {
@@ -40,7 +45,45 @@ fn source(s: &kuf_source) -> Result<Source<'static>> {
         }
         other => invalid(words!("source->kind {other} is unknown")),
     }?;
-    Ok(Source::of(kind))
+    let source = match (s.slot_offset, s.slot_len) {
+        (0, 0) => Source::of(kind),
+        (start, len) => Source::of(kind).part_of(start, len),
+    };
+    if s.bitmap.is_null() {
+        check_unused("source->bitmap_size", s.bitmap_size, "source->bitmap")?;
+        check_unused("source->bitmap_page_size", s.bitmap_page_size, "source->bitmap")?;
+        return Ok(source);
+    }
+    // SAFETY: the caller promises bitmap_size readable bytes, which no thread changes during the call.
+    let bits = unsafe { std::slice::from_raw_parts(s.bitmap.cast::<u8>(), s.bitmap_size as usize) };
+    source.bitmap(bits, s.bitmap_page_size)
+}
+
+/// The source of a slot with its layers. None: NULL.
+///
+/// # Safety
+/// `at` is NULL or points to a struct of `size` readable bytes, whose pointers are as the header says; so does its `base`.
+pub unsafe fn sources(mut at: *const kuf_source) -> Result<Option<Source<'static>>> {
+    let mut whole: Option<Source> = None;
+    for _ in 0..MOST_LAYERS {
+        if at.is_null() {
+            return Ok(whole);
+        }
+        let name = if whole.is_none() { "source" } else { "source->base" };
+        // SAFETY: the caller's promise.
+        let source = unsafe { read_struct(at, name) }?;
+        at = source.base;
+        // SAFETY: the caller's promise.
+        let layer = unsafe { layer(&source) }?;
+        whole = Some(match whole {
+            None => layer,
+            Some(above) => above.over(layer),
+        });
+    }
+    match at.is_null() {
+        true => Ok(whole),
+        false => invalid(words!("source->base: more than {MOST_LAYERS} layers")),
+    }
 }
 
 /// The KVM fields of a slot: memory attributes, and the memslot that the library sets.
@@ -55,7 +98,11 @@ fn for_kvm(k: &kuf_kvm_memory) -> Result<(u64, Option<Memslot>)> {
 }
 
 /// A slot of `kuf_add_memory`, with its source and its KVM fields.
-pub fn memory(m: &kuf_memory, s: Option<&kuf_source>, kvm: Option<&kuf_kvm_memory>) -> Result<Memory<'static>> {
+pub fn memory(
+    m: &kuf_memory,
+    source: Option<Source<'static>>,
+    kvm: Option<&kuf_kvm_memory>,
+) -> Result<Memory<'static>> {
     const KNOWN: u32 = KUF_MEMORY_REMOTE | KUF_MEMORY_FILL_ALL | KUF_MEMORY_HUGE | KUF_MEMORY_POPULATED;
     check_flags("memory->flags", m.flags, KNOWN)?;
     let has = |flag| m.flags & flag != 0;
@@ -82,5 +129,5 @@ pub fn memory(m: &kuf_memory, s: Option<&kuf_source>, kvm: Option<&kuf_kvm_memor
         opaque: Opaque(m.opaque),
         ..new
     };
-    Ok(Memory { new, source: s.map(source).transpose()? })
+    Ok(Memory { new, source })
 }

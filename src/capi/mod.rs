@@ -176,7 +176,8 @@ pub unsafe extern "C" fn kuf_close(kuf: *mut *mut kuf_handle, flags: u32) -> c_i
 /// KVM_SET_USER_MEMORY_REGION2.
 ///
 /// # Safety
-/// `kuf` came from kuf_open; `memory` is NULL or points to `memory->size` readable bytes, and so does `memory->source`.
+/// `kuf` came from kuf_open; `memory` is NULL or points to `memory->size` readable bytes, and so do `memory->source` and
+/// each `base`, whose `bitmap` has `bitmap_size` readable bytes.
 #[no_mangle]
 pub unsafe extern "C" fn kuf_add_memory(kuf: *mut kuf_handle, memory: *const kuf_memory) -> c_int {
     guard(|| {
@@ -184,17 +185,14 @@ pub unsafe extern "C" fn kuf_add_memory(kuf: *mut kuf_handle, memory: *const kuf
         let handle = unsafe { Handle::enter(kuf) }?;
         // SAFETY: the caller promises memory->size readable bytes.
         let memory = unsafe { read_struct(memory, "memory") }?;
-        let source = match memory.source.is_null() {
-            true => None,
-            // SAFETY: the caller promises source->size readable bytes.
-            false => Some(unsafe { read_struct(memory.source, "source") }?),
-        };
+        // SAFETY: the caller promises source->size readable bytes, the same of each base, and pointers as the header says.
+        let source = unsafe { convert_memory::sources(memory.source) }?;
         let kvm = match memory.kvm.is_null() {
             true => None,
             // SAFETY: the caller promises that it points to a struct kuf_kvm_memory of kvm->size readable bytes.
             false => Some(unsafe { read_struct(memory.kvm.cast::<kuf_kvm_memory>(), "kvm") }?),
         };
-        let memory = convert_memory::memory(&memory, source.as_ref(), kvm.as_ref())?;
+        let memory = convert_memory::memory(&memory, source, kvm.as_ref())?;
         add_memory::add_memory(handle.service(), memory.check()?)?;
         Ok(0)
     })

@@ -30,7 +30,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::{check_len, Found, Source, Wanted};
-use crate::alloc::refusable;
+use crate::alloc::try_push;
 use crate::error::{words, Error, Failure, Result};
 use crate::mapping::buffer::map_file;
 use crate::os::proc::Path;
@@ -41,12 +41,21 @@ const ALONE: u64 = 64 << 10;
 /// Where WILLNEED is not safe, runs up to this are read page by page.
 const FEW: u64 = 16 << 10;
 
-/// Holes that the library remembers, at most: each takes two system calls when the slot is added, and 16 bytes. Further
-/// holes are read, as zeroes.
+/// Holes that the library remembers where they only save work: each takes two system calls when the slot is added, and 16
+/// bytes. Further holes are read, as zeroes.
 const MOST_HOLES: usize = 1 << 16;
 
 /// The alignment of offsets that O_DIRECT needs; enough for every disk.
 const BLOCK: u64 = 4096;
+
+/// What the holes of a file mean.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Holes {
+    /// Zeroes that need not be read.
+    Zero,
+    /// Bytes that the layer below has. All of them have to be known.
+    Below,
+}
 
 /// The part of a file that a slot's pages come from.
 pub struct File {
@@ -87,7 +96,7 @@ unsafe impl Sync for Map {}
 
 impl File {
     /// Keeps a duplicate of `fd`, for `len` bytes from `offset` on.
-    pub fn open(fd: i32, offset: u64, len: u64, direct: bool) -> Result<Self> {
+    pub fn open(fd: i32, offset: u64, len: u64, direct: bool, meaning: Holes) -> Result<Self> {
         // SAFETY: looks up the descriptor and nothing else.
         if fd < 0 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
             return Err(Error::new(Errno::BADF, words!("source->fd {fd} is not an open descriptor")));
@@ -123,7 +132,8 @@ impl File {
             rustix::io::fcntl_dupfd_cloexec(host, 0).map_err(|e| system("duplicating it", e))?
         };
         let regular = stat.st_size as u64 == has;
-        let sparse = regular && (stat.st_blocks as u64).saturating_mul(512) < has;
+        // Blocks that are allocated and were never written are holes too.
+        let sparse = regular && (meaning == Holes::Below || (stat.st_blocks as u64).saturating_mul(512) < has);
         // A file that cannot be mapped (hugetlbfs at an odd offset) is read.
         let map = if direct { None } else { Map::new(&file, offset, len).ok() };
         let few = match &map {
@@ -131,9 +141,15 @@ impl File {
             Some(_) => Map::new(&file, offset, len).map_or(Few::No, |map| map.without_readahead()),
             None => Few::No,
         };
-        // Holes only save work: they would read as zeroes too.
-        let holes = if sparse { own(OFlags::empty()).ok() } else { None };
-        let holes = holes.map_or_else(Vec::new, |file| holes_of(&file, offset..offset + len));
+        let holes = match sparse {
+            true => own(OFlags::empty()).and_then(|file| holes_of(&file, offset..offset + len, meaning)),
+            false => Ok(Vec::new()),
+        };
+        let holes = match meaning {
+            // They only save work.
+            Holes::Zero => holes.unwrap_or_default(),
+            Holes::Below => holes.map_err(|e| system("its holes", e))?,
+        };
         let source = Self { file, offset, regular, map, few, holes };
         source.check_readable()?;
         Ok(source)
@@ -145,6 +161,13 @@ impl File {
             OFlags::WRONLY => Err(Error::new(Errno::BADF, "source->fd is not open for reading")),
             _ => Ok(()),
         }
+    }
+
+    /// The bytes of the first `len` that are no hole, in order.
+    pub fn data(&self, len: u64) -> impl Iterator<Item = Range<u64>> + '_ {
+        let starts = std::iter::once(0).chain(self.holes.iter().map(|hole| hole.end));
+        let ends = self.holes.iter().map(|hole| hole.start).chain(std::iter::once(len));
+        starts.zip(ends).map(|(start, end)| start..end).filter(|data| !data.is_empty())
     }
 
     /// Whether `bytes` starts with a hole, and the length of the hole or data there.
@@ -276,27 +299,25 @@ fn readahead_takes_no_lock(file: &OwnedFd) -> bool {
 
 /// The holes of `file` within `part`, counted from its start. `file` is the library's own description: the search moves
 /// its position.
-fn holes_of(file: &OwnedFd, part: Range<u64>) -> Vec<Range<u64>> {
+fn holes_of(file: &OwnedFd, part: Range<u64>, meaning: Holes) -> std::result::Result<Vec<Range<u64>>, Errno> {
+    let most = if meaning == Holes::Below { usize::MAX } else { MOST_HOLES };
     let (mut holes, mut at) = (Vec::new(), part.start);
-    while at < part.end && holes.len() < MOST_HOLES {
+    while at < part.end && holes.len() < most {
         let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
             Ok(data) => data.min(part.end),
             // There is no data up to the end of the file.
             Err(Errno::NXIO) => part.end,
-            Err(_) => break,
+            Err(errno) => return Err(errno),
         };
         if data > at {
-            if refusable(|| holes.try_reserve(1)).is_err() {
-                break;
-            }
-            holes.push(at - part.start..data - part.start);
+            try_push(&mut holes, at - part.start..data - part.start)?;
         }
-        at = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
-            Ok(hole) if data < part.end => hole,
-            _ => break,
-        };
+        if data == part.end {
+            break;
+        }
+        at = rustix::fs::seek(file, SeekFrom::Hole(data))?;
     }
-    holes
+    Ok(holes)
 }
 
 #[cfg(test)]
@@ -323,7 +344,7 @@ mod tests {
     #[test]
     fn holes_are_zero_and_end_where_data_begins() {
         let fd = file(16 * PAGE, &[4, 5]);
-        let source = File::open(fd.as_raw_fd(), PAGE, 15 * PAGE, false).unwrap();
+        let source = File::open(fd.as_raw_fd(), PAGE, 15 * PAGE, false, Holes::Zero).unwrap();
         assert_eq!(source.find(&wanted(0..8 * PAGE)), Found::Zero(3 * PAGE));
         assert!(matches!(source.find(&wanted(3 * PAGE..8 * PAGE)), Found::Memory(len, _) if len == 2 * PAGE));
         assert_eq!(source.find(&wanted(5 * PAGE..15 * PAGE)), Found::Zero(10 * PAGE));
@@ -331,20 +352,24 @@ mod tests {
         assert!(matches!(source.find(&wanted(PAGE..15 * PAGE)), Found::Zero(len) if len == 2 * PAGE));
     }
 
+    fn found(file: &OwnedFd, part: Range<u64>) -> Vec<Range<u64>> {
+        holes_of(file, part, Holes::Below).unwrap()
+    }
+
     #[test]
     fn holes_are_found_within_the_part() {
         let fd = file(16 * PAGE, &[1, 3, 5]);
-        let holes = holes_of(&fd, PAGE..8 * PAGE);
+        let holes = found(&fd, PAGE..8 * PAGE);
         assert_eq!(holes, [PAGE..2 * PAGE, 3 * PAGE..4 * PAGE, 5 * PAGE..7 * PAGE]);
-        assert_eq!(holes_of(&fd, PAGE..2 * PAGE), []);
-        assert_eq!(holes_of(&fd, 2 * PAGE..3 * PAGE).first(), Some(&(0..PAGE)));
-        assert_eq!(holes_of(&file(4 * PAGE, &[]), 0..4 * PAGE).first(), Some(&(0..4 * PAGE)));
+        assert_eq!(found(&fd, PAGE..2 * PAGE), []);
+        assert_eq!(found(&fd, 2 * PAGE..3 * PAGE).first(), Some(&(0..PAGE)));
+        assert_eq!(found(&file(4 * PAGE, &[]), 0..4 * PAGE).first(), Some(&(0..4 * PAGE)));
     }
 
     #[test]
     fn a_truncation_is_reported_even_within_a_page() {
         let fd = file(4 * PAGE, &[0, 1]);
-        let source = File::open(fd.as_raw_fd(), PAGE, 3 * PAGE, false).unwrap();
+        let source = File::open(fd.as_raw_fd(), PAGE, 3 * PAGE, false, Holes::Zero).unwrap();
         assert_eq!(source.still_has(&(0..3 * PAGE)), 3 * PAGE);
         ftruncate(&fd, 2 * PAGE + 100).unwrap();
         assert_eq!(source.still_has(&(0..3 * PAGE)), PAGE + 100);
@@ -357,7 +382,7 @@ mod tests {
     #[test]
     fn a_file_that_has_become_shorter_is_an_error() {
         let fd = file(4 * PAGE, &[0, 1, 2, 3]);
-        let source = File::open(fd.as_raw_fd(), 0, 4 * PAGE, false).unwrap();
+        let source = File::open(fd.as_raw_fd(), 0, 4 * PAGE, false, Holes::Zero).unwrap();
         let mut bytes = vec![0_u8; 4 * PAGE as usize];
         let to = NonNull::new(bytes.as_mut_ptr()).unwrap();
         // SAFETY: room for four pages.
@@ -372,7 +397,8 @@ mod tests {
     #[test]
     fn a_bad_length_or_offset_is_refused() {
         let fd = file(4 * PAGE, &[]);
-        let errno = |offset, len, direct| File::open(fd.as_raw_fd(), offset, len, direct).err().map(|e| e.errno());
+        let errno =
+            |offset, len, direct| File::open(fd.as_raw_fd(), offset, len, direct, Holes::Zero).err().map(|e| e.errno());
         assert_eq!(errno(0, 5 * PAGE, false), Some(Errno::INVAL));
         assert_eq!(errno(PAGE, 4 * PAGE, false), Some(Errno::INVAL));
         assert_eq!(errno(u64::MAX - 1, 4 * PAGE, false), Some(Errno::INVAL));

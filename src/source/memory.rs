@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::ptr::NonNull;
 
-use super::{Found, Source, Wanted};
+use super::{Check, Found, Source, Wanted};
 use rustix::io::Errno;
 
 use crate::caller::Keep;
@@ -38,6 +38,9 @@ impl Source for Memory {
 
     unsafe fn read(&self, bytes: &Range<u64>, to: NonNull<u8>) -> std::result::Result<(), Errno> {
         copy_nofault(self.at(bytes), to, (bytes.end - bytes.start) as usize)
+    }
+    fn each_memory(&self, bytes: &Range<u64>, check: &mut Check) -> std::result::Result<(), Errno> {
+        check(self.at(bytes), bytes.end - bytes.start)
     }
 
     fn explain(&self, bytes: &Range<u64>) -> Option<Failure> {

@@ -10,28 +10,50 @@
 //! MADV_WILLNEED on some.
 
 mod file;
+mod layers;
 mod memory;
+mod page_bitmap;
 
 use std::ops::Range;
 use std::ptr::NonNull;
 
 use rustix::io::Errno;
 
+use self::file::{File, Holes};
+use self::layers::{Layer, Layers};
+pub use self::page_bitmap::PageBitmap;
+use crate::alloc::{try_box, try_collect};
 use crate::caller::Keep;
 use crate::error::{words, Error, Failure, Result};
 use crate::sync::Arc;
 
-/// A source as passed to `kuf_add_memory`, after the checks that need no system call.
-pub enum NewSource {
+/// Pages of guests are at least as large, and so are the blocks of a difference between two states of a guest.
+pub const SMALLEST_PAGE: u64 = 4096;
+
+/// A source as passed to `kuf_add_memory`, after the checks that need no system call: its layers, from the uppermost down.
+/// What none of them has is zero.
+pub struct NewSource(pub Vec<NewLayer>);
+
+/// A layer of a source.
+pub struct NewLayer {
+    pub kind: Kind,
+    /// The bytes of the slot that it may have.
+    pub part: Range<u64>,
+    /// Which of them it has. None: all; of a file that is not the lowest layer, those that are no hole.
+    pub bitmap: Option<PageBitmap>,
+}
+
+/// Where the bytes of a layer come from.
+pub enum Kind {
     File {
         fd: i32,
-        /// The offset of the slot's first byte in the file.
+        /// The offset of the layer's first byte in the file.
         offset: u64,
         /// Reads bypass the page cache.
         direct: bool,
     },
     Memory {
-        /// The address of the slot's first byte.
+        /// The address of the layer's first byte.
         at: *const u8,
         /// The owner of the memory, if it is to be kept.
         keep: Option<Keep>,
@@ -76,17 +98,81 @@ pub trait Source: Send + Sync {
         bytes.end - bytes.start
     }
 
+    /// Calls `check` for the memory of this process that [`Source::read`] would read for `bytes`, as far as the caller owns
+    /// it: it may be guest memory.
+    fn each_memory(&self, _bytes: &Range<u64>, _check: &mut Check) -> std::result::Result<(), Errno> {
+        Ok(())
+    }
+
     /// Why `bytes` could not be read, if the source can tell.
     fn explain(&self, bytes: &Range<u64>) -> Option<Failure>;
 }
 
+/// Looks at memory of the caller's before it is read: its address and length.
+pub type Check<'a> = dyn FnMut(*const u8, u64) -> std::result::Result<(), Errno> + 'a;
+
 /// Opens a source for a slot of `len` bytes.
 pub fn open(new: &NewSource, len: u64) -> Result<Arc<dyn Source>> {
-    Ok(match new {
-        NewSource::File { fd, offset, direct } => Arc::new(file::File::open(*fd, *offset, len, *direct)?),
-        NewSource::Memory { at, keep } => Arc::new(memory::Memory::new(*at, keep.clone())),
-        NewSource::Zero => Arc::new(Zero),
-    })
+    if let [NewLayer { kind, part, bitmap: None }] = new.0.as_slice() {
+        if *part == (0..len) {
+            return Ok(match kind {
+                Kind::File { fd, offset, direct } => Arc::new(File::open(*fd, *offset, len, *direct, Holes::Zero)?),
+                Kind::Memory { at, keep } => Arc::new(memory::Memory::new(*at, keep.clone())),
+                Kind::Zero => Arc::new(Zero),
+            });
+        }
+    }
+    let mut layers = Layers::new(len)?;
+    for (number, layer) in new.0.iter().enumerate().rev() {
+        put(&mut layers, layer, number + 1 == new.0.len()).map_err(|error| match new.0.len() {
+            1 => error,
+            _ => error.within(&words!("layer {} of the source", number + 1)),
+        })?;
+    }
+    Ok(Arc::new(layers))
+}
+
+/// Puts a layer over those below it.
+fn put(layers: &mut Layers, new: &NewLayer, lowest: bool) -> Result<()> {
+    let part = &new.part;
+    let len = part.end - part.start;
+    let layer = |source| Some(Layer { source, part: part.clone() });
+    match &new.kind {
+        Kind::File { fd, offset, direct } => {
+            let holes = if lowest || new.bitmap.is_some() { Holes::Zero } else { Holes::Below };
+            let needed = new.bitmap.as_ref().map_or(len, |bitmap| bitmap.end(len));
+            if needed == 0 {
+                return Ok(());
+            }
+            let file = File::open(*fd, *offset, needed, *direct, holes)?;
+            match (&new.bitmap, holes) {
+                (Some(bitmap), _) => layers.put(layer(try_box(file)?), bitmap.set(part)),
+                (None, Holes::Zero) => layers.put(layer(try_box(file)?), std::iter::once(part.clone())),
+                (None, Holes::Below) => {
+                    let data = try_collect(file.data(len).map(|data| whole_pages(&data, part)))?;
+                    layers.put(layer(try_box(file)?), data.into_iter())
+                }
+            }
+        }
+        Kind::Memory { at, keep } => {
+            let source = try_box(memory::Memory::new(*at, keep.clone()))?;
+            match &new.bitmap {
+                Some(bitmap) => layers.put(layer(source), bitmap.set(part)),
+                None => layers.put(layer(source), std::iter::once(part.clone())),
+            }
+        }
+        Kind::Zero => match &new.bitmap {
+            Some(bitmap) => layers.put(None, bitmap.set(part)),
+            None => layers.put(None, std::iter::once(part.clone())),
+        },
+    }?;
+    Ok(())
+}
+
+/// The bytes of the slot whose pages hold a byte of `data`, which are bytes of the layer.
+fn whole_pages(data: &Range<u64>, part: &Range<u64>) -> Range<u64> {
+    let start = data.start - data.start % SMALLEST_PAGE;
+    part.start + start..(part.start + data.end.next_multiple_of(SMALLEST_PAGE)).min(part.end)
 }
 
 /// A source of zeroes.

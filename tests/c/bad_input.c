@@ -66,6 +66,10 @@ static int add_spare(struct kuf *kuf)
 
 static const struct kuf_source zero_source = {.size = sizeof(zero_source), .kind = KUF_SOURCE_ZERO};
 
+static const struct kuf_source no_source;
+static const struct kuf_source endless_source = {
+    .size = sizeof(endless_source), .kind = KUF_SOURCE_ZERO, .base = &endless_source};
+
 /* A source that can be used as it is; a row changes one field. */
 static struct kuf_source s;
 

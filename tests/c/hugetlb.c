@@ -363,6 +363,47 @@ static void different_granules(void)
     munmap(private_ram, HUGE_PAGE);
 }
 
+/* Small pages of two layers of a source are put together to one huge page. Guest memory that is absent is not read for it. */
+static void of_layers(void)
+{
+    const size_t small = 4096;
+    char path[] = "/var/tmp/kuf-test-XXXXXX";
+    int difference = mkstemp(path);
+    must(difference >= 0 && unlink(path) == 0 && ftruncate(difference, HUGE_PAGE) == 0, "a file in /var/tmp");
+    unsigned char *bytes = malloc(HUGE_PAGE), *absent = map_anonymous(HUGE_PAGE), *ram = map_huge(HUGE_PAGE, NULL);
+    write_content(bytes, BASE, HUGE_PAGE, 2);
+    for (size_t at = 5 * small; at < HUGE_PAGE; at += HUGE_PAGE - 6 * small)
+        must(pwrite(difference, bytes + at, small, (off_t)at) == (ssize_t)small, "writes the file");
+    write_content(bytes, BASE, HUGE_PAGE, 1);
+    struct kuf_source base = {.size = sizeof(base), .kind = KUF_SOURCE_MEMORY, .addr = bytes, .len = HUGE_PAGE};
+    struct kuf_source top = {.size = sizeof(top), .kind = KUF_SOURCE_FILE, .fd = difference, .base = &base};
+    struct kuf *kuf = open_with(
+        (struct kuf_options){.flags = KUF_OPEN_SOURCES, .event = source_event, .opaque = &source});
+    struct kuf_memory slot = slot_of(BASE, ram, HUGE_PAGE, -1);
+    slot.source = &top;
+    must(kuf_add_memory(kuf, &slot) == 0, "%s", kuf_error());
+    bool right = true;
+    for (size_t at = 0; at < HUGE_PAGE; at += small)
+        right = right && holds_content(ram + at, BASE + at, small, at == 5 * small || at == HUGE_PAGE - small ? 2 : 1);
+    ok(right, "a huge page of small ones from two layers");
+
+    is(kuf_remove_memory(kuf, BASE, 0), 0, "the slot is removed");
+    must(madvise(ram, HUGE_PAGE, MADV_DONTNEED) == 0, "madvise");
+    struct kuf_source zero = {.size = sizeof(zero), .kind = KUF_SOURCE_ZERO};
+    struct kuf_memory other = slot_of(BASE + 2 * HUGE_PAGE, absent, HUGE_PAGE, -1);
+    other.source = &zero;
+    must(kuf_add_memory(kuf, &other) == 0, "%s", kuf_error());
+    base.addr = absent;
+    must(kuf_add_memory(kuf, &slot) == 0, "%s", kuf_error());
+    is(kuf_ensure(kuf, BASE, HUGE_PAGE, -1), -EHWPOISON, "a layer that is absent guest memory is not read");
+    is(last_event(&source, poison_event()).error, -EDEADLK, "it would be a deadlock");
+    close_with(kuf, KUF_END_POISON);
+    munmap(ram, HUGE_PAGE);
+    munmap(absent, HUGE_PAGE);
+    free(bytes);
+    close(difference);
+}
+
 static int test(void)
 {
     begin();
@@ -378,6 +419,7 @@ static int test(void)
     }
     parts();
     different_granules();
+    of_layers();
     return done();
 }
 

@@ -225,7 +225,7 @@ struct operation_entry {
 struct slot_plan {
     uint8_t backing, source;
     uint16_t pages;
-    bool huge_wish;
+    bool huge_wish, layers;
 };
 
 struct plan {
@@ -263,8 +263,10 @@ struct slot {
     uint64_t gpa;
     int fd, source_fd;
     uint8_t *source_memory;
+    /* The layer below the file, and which small pages the file has. NULL: the file has all. */
+    uint8_t *base_memory, *bitmap;
     uint8_t backing, source;
-    bool fixed;
+    bool layers, fixed;
     /* Readers touch, writers map anew and move. */
     pthread_rwlock_t layout;
     /* Held to look whether it is live. */

@@ -91,6 +91,7 @@ static void plan_slots(struct plan *plan, uint64_t *random, uint64_t without)
         slot->source = plan->mode == MODE_SOURCES || (plan->mode == MODE_SERVICED && below(random, 6) == 0)
                            ? (uint8_t)(KUF_SOURCE_FILE + below(random, 3)) : 0;
         slot->huge_wish = slot->backing == BACKING_PRIVATE && below(random, 8) == 0;
+        slot->layers = slot->source == KUF_SOURCE_FILE && below(random, 2) == 0;
     }
 }
 
@@ -207,8 +208,9 @@ void describe_plan(const struct plan *plan)
            plan->small_file_system ? ", small file system" : "", o->fill_threads, o->demand_run, o->populate_run,
            o->spin_us, o->userfaultfds, o->flags);
     for (unsigned i = 0; i < plan->slots; i++)
-        printf("#     slot %u: %u pages, %s%s%s\n", i, plan->slot[i].pages, backing_names[plan->slot[i].backing],
+        printf("#     slot %u: %u pages, %s%s%s%s\n", i, plan->slot[i].pages, backing_names[plan->slot[i].backing],
                plan->slot[i].huge_wish ? ", huge pages wanted" : "",
                plan->slot[i].source == KUF_SOURCE_FILE ? ", source: file" : plan->slot[i].source == KUF_SOURCE_MEMORY
-               ? ", source: memory" : plan->slot[i].source == KUF_SOURCE_ZERO ? ", source: zeroes" : "");
+               ? ", source: memory" : plan->slot[i].source == KUF_SOURCE_ZERO ? ", source: zeroes" : "",
+               plan->slot[i].layers ? " over memory" : "");
 }

@@ -85,6 +85,7 @@ static void lay_out(void)
         slot->gpa = (uint64_t)(i + 1) << 30;
         slot->fd = slot->source_fd = -1;
         slot->source = plan->mode == MODE_REMOTE ? 0 : from->source;
+        slot->layers = slot->source != 0 && from->layers;
         slot->fixed = slot->source != 0;
         pthread_rwlockattr_t shared;
         pthread_rwlockattr_init(&shared);

@@ -95,6 +95,24 @@ void unmap_slot(struct slot *slot)
     slot->fd = -1;
 }
 
+/* Moves about every second small page from the file to the memory below it. What a layer holds elsewhere is no page's. */
+static void make_base(struct slot *slot)
+{
+    size_t small = slot->length / SMALL_PAGE;
+    slot->base_memory = mmap(NULL, slot->length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    slot->bitmap = calloc(1, small / 8 + 1);
+    if (slot->base_memory == MAP_FAILED || slot->bitmap == NULL)
+        fail("the base of a source: %s", strerror(errno));
+    for (size_t i = 0; i < small; i++) {
+        uint8_t *upper = slot->source_memory + i * SMALL_PAGE, *lower = slot->base_memory + i * SMALL_PAGE;
+        bool is_upper = (uint32_t)i * UINT32_C(2654435761) >> 31;
+        slot->bitmap[i / 8] |= (uint8_t)(is_upper << i % 8);
+        if (!is_upper)
+            memcpy(lower, upper, SMALL_PAGE);
+        memset(is_upper ? lower : upper, 0xa5, SMALL_PAGE);
+    }
+}
+
 static void make_source(struct slot *slot)
 {
     if (slot->source_memory != NULL || slot->source == KUF_SOURCE_ZERO)
@@ -109,6 +127,8 @@ static void make_source(struct slot *slot)
         if (content_of(slot->first + i, 1) != CONTENT_ZERO)
             put_page(slot->source_memory + i * slot->page_size, slot->first + i, 1, slot->page_size);
     slot->source_fd = fd;
+    if (slot->layers)
+        make_base(slot);
 }
 
 int uffd_to_adopt(void)
@@ -129,6 +149,7 @@ int uffd_to_adopt(void)
 int add_slot(struct slot *slot, uint32_t flags)
 {
     struct kuf_source source = {.size = sizeof(source), .kind = slot->source};
+    struct kuf_source base = {.size = sizeof(base), .kind = KUF_SOURCE_MEMORY, .len = slot->length};
     struct kuf_memory memory = {.size = sizeof(memory), .gpa = slot->gpa, .len = slot->length,
                                 .hva = (uintptr_t)atomic_load(&slot->memory), .opaque = slot, .flags = flags};
     if (slot->source) {
@@ -137,6 +158,13 @@ int add_slot(struct slot *slot, uint32_t flags)
         source.fd = slot->source == KUF_SOURCE_FILE ? slot->source_fd : 0;
         source.addr = slot->source == KUF_SOURCE_MEMORY ? slot->source_memory : NULL;
         source.len = slot->source == KUF_SOURCE_MEMORY ? slot->length : 0;
+        if (slot->bitmap != NULL) {
+            source.bitmap = slot->bitmap;
+            source.bitmap_size = slot->length / SMALL_PAGE / 8 + 1;
+            source.bitmap_page_size = SMALL_PAGE;
+            base.addr = slot->base_memory;
+            source.base = &base;
+        }
     }
     if (slot->backing != BACKING_SHARED_NO_FD)
         memory.fd = slot->fd;

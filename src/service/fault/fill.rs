@@ -295,10 +295,15 @@ fn ask_source(service: &Service, run: &Fill, source: &dyn Source, place: &mut Op
         Found::Memory(len, at) => Answer::Elsewhere(len / granule, at),
         Found::Unread(len) => {
             let n = len / granule;
+            let part = bytes.start..bytes.start + len;
+            let mut check = |at, len| service.memory.map().check_not_unresolved(at, len).map_err(|e| e.errno());
+            if let Err(errno) = source.each_memory(&part, &mut check) {
+                return Answer::Failed(errno.into());
+            }
             let placed = place_for(service, slot, &(pages.start..pages.start + n), &run.patience).and_then(|new| {
                 let to = place.insert(new).at();
                 // SAFETY: `place` made room for these bytes, and the claim makes them this thread's.
-                unsafe { source.read(&(bytes.start..bytes.start + len), to) }
+                unsafe { source.read(&part, to) }
             });
             placed.map_or_else(|errno| Answer::Failed(errno.into()), |()| Answer::Filled(n))
         }
