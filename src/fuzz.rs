@@ -52,6 +52,7 @@ pub fn proc_maps(bytes: &[u8]) {
         assert!(covered >= end, "{found:?} ends before {end:#x}");
     }
     let _ = maps::page_size_in(text, start);
+    let _ = maps::registered_in(text);
 }
 
 /// The structs that a caller passes. The first byte selects one; the rest is its memory, and not a byte more.

@@ -262,9 +262,12 @@ pub trait Mechanism: Send + Sync {
     fn disown(&self, _stray: Stray) {}
 
     /// Lets go of the kernel's queues, which cannot be read: a thread that waits for an event of theirs to be read, or for a
-    /// page, goes on. Every page must be present, removed, poisoned or inaccessible. `instead` takes the place of the
-    /// descriptors.
-    fn give_up(&self, _instead: BorrowedFd<'_>) {}
+    /// page, goes on. Every page at the addresses `settled`, which are in order, must be present, removed, poisoned or
+    /// inaccessible. What is registered at other addresses has moved there without a message, and is made inaccessible
+    /// first. `instead` takes the place of the descriptors. False: that failed, and the queues are as they were.
+    fn give_up(&self, _settled: &[Range<u64>], _instead: BorrowedFd<'_>) -> bool {
+        true
+    }
 
     /// Whether the memory's process still exists.
     fn is_alive(&self) -> bool {

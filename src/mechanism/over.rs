@@ -68,8 +68,8 @@ impl<M: OverMechanism> Mechanism for M {
         self.under().disown(stray);
     }
 
-    fn give_up(&self, instead: BorrowedFd<'_>) {
-        self.under().give_up(instead);
+    fn give_up(&self, settled: &[Range<u64>], instead: BorrowedFd<'_>) -> bool {
+        self.under().give_up(settled, instead)
     }
 
     fn is_alive(&self) -> bool {

@@ -1,4 +1,3 @@
-//! The mappings of this process, from `/proc/self/maps`. The library reads it when a slot is added and at no other
 //! time.
 
 use std::ffi::CStr;
@@ -12,6 +11,7 @@ use crate::alloc::{try_push, zeroes};
 use crate::error::{words, Error, Result};
 use crate::os::proc;
 use crate::uapi::procfs::*;
+use crate::uapi::userfaultfd::{UFFDIO_REGISTER_MODE_MINOR, UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP};
 
 /// The properties of a mapping that matter here.
 #[derive(Debug, PartialEq, Eq)]
@@ -183,6 +183,44 @@ pub fn page_size_in(text: &[u8], hva: u64) -> Result<u64> {
     Err(Error::new(Errno::INVAL, "the page size is not known: set memory->page_size"))
 }
 
+/// A mapping that is registered with a userfaultfd.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Registered {
+    pub hva: Range<u64>,
+    /// UFFDIO_REGISTER_MODE_*.
+    pub modes: u64,
+    pub accessible: bool,
+}
+
+/// The mappings of this process that are registered with any userfaultfd.
+pub fn registered() -> Result<Vec<Registered>> {
+    registered_in(&read(c"/proc/self/smaps")?)
+}
+
+pub fn registered_in(text: &[u8]) -> Result<Vec<Registered>> {
+    let mut found = Vec::new();
+    let mut last = None;
+    for line in lines(text) {
+        let mut words = words_of(line);
+        let head = words.next().unwrap_or("");
+        if let Some(hva) = range(head) {
+            last = Some((hva, !words.next().unwrap_or("").starts_with("---")));
+        } else if head == "VmFlags:" {
+            let mode = |word| match word {
+                "um" => UFFDIO_REGISTER_MODE_MISSING,
+                "uw" => UFFDIO_REGISTER_MODE_WP,
+                "ui" => UFFDIO_REGISTER_MODE_MINOR,
+                _ => 0,
+            };
+            let modes = words.map(mode).fold(0, |all, mode| all | mode);
+            if let Some((hva, accessible)) = last.take().filter(|_| modes != 0) {
+                try_push(&mut found, Registered { hva, modes, accessible })?;
+            }
+        }
+    }
+    Ok(found)
+}
+
 fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
     text.split(|byte| *byte == b'\n')
 }
@@ -258,6 +296,18 @@ mod tests {
         let text = b"10000-20000 rw-p 00000000 00:00 0 /tmp/\xff\nKernelPageSize:     2048 kB\n";
         assert_eq!(page_size_in(text, 0x18000).unwrap(), 2 << 20);
         assert_eq!(page_size_in(text, 0x28000).unwrap_err().errno(), Errno::INVAL);
+    }
+
+    #[test]
+    fn registered_mappings_have_their_flags() {
+        let text = b"10000-20000 rw-p 00000000 00:00 0 \nVmFlags: rd wr mr mw me ac sd um \n\
+20000-30000 ---s 00003000 00:01 1033 /memfd:ram (deleted)\nSize: 64 kB\nVmFlags: mr um ui\n\
+40000-50000 rw-p 00000000 00:00 0 \nVmFlags: rd wr\n";
+        let found = registered_in(text).unwrap();
+        let missing = UFFDIO_REGISTER_MODE_MISSING;
+        let second =
+            Registered { hva: 0x20000..0x30000, modes: missing | UFFDIO_REGISTER_MODE_MINOR, accessible: false };
+        assert_eq!(found, [Registered { hva: 0x10000..0x20000, modes: missing, accessible: true }, second]);
     }
 
     #[test]

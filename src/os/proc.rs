@@ -19,9 +19,15 @@ pub fn read(path: &CStr) -> Result<Vec<u8>, Errno> {
         let at = bytes.len();
         refusable(|| bytes.try_reserve(PIECE)).map_err(|_| Errno::NOMEM)?;
         bytes.resize(at + PIECE, 0);
-        match rustix::io::read(&file, &mut bytes[at..]) {
+        // A filter may refuse read(2). The file is read from its start to its end, so both calls read the same.
+        let read = rustix::io::read(&file, &mut bytes[at..])
+            .or_else(|errno| rustix::io::pread(&file, &mut bytes[at..], at as u64).map_err(|_| errno));
+        match read {
             Ok(n) => bytes.truncate(at + n),
-            Err(Errno::INTR) => bytes.truncate(at),
+            Err(Errno::INTR) => {
+                bytes.truncate(at);
+                continue;
+            }
             Err(errno) => return Err(errno),
         }
         if bytes.len() == at {

@@ -66,9 +66,6 @@ bool is_aftermath(long got)
     return got == -EIO ? comes(atomic_load(&shared->fatal_seen)) : atomic_load(&shared->fatal_seen);
 }
 
-/* An event has said that a thread stays blocked: pages could be neither filled, poisoned nor made inaccessible. */
-static atomic_bool left_absent;
-
 bool left_closed(void)
 {
     return is_remote && atomic_load(&events[KUF_EVENT_INACCESSIBLE]) > 0;
@@ -124,8 +121,6 @@ void on_event(void *opaque, const struct kuf_event *event)
     progress();
     if (event->kind == KUF_EVENT_POISONED || event->kind == KUF_EVENT_INACCESSIBLE)
         note_poison(event->gpa, event->len);
-    if (event->kind == KUF_EVENT_INACCESSIBLE && strstr(event->text, "stays blocked") != NULL)
-        atomic_store(&left_absent, true);
     if (event->kind == KUF_EVENT_FATAL) {
         snprintf(shared->first_error, sizeof(shared->first_error), "FATAL: %s", event->text);
         atomic_store(&shared->fatal_seen, true);
@@ -386,12 +381,8 @@ void close_handle(uint32_t flags)
     atomic_store(&shared->armed, false);
     if (flags & KUF_END_HANDOVER && got == 0)
         return;
-    if (!comes(touchers_are_through() || left_closed())) {
-        /* A thread in mremap(2) whose event cannot be read. */
-        if (atomic_load(&shared->fatal_seen) && atomic_load(&left_absent))
-            end_run_stopped();
+    if (!comes(touchers_are_through() || left_closed()))
         end_silent("kuf_close has returned");
-    }
     join_touchers();
     end_discard();
     atomic_store(&gave_up, false);

@@ -8,6 +8,7 @@
 mod binding;
 mod ioctl;
 mod marker;
+mod moved;
 pub mod open;
 mod stripes;
 
@@ -255,12 +256,16 @@ impl Mechanism for Userfaultfd {
         }
     }
 
-    fn give_up(&self, instead: BorrowedFd<'_>) {
+    fn give_up(&self, settled: &[Range<u64>], instead: BorrowedFd<'_>) -> bool {
+        if !self.hide_outside(settled) {
+            return false;
+        }
         for fd in self.fds.iter().filter(|_| !self.facts.adopted) {
             // In one step, so that no other thread finds the number free, or another descriptor in its place.
             // SAFETY: both are open, and `fd` still owns a descriptor to be closed.
             unsafe { libc::dup3(instead.as_raw_fd(), fd.as_raw_fd(), libc::O_CLOEXEC) };
         }
+        true
     }
 
     fn is_alive(&self) -> bool {

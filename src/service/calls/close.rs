@@ -3,7 +3,7 @@
 use rustix::io::Errno;
 
 use crate::abi::*;
-use crate::alloc::refusable;
+use crate::alloc::{refusable, try_push};
 use crate::error::{words, Error, Result};
 use crate::mechanism::Mechanism;
 use crate::memory::Slot;
@@ -132,11 +132,22 @@ pub fn settle_rest(service: &Service, flags: u32, toll: &mut Toll) {
 /// a child whose event is unread would have zeroes in place of its absent pages.
 fn let_unread_go(service: &Service) {
     let Some(own) = service.own.as_ref().filter(|_| service.forks.is_none()) else { return };
-    let stays = || service.memory.map().all().any(|slot| slot.stays.load(Ordering::SeqCst));
-    if is_deaf(service, own) && !stays() {
-        // No install is in progress, and none follows: late owners find no claim of theirs.
-        let _gate = own.gate().write();
-        own.give_up(service.threads.waking.fd());
+    if !is_deaf(service, own) {
+        return;
+    }
+    // No install is in progress, and none follows: late owners find no claim of theirs.
+    let _gate = own.gate().write();
+    let map = service.memory.map();
+    let its = || map.all().filter(|slot| slot.mechanism.id() == own.id());
+    let stays = |slot: &&Arc<Slot>| slot.stays.load(Ordering::SeqCst);
+    let (mut settled, mut listed) = (Vec::new(), true);
+    its().filter(|slot| !stays(slot)).for_each(|slot| {
+        slot.each_extent(|extent| listed &= try_push(&mut settled, extent.hva..extent.hva + extent.len).is_ok());
+    });
+    settled.sort_unstable_by_key(|hva| hva.start);
+    if listed && own.give_up(&settled, service.threads.waking.fd()) {
+        // A slot whose pages could not be closed has moved, and is inaccessible where it is now; or it was unmapped.
+        its().filter(stays).for_each(|slot| slot.stays.store(false, Ordering::SeqCst));
     }
 }
 
