@@ -120,8 +120,8 @@ pub unsafe extern "C" fn kuf_open(options: *const kuf_options, out: *mut *mut ku
 /// and poisons.
 ///
 /// Returns 0. Not from a callback.
-/// -EINVAL: KUF_END_HANDOVER with other flags, or with a slot that uses the library's userfaultfd. -ECHILD: a forked
-///   child.
+/// -EINVAL: KUF_END_HANDOVER with KUF_END_POISON or KUF_END_POPULATE, or with a slot that uses the library's
+///   userfaultfd. -ECHILD: a forked child.
 /// -EBUSY: unresolved pages and no flag for them, or pages discarded during KUF_END_POPULATE; the handle goes on.
 /// -EIO: KUF_END_POPULATE could not fill everything (a fill failed, or KUF_FILL_LATER). -ETIMEDOUT: nor in time
 ///   (kuf_options.end_timeout_ms). The handle goes on.
