@@ -91,9 +91,9 @@ impl<W: Waits> Claims<W> {
                     && claim.owner == Owner::Fill
                     && claim.early.is_none() =>
             {
+                claim.answered = true;
                 if claim.cancel != Some(Cancel::Removed) {
                     claim.early = Some(bytes);
-                    claim.answered = true;
                 }
                 Ok(())
             }

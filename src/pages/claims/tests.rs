@@ -144,6 +144,9 @@ fn bytes_that_come_after_the_guest_gave_the_page_back_are_dropped() {
     drop(claims.remove(&pages, 0..1, true).waiters);
     let early = claims.take(&pages, 0..1, true, None).early;
     early.into_iter().for_each(|run| claims.stash(run, Early::Zero).unwrap());
+    // The callback defers the page: the caller has answered already, and owes nothing.
+    claims.defer(0..1, id);
+    assert_eq!(claims.tally().deferred, 0);
     assert!(claims.early(&(0..1), id).is_none());
     drop(claims.settle_cancelled(&pages, 0..1, id).waiters);
     assert_eq!(pages.get(0), State::Removed);
