@@ -431,17 +431,16 @@ fn call(out: &mut String, function: &Item, text: &[String]) {
             }
         } else if text.starts_with("Returns ") || text.starts_with("-E") {
             out.push_str(".SH RETURN VALUE\n.nh\n");
-            returns(out, paragraph);
-            out.push_str(".PP\nThe errors of every call are in \\fBkuf\\fR(7).\n");
+            returns(out, paragraph, ["int ", "ssize_t "].iter().any(|kind| code.starts_with(kind)));
         } else {
             prose(out, paragraph);
         }
     }
 }
 
-/// Formats the paragraph that begins with "Returns": each -errno becomes an entry of a list. A line that is not indented
+/// Formats the paragraph that begins with "Returns", of a call that fails or does not: each -errno becomes an entry of a list. A line that is not indented
 /// and does not begin with -errno is prose again.
-fn returns(out: &mut String, paragraph: &[String]) {
+fn returns(out: &mut String, paragraph: &[String], fails: bool) {
     let mut parts: Vec<(bool, String)> = Vec::new();
     for line in paragraph {
         let error = line.starts_with("-E");
@@ -459,16 +458,24 @@ fn returns(out: &mut String, paragraph: &[String]) {
             _ => parts.push((error, line.clone())),
         }
     }
-    for (is_errors, text) in parts {
-        if !is_errors {
-            let _ = writeln!(out, ".PP\n{}", wrapped(&text));
-            continue;
-        }
+    let is_kernel = |part: &(bool, String)| part.1.starts_with("Kernel: ");
+    for (_, text) in parts.iter().filter(|part| !part.0 && !is_kernel(part)) {
+        let _ = writeln!(out, ".PP\n{}", wrapped(text));
+    }
+    if !fails {
+        return;
+    }
+    out.push_str(".SH ERRORS\n");
+    for (_, text) in parts.iter().filter(|part| part.0) {
         let errors = labels(&text, |label| label.split(", ").all(|name| name.starts_with("-E")));
         for (n, (start, label)) in errors.iter().enumerate() {
             let end = errors.get(n + 1).map_or(text.len(), |(next, _)| *next);
             let _ = writeln!(out, ".TP\n.B {}\n{}", escaped(label), wrapped(text[start + label.len() + 1..end].trim()));
         }
+    }
+    out.push_str(".PP\nThe errors of every call are in \\fBkuf\\fR(7).\n");
+    for (_, text) in parts.iter().filter(|part| is_kernel(part)) {
+        let _ = writeln!(out, ".SH KERNEL INTERFACES\n{}", wrapped(text.trim_start_matches("Kernel: ")));
     }
 }
 
