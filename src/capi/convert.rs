@@ -68,8 +68,9 @@ pub unsafe fn read_struct<T: Sized32>(from: *const T, name: &str) -> Result<T> {
         let known = size.min(size_of::<T>());
         std::ptr::copy_nonoverlapping(from.cast::<u8>(), value.as_mut_ptr().cast::<u8>(), known);
         let tail = std::slice::from_raw_parts(from.cast::<u8>().add(known), size - known);
-        if tail.iter().any(|byte| *byte != 0) {
-            let text = words!("{name} sets fields this version of the library does not know");
+        if let Some(at) = tail.iter().position(|byte| *byte != 0) {
+            let at = known + at;
+            let text = words!("{name} at offset {at} is not 0, but this version of the library knows {known} bytes of it");
             return Err(Error::new(Errno::TOOBIG, text));
         }
         Ok(value.assume_init())
