@@ -16,16 +16,20 @@ if ! git rev-parse --git-dir >/dev/null 2>&1; then
     finish
 fi
 
-# The crate: no rigs, and each file that README.md leads to but for those. There is no address for its metadata yet.
+# The crate: no rigs, and each file that its pages lead to. There is no address for its metadata yet.
 CARGO_TARGET_DIR=$work/crate cargo package --no-verify --allow-dirty --quiet >"$work/warnings" 2>&1
 grep -vE '^warning: manifest has no documentation, homepage or repository|^ +\||^ += note: see https|^$' "$work/warnings" >"$work/others"
 try "cargo package has nothing to say" diff /dev/null "$work/others"
 cargo package --list --allow-dirty >"$work/published" 2>/dev/null
-try "the crate has no rigs" test -z "$(grep -E '^(tests/(c|check|kernel|kernels|qemu|fuzz|faults)|fuzz|benches|debian)/' "$work/published")"
-grep -oE '\]\([^)#:]+' README.md | cut -c 3- | grep -v '^tests/' | sort -u | while read -r path; do
-    grep -qxF "$path" "$work/published" || echo "$path"
+try "the crate has no rigs" test -z "$(grep -E '^(tests/(c|check|kernel|kernels|qemu|fuzz|faults)|fuzz|benches|debian)/' \
+    "$work/published" | grep -v '/README\.md$')"
+grep '\.md$' "$work/published" | while read -r page; do
+    grep -oE '\]\([^)#: ]+' "$page" | cut -c 3- | sort -u | while read -r path; do
+        path=$(realpath -m --relative-to=. "$(dirname "$page")/$path")
+        grep -qxF "$path" "$work/published" || echo "$page: $path"
+    done
 done >"$work/missing"
-try "links of README.md lead to files that are published" diff /dev/null "$work/missing"
+try "links of the pages in the crate lead to its files" diff /dev/null "$work/missing"
 
 try "make" "$MAKE" -s build || finish
 try "make dist" "$MAKE" -s dist || finish
