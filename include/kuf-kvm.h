@@ -16,7 +16,6 @@
 
 #include "kuf.h"
 
-
 /* KVM userfault bitmap (KVM_MEM_USERFAULT, v3 of June 2025), with userfaultfd underneath. A vCPU that touches an
  * absent page leaves KVM_RUN and fills the page on its own thread (kuf_vcpu_fault); all other accesses are caught
  * by userfaultfd. */

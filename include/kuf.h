@@ -3,10 +3,15 @@
  * kuf.h - serves guest page faults for virtual machine monitors
  *
  * A VMM that restores a snapshot lazily, receives a post-copy migration or keeps guest memory elsewhere must catch the
- * guest's first access to each page, get the page's bytes, install them and let the guest continue. This library does
- * that:
+ * guest's first access to each page, get the page, install it and let the guest continue. This library does that:
  *
- *     struct kuf_options options = { .size = sizeof(options), .fill = my_fill, .opaque = my_image };
+ *     static int my_fill(void *image, struct kuf_fill *run)
+ *     {
+ *         ssize_t n = pread(*(int *)image, run->buf, run->len, (off_t)run->memory_offset);
+ *         return n == (ssize_t)run->len ? KUF_FILL_DONE : -EIO;
+ *     }
+ *     ...
+ *     struct kuf_options options = { .size = sizeof(options), .fill = my_fill, .opaque = &image };
  *     struct kuf *kuf;
  *     if (kuf_open(&options, &kuf) < 0)
  *         errx(1, "%s", kuf_error());
@@ -28,9 +33,8 @@
  *
  * Rules that always hold:
  *   - The guest never sees bytes that are not its own. A page that cannot be filled stays inaccessible or is poisoned.
- *   - Calls return 0 or a count, else -errno, and kuf_error() says what to do. errno itself is not used. struct kuf
- *     lists the errors of every call.
- *   - A call that fails for its arguments has changed nothing.
+ *   - Calls return 0 or a count, else -errno, and kuf_error() says what to do; errno has no meaning. struct kuf
+ *     lists the errors of every call. A call that fails for its arguments has changed nothing.
  *   - A struct that the caller passes starts with its size; zero in every other field is the default. 0 and -1 both
  *     stand for no descriptor, so descriptor 0 cannot be given.
  *   - gpa, hva and lengths are in bytes; times are in nanoseconds unless the name says otherwise.
@@ -50,7 +54,6 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
-
 
 /* Version of this header. The soname follows the major version. */
 #define KUF_VERSION_MAJOR 0

@@ -44,7 +44,9 @@ fn short(header: &Header) -> String {
                     continue;
                 }
             }
-            out.push(line.to_owned());
+            if !line.is_empty() || out.last().is_some_and(|last| !last.is_empty()) {
+                out.push(line.to_owned());
+            }
             continue;
         };
         if let Some(notes) = body.iter().position(|l| l == "# Notes") {

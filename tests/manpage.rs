@@ -190,10 +190,9 @@ fn concepts(sources: &[Source; 2]) -> String {
     out.push_str(".SH HANDLES AND ERRORS\n");
     let handle = sources[0].items.iter().find(|item| item.name() == "kuf").expect("struct kuf");
     for paragraph in handle.parts().0.split(|line| line.is_empty()) {
-        match paragraph.iter().any(|line| line.starts_with("-E")) {
-            true => returns(&mut out, paragraph),
-            false => prose(&mut out, paragraph),
-        }
+        let listed = paragraph.iter().position(|line| line.starts_with("-E")).unwrap_or(paragraph.len());
+        prose(&mut out, &paragraph[..listed]);
+        errors(&mut out, &joined(&paragraph[listed..]));
     }
     prose(&mut out, handle.parts().1);
     out.push_str(".SH THE MECHANISMS OF KVM\n");
@@ -438,8 +437,8 @@ fn call(out: &mut String, function: &Item, text: &[String]) {
     }
 }
 
-/// Formats the paragraph that begins with "Returns", of a call that fails or does not: each -errno becomes an entry of a list. A line that is not indented
-/// and does not begin with -errno is prose again.
+/// Formats the paragraph that begins with "Returns". `fails`: the call may fail. Each -errno becomes an entry of a list. A line
+/// that is not indented and does not begin with -errno is prose again.
 fn returns(out: &mut String, paragraph: &[String], fails: bool) {
     let mut parts: Vec<(bool, String)> = Vec::new();
     for line in paragraph {
@@ -466,16 +465,19 @@ fn returns(out: &mut String, paragraph: &[String], fails: bool) {
         return;
     }
     out.push_str(".SH ERRORS\n");
-    for (_, text) in parts.iter().filter(|part| part.0) {
-        let errors = labels(&text, |label| label.split(", ").all(|name| name.starts_with("-E")));
-        for (n, (start, label)) in errors.iter().enumerate() {
-            let end = errors.get(n + 1).map_or(text.len(), |(next, _)| *next);
-            let _ = writeln!(out, ".TP\n.B {}\n{}", escaped(label), wrapped(text[start + label.len() + 1..end].trim()));
-        }
-    }
+    parts.iter().filter(|part| part.0).for_each(|(_, text)| errors(out, text));
     out.push_str(".PP\nThe errors of every call are in \\fBkuf\\fR(7).\n");
     for (_, text) in parts.iter().filter(|part| is_kernel(part)) {
         let _ = writeln!(out, ".SH KERNEL INTERFACES\n{}", wrapped(text.trim_start_matches("Kernel: ")));
+    }
+}
+
+/// Formats a list of -errno.
+fn errors(out: &mut String, text: &str) {
+    let errors = labels(text, |label| label.split(", ").all(|name| name.starts_with("-E")));
+    for (n, (start, label)) in errors.iter().enumerate() {
+        let end = errors.get(n + 1).map_or(text.len(), |(next, _)| *next);
+        let _ = writeln!(out, ".TP\n.B {}\n{}", escaped(label), wrapped(text[start + label.len() + 1..end].trim()));
     }
 }
 

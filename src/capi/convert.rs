@@ -70,7 +70,8 @@ pub unsafe fn read_struct<T: Sized32>(from: *const T, name: &str) -> Result<T> {
         let tail = std::slice::from_raw_parts(from.cast::<u8>().add(known), size - known);
         if let Some(at) = tail.iter().position(|byte| *byte != 0) {
             let at = known + at;
-            let text = words!("{name} at offset {at} is not 0, but this version of the library knows {known} bytes of it");
+            let text =
+                words!("{name} at offset {at} is not 0, but this version of the library knows {known} bytes of it");
             return Err(Error::new(Errno::TOOBIG, text));
         }
         Ok(value.assume_init())

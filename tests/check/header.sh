@@ -43,6 +43,18 @@ for compiler in gcc clang g++ clang++; do
     esac
 done
 
+# The program at the top of kuf.h: a function, then the lines of main.
+sed -n '/^ \* Words:/q; s/^ \*     //p' include/kuf.h >"$work/example"
+{
+    printf '#include <kuf.h>\n#include <err.h>\n#include <errno.h>\n#include <unistd.h>\n'
+    sed '/^\.\.\.$/,$d' "$work/example"
+    printf 'int main(void)\n{\n    int image = -1;\n    size_t len = 0;\n    void *mapping = NULL;\n'
+    sed '1,/^\.\.\.$/d; /^\.\.\. /d' "$work/example"
+    echo '}'
+} >"$work/example.c"
+try "the example of kuf.h compiles" gcc -std=c11 -Wall -Wextra -Werror -Iinclude -fsyntax-only "$work/example.c"
+try "the example of kuf.h is a whole one" grep -q 'kuf_close(&kuf, KUF_END_POISON)' "$work/example.c"
+
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 in_header=$(sed -n 's/^#define KUF_VERSION_\(MAJOR\|MINOR\|PATCH\) //p' include/kuf.h | paste -sd .)
 try "header's version is Cargo.toml's" test "$version" = "$in_header"
