@@ -84,8 +84,7 @@
  * KUF_DISCARD_ZERO), and must not be moved or unmapped before kuf_remove_memory. Not with kuf_populate, kuf_replay
  * and KUF_OPEN_FOLLOW_FORK. */
 #define KUF_OPEN_DIRECT (1u << 3)
-/* Open no userfaultfd: every slot has its own (kuf_memory.uffd). For a handler without privilege that serves other
- * processes. */
+/* Open no userfaultfd: every slot has its own (kuf_memory.uffd). For an unprivileged handler of other processes. */
 #define KUF_OPEN_ADOPT_ONLY (1u << 4)
 /* Check the bytes of callbacks, sources and kuf_resolve for pages of zeroes and install those as zero pages. In
  * private memory they take no memory until they are written. In shared memory, zero pages that no thread is blocked
@@ -100,8 +99,7 @@
  * becomes shorter or its disk fails, the pages concerned are poisoned; no signal is raised. Any change of the file
  * changes what absent pages will hold. */
 #define KUF_SOURCE_FILE 1
-/* kuf_source.kind: readable memory of this process that is not itself served. It must not change while the slot
- * exists. */
+/* kuf_source.kind: readable memory of this process, not served itself, that does not change while the slot exists. */
 #define KUF_SOURCE_MEMORY 2
 #define KUF_SOURCE_ZERO 3 /* kuf_source.kind: zeroes. */
 /* kuf_source.flags, for a file: read past the page cache (O_DIRECT), so that a one-off image does not evict other
@@ -143,8 +141,7 @@
 #define KUF_FAULT_MINOR (1u << 1)
 /* A thread is blocked on this page. Not set for pages that only kuf_populate asked for. */
 #define KUF_FAULT_DEMAND (1u << 2)
-/* The fault is a forked child's (KUF_OPEN_FOLLOW_FORK). Resolve it like any other: kuf_resolve serves parent and
- * child. */
+/* A forked child's fault (KUF_OPEN_FOLLOW_FORK). Resolve it like any other: kuf_resolve serves parent and child. */
 #define KUF_FAULT_FORKED (1u << 3)
 
 #define KUF_RESOLVE_ZERO (1u << 0) /* kuf_resolve: src is NULL and the range is zero. */
@@ -155,14 +152,12 @@
  * kuf_discard undoes it. */
 #define KUF_RESOLVE_POISON (1u << 2)
 /* kuf_resolve: src is NULL; look up which pages of the range exist already and make those present. For private
- * memory of this process that the caller has filled itself (UFFDIO_COPY). The others keep their state and are no
- * error. */
+ * memory of this process that the caller has filled itself (UFFDIO_COPY). The others keep their state. */
 #define KUF_RESOLVE_PRESENT (1u << 3)
 
 /* kuf_discard: the range is filled from the source again (or given to kuf_read again). */
 #define KUF_DISCARD_REFILL (1u << 0)
-/* kuf_discard: the guest gave the range back (balloon, free page reporting, virtio-mem): it reads as zero from now
- * on. */
+/* kuf_discard: the guest gave the range back (balloon, free page reporting, virtio-mem): it reads as zero. */
 #define KUF_DISCARD_ZERO (1u << 1)
 
 /* kuf_populate: stop all populate requests and replays of the handle. gpa and len are ignored. */
@@ -182,8 +177,7 @@
  * KUF_END_POPULATE. */
 #define KUF_END_HANDOVER (1u << 3)
 
-/* Every page of the range is present or removed: the slot can be removed with kuf_remove_memory, and no overhead
- * remains. */
+/* Every page is present or removed: the slot can be removed with kuf_remove_memory; no overhead remains. */
 #define KUF_PROGRESS_COMPLETE (1u << 0)
 #define KUF_PROGRESS_GONE (1u << 1) /* The process behind the slot is gone (KUF_EVENT_GONE). */
 
@@ -193,16 +187,14 @@
 /* As KUF_EVENT_POISONED, where the kernel cannot poison (before Linux 6.6) or the run is too long. In this process
  * the pages are PROT_NONE (touching raises SIGSEGV); in another process a thread that touches them stays blocked. */
 #define KUF_EVENT_INACCESSIBLE 2
-/* Every page of the slot gpa..gpa+len is present or removed: the time for kuf_remove_memory. Not raised while pages
- * are poisoned. */
+/* Every page of the slot gpa..gpa+len is present or removed: remove it. Not raised while pages are poisoned. */
 #define KUF_EVENT_COMPLETE 3
 /* A kuf_populate request over gpa..gpa+len (0 and 0 for KUF_ALL) has ended, not by kuf_close. error: 0, -errno of the
  * fill that stopped it, -EAGAIN (KUF_FILL_LATER left pages absent) or -ECANCELED (KUF_POPULATE_STOP). */
 #define KUF_EVENT_POPULATED 4
 /* The process behind the slot gpa..gpa+len is gone (error: -ESRCH). Noticed within a second. */
 #define KUF_EVENT_GONE 5
-/* The service of this handle has failed. Unresolved pages stay inaccessible, calls fail with -EIO, kuf_close
- * poisons. */
+/* The handle's service has failed. Unresolved pages stay inaccessible, calls fail with -EIO, kuf_close poisons. */
 #define KUF_EVENT_FATAL 6
 /* The process forked and the child is served (KUF_OPEN_FOLLOW_FORK); with an error it is not. -EMFILE: there was no
  * descriptor for it, and the child has no guest memory. */
@@ -582,8 +574,7 @@ int kuf_open(const struct kuf_options *options,
 
 /*
  * Ends a service and sets *kuf to NULL. Unresolved pages are never released onto zeroes: the call is refused, or
- * does what flags say. On an error path, kuf_close(&kuf, KUF_END_POISON) always ends the handle; a NULL handle is
- * fine.
+ * does what flags say. On an error path kuf_close(&kuf, KUF_END_POISON) always ends the handle, a NULL one too.
  *
  * flags: KUF_END_*.
  *

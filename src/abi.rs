@@ -49,8 +49,7 @@ pub const KUF_OPEN_FOLLOW_FORK: u32 = 1 << 2;
 /// memory back would be blocked until the loop that it may itself run reads the event. kuf_fd may poll readable
 /// without a fault.
 pub const KUF_OPEN_DIRECT: u32 = 1 << 3;
-/// Open no userfaultfd: every slot has its own (kuf_memory.uffd). For a handler without privilege that serves other
-/// processes.
+/// Open no userfaultfd: every slot has its own (kuf_memory.uffd). For an unprivileged handler of other processes.
 pub const KUF_OPEN_ADOPT_ONLY: u32 = 1 << 4;
 
 /// Check the bytes of callbacks, sources and kuf_resolve for pages of zeroes and install those as zero pages. In
@@ -81,8 +80,7 @@ pub const KUF_OPEN_DEBUG_ENV: u32 = 1 << 7;
 /// but not with KUF_SOURCE_DIRECT_IO: there write(2) and the read that it waits for may need the same lock of the
 /// file.
 pub const KUF_SOURCE_FILE: u32 = 1;
-/// kuf_source.kind: readable memory of this process that is not itself served. It must not change while the slot
-/// exists.
+/// kuf_source.kind: readable memory of this process, not served itself, that does not change while the slot exists.
 pub const KUF_SOURCE_MEMORY: u32 = 2;
 /// kuf_source.kind: zeroes.
 pub const KUF_SOURCE_ZERO: u32 = 3;
@@ -173,8 +171,7 @@ pub const KUF_FAULT_WRITE: u32 = 1 << 0;
 pub const KUF_FAULT_MINOR: u32 = 1 << 1;
 /// A thread is blocked on this page. Not set for pages that only kuf_populate asked for.
 pub const KUF_FAULT_DEMAND: u32 = 1 << 2;
-/// The fault is a forked child's (KUF_OPEN_FOLLOW_FORK). Resolve it like any other: kuf_resolve serves parent and
-/// child.
+/// A forked child's fault (KUF_OPEN_FOLLOW_FORK). Resolve it like any other: kuf_resolve serves parent and child.
 pub const KUF_FAULT_FORKED: u32 = 1 << 3;
 
 /// kuf_resolve: src is NULL and the range is zero.
@@ -195,8 +192,7 @@ pub const KUF_RESOLVE_IN_PLACE: u32 = 1 << 1;
 /// -EHWPOISON for it.
 pub const KUF_RESOLVE_POISON: u32 = 1 << 2;
 /// kuf_resolve: src is NULL; look up which pages of the range exist already and make those present. For private
-/// memory of this process that the caller has filled itself (UFFDIO_COPY). The others keep their state and are no
-/// error.
+/// memory of this process that the caller has filled itself (UFFDIO_COPY). The others keep their state.
 ///
 /// # Notes
 /// Costs two page-table scans per 256 KiB. (KUF_RESOLVE_ZERO does not replace a page that exists, but takes a system
@@ -208,8 +204,7 @@ pub const KUF_RESOLVE_PRESENT: u32 = 1 << 3;
 
 /// kuf_discard: the range is filled from the source again (or given to kuf_read again).
 pub const KUF_DISCARD_REFILL: u32 = 1 << 0;
-/// kuf_discard: the guest gave the range back (balloon, free page reporting, virtio-mem): it reads as zero from now
-/// on.
+/// kuf_discard: the guest gave the range back (balloon, free page reporting, virtio-mem): it reads as zero.
 pub const KUF_DISCARD_ZERO: u32 = 1 << 1;
 
 /// kuf_populate: stop all populate requests and replays of the handle. gpa and len are ignored.
@@ -234,8 +229,7 @@ pub const KUF_END_NOWAIT: u32 = 1 << 2;
 /// KUF_END_POPULATE.
 pub const KUF_END_HANDOVER: u32 = 1 << 3;
 
-/// Every page of the range is present or removed: the slot can be removed with kuf_remove_memory, and no overhead
-/// remains.
+/// Every page is present or removed: the slot can be removed with kuf_remove_memory; no overhead remains.
 pub const KUF_PROGRESS_COMPLETE: u32 = 1 << 0;
 /// The process behind the slot is gone (KUF_EVENT_GONE).
 pub const KUF_PROGRESS_GONE: u32 = 1 << 1;
@@ -246,16 +240,14 @@ pub const KUF_EVENT_POISONED: u32 = 1;
 /// As KUF_EVENT_POISONED, where the kernel cannot poison (before Linux 6.6) or the run is too long. In this process
 /// the pages are PROT_NONE (touching raises SIGSEGV); in another process a thread that touches them stays blocked.
 pub const KUF_EVENT_INACCESSIBLE: u32 = 2;
-/// Every page of the slot gpa..gpa+len is present or removed: the time for kuf_remove_memory. Not raised while pages
-/// are poisoned.
+/// Every page of the slot gpa..gpa+len is present or removed: remove it. Not raised while pages are poisoned.
 pub const KUF_EVENT_COMPLETE: u32 = 3;
 /// A kuf_populate request over gpa..gpa+len (0 and 0 for KUF_ALL) has ended, not by kuf_close. error: 0, -errno of the
 /// fill that stopped it, -EAGAIN (KUF_FILL_LATER left pages absent) or -ECANCELED (KUF_POPULATE_STOP).
 pub const KUF_EVENT_POPULATED: u32 = 4;
 /// The process behind the slot gpa..gpa+len is gone (error: -ESRCH). Noticed within a second.
 pub const KUF_EVENT_GONE: u32 = 5;
-/// The service of this handle has failed. Unresolved pages stay inaccessible, calls fail with -EIO, kuf_close
-/// poisons.
+/// The handle's service has failed. Unresolved pages stay inaccessible, calls fail with -EIO, kuf_close poisons.
 pub const KUF_EVENT_FATAL: u32 = 6;
 /// The process forked and the child is served (KUF_OPEN_FOLLOW_FORK); with an error it is not. -EMFILE: there was no
 /// descriptor for it, and the child has no guest memory.

@@ -110,8 +110,7 @@ pub unsafe extern "C" fn kuf_open(options: *const kuf_options, out: *mut *mut ku
 }
 
 /// Ends a service and sets *kuf to NULL. Unresolved pages are never released onto zeroes: the call is refused, or
-/// does what flags say. On an error path, kuf_close(&kuf, KUF_END_POISON) always ends the handle; a NULL handle is
-/// fine.
+/// does what flags say. On an error path kuf_close(&kuf, KUF_END_POISON) always ends the handle, a NULL one too.
 ///
 /// flags: KUF_END_*.
 ///

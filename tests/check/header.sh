@@ -52,7 +52,7 @@ sed -n '/^ \* Words:/q; s/^ \*     //p' include/kuf.h >"$work/example"
     sed '1,/^\.\.\.$/d; /^\.\.\. /d' "$work/example"
     echo '}'
 } >"$work/example.c"
-try "the example of kuf.h compiles" gcc -std=c11 -Wall -Wextra -Werror -Iinclude -fsyntax-only "$work/example.c"
+try "the example of kuf.h compiles" gcc -std=gnu11 -Wall -Wextra -Werror -Iinclude -fsyntax-only "$work/example.c"
 try "the example of kuf.h is a whole one" grep -q 'kuf_close(&kuf, KUF_END_POISON)' "$work/example.c"
 
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
