@@ -45,6 +45,14 @@ impl Source for Memory {
 
     fn explain(&self, bytes: &Range<u64>) -> Option<Failure> {
         let (at, len) = (self.at(bytes), bytes.end - bytes.start);
-        Some(Failure::new(Errno::FAULT, words!("the memory of its source, {len} bytes at {at:p}, is not readable")))
+        // The bytes of another layer may be those that failed.
+        let unreadable = |offset| {
+            let mut byte = 0_u8;
+            copy_nofault(at.wrapping_add(offset), NonNull::from(&mut byte), 1).is_err()
+        };
+        let last = len.saturating_sub(1) as usize;
+        (0..last).step_by(rustix::param::page_size()).chain([last]).any(unreadable).then(|| {
+            Failure::new(Errno::FAULT, words!("the memory of its source, {len} bytes at {at:p}, is not readable"))
+        })
     }
 }
