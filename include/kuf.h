@@ -73,8 +73,9 @@
 
 /* Mode: the caller takes faults with kuf_read and answers with kuf_resolve. A library thread reads the kernel. */
 #define KUF_OPEN_CALLER_DRIVEN (1u << 0)
-/* Accept a userfaultfd that catches user-mode accesses only. It needs no privilege and cannot serve a KVM guest,
- * whose accesses are the kernel's and would fail with EFAULT. For emulators and tests. Kernel: UFFD_USER_MODE_ONLY. */
+/* Accept a userfaultfd that catches user-mode accesses only, where the process may open no other. It needs no
+ * privilege and cannot serve a KVM guest, whose accesses are the kernel's and fail with EFAULT. For emulators and
+ * tests. Kernel: UFFD_USER_MODE_ONLY. */
 #define KUF_OPEN_USER_MODE_ONLY (1u << 1)
 /* Serve forked children too, from the same source. Needs CAP_SYS_PTRACE. Without it, absent pages read as zero in a
  * child unless the memory is MADV_DONTFORK. Kernel: UFFD_FEATURE_EVENT_FORK. */
