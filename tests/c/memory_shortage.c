@@ -152,10 +152,24 @@ static void caller_driven(int fd)
 
 /* ---- Huge pages ------------------------------------------------------------------------------------------------------- */
 
-/* There is none: mapped without a reservation, each touch fails. */
-static void huge(bool shared)
+static struct kuf *resolved_by;
+static unsigned char *resolved_from;
+
+/* Resolves its own run, and fills its buffer if that fails. */
+static int resolving_fill(void *opaque, struct kuf_fill *fill)
 {
-    const char *kind = shared ? "huge pages of a file" : "anonymous huge pages";
+    if (fill->gpa >= OTHER)
+        return source_fill(opaque, fill);
+    write_content(resolved_from, fill->gpa, fill->len, 1);
+    if (kuf_resolve(resolved_by, fill->gpa, resolved_from, fill->len, 0) >= 0)
+        return KUF_FILL_DEFERRED;
+    return source_fill(opaque, fill);
+}
+
+/* There is none: mapped without a reservation, each touch fails. `resolves`: the callback resolves its own run. */
+static void huge(bool shared, bool resolves)
+{
+    const char *kind = resolves ? "huge pages that the callback resolves" : shared ? "huge pages of a file" : "anonymous huge pages";
     static const char sys[] = "/sys/kernel/mm/hugepages/hugepages-2048kB";
     size_t size = (size_t)2 << 20;
     char path[128];
@@ -180,7 +194,10 @@ static void huge(bool shared)
         return;
     }
     unsigned char *bytes = map_anonymous(size), *other = map_anonymous(PAGES * page_size());
-    struct kuf *kuf = watch(open_serviced(&source));
+    struct kuf *kuf = watch(open_with((struct kuf_options){.fill = resolves ? resolving_fill : source_fill,
+                                                           .event = source_event, .opaque = &source}));
+    resolved_by = kuf;
+    resolved_from = map_anonymous(2 * size);
     add_kind(kuf, BASE, ram, 2 * size, fd);
     add(kuf, OTHER, other, PAGES * page_size());
     int events = atomic_load(&source.events[poison_event()]);
@@ -205,6 +222,7 @@ static void huge(bool shared)
     close_watched(kuf, KUF_END_POISON);
     munmap(ram, 2 * size);
     munmap(bytes, size);
+    munmap(resolved_from, 2 * size);
     munmap(other, PAGES * page_size());
     close(fd);
 }
@@ -218,7 +236,8 @@ int main(void)
     needs_feature(KUF_FEATURE_MINOR, "minor faults: shared memory is filled by copy");
     serviced(fd);
     caller_driven(fd);
-    huge(true);
-    huge(false);
+    huge(true, false);
+    huge(false, false);
+    huge(false, true);
     return done();
 }
