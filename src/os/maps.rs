@@ -1,4 +1,5 @@
-//! time.
+//! The mappings of this process, from `/proc/self/maps`, which the library reads when a slot is added; and from
+//! `/proc/self/smaps`, when a handle ends whose userfaultfd cannot be read.
 
 use std::ffi::CStr;
 use std::ops::Range;
