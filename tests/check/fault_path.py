@@ -13,7 +13,7 @@ from pathlib import Path
 
 SRC = str(Path(__file__).resolve().parent.parent.parent / "src") + "/"
 # name: (goal, ceiling), as in house.py.
-LIMITS = {"files of src/": (20, 48), "frames between serve_loop and ioctl": (12, 12)}
+LIMITS = {"files of src/": (20, 51), "frames between serve_loop and ioctl": (12, 12)}
 # The function that a service thread stays in, and the one that makes the ioctl which installs a page: the ends of their paths.
 FIRST, LAST = "::serve_loop", "::ioctl::copy"
 
