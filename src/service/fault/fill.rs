@@ -20,7 +20,7 @@ use crate::service::fault::install::Failed;
 use crate::service::fault::pin::FillPin;
 use crate::service::fault::place::{place_for, stage_for, FillPlace};
 use crate::service::fault::retry::RetryLimits;
-use crate::service::fault::{retry, settle, zero};
+use crate::service::fault::{install, retry, settle, zero};
 use crate::service::Service;
 use crate::source::{Found, Source, Wanted};
 use crate::stats::trace;
@@ -98,7 +98,9 @@ pub fn fill(service: &Service, run: &Fill) -> Result<(), NotFilled> {
             let patience = Some(&run.patience);
             let (base, wanted) = (pages.start, *wanted);
             let bytes = Bytes { content, counted, base, zeroes: &zeroes, wanted, background, since, patience };
-            let (installed, result) = settle::install(service, slot, *id, done.clone(), bytes);
+            // In two steps, for each frame between a fault and its ioctl counts.
+            let outcome = install::install(service, slot, *id, done.clone(), bytes);
+            let (installed, result) = settle::after_install(service, slot, *id, &done, outcome);
             not_installed(service, run, installed, &done, result).map_err(NotFilled::from)
         }
         Err(not) => Err(not),

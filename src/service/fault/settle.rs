@@ -105,11 +105,22 @@ pub fn install(
     pages: Range<u64>,
     bytes: Bytes<'_>,
 ) -> (u64, Result<(), Failed>) {
-    let Outcome { installed, result, cancelled } = install::install(service, slot, id, pages.clone(), bytes);
-    if cancelled {
-        settle_cancelled(service, slot, id, &pages);
+    let outcome = install::install(service, slot, id, pages.clone(), bytes);
+    after_install(service, slot, id, &pages, outcome)
+}
+
+/// The second half of [`install`].
+pub fn after_install(
+    service: &Service,
+    slot: &Arc<Slot>,
+    id: Id,
+    pages: &Range<u64>,
+    outcome: Outcome,
+) -> (u64, Result<(), Failed>) {
+    if outcome.cancelled {
+        settle_cancelled(service, slot, id, pages);
     }
-    (installed, result)
+    (outcome.installed, outcome.result)
 }
 
 pub fn could_not(service: &Service, slot: &Arc<Slot>, id: Id, pages: Range<u64>, errno: Errno) {
