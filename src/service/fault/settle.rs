@@ -109,7 +109,7 @@ pub fn install(
     after_install(service, slot, id, &pages, outcome)
 }
 
-/// The second half of [`install`].
+/// The second half of `install`, for a caller that has installed the pages itself.
 pub fn after_install(
     service: &Service,
     slot: &Arc<Slot>,
