@@ -24,12 +24,16 @@ impl Notice {
     /// Raises it, unless its slot was removed since. With no lock held.
     pub fn raise(&self, service: &Service) {
         let Self { slot, kind, gpa, len, error, text } = self;
-        let telling = slot.as_deref().map(EventPin::begin);
-        // At the end of the service slots stay until all was told.
-        if !matches!(telling, Some(None)) || !service.life.is_open() {
-            let opaque = slot.as_ref().map(|slot| slot.opaque);
-            let event = Event { kind: *kind, gpa: *gpa, len: *len, error: *error, text, opaque };
-            service.config.callbacks.event_of(telling.flatten().as_ref(), &event);
-        }
+        let telling = match slot.as_deref() {
+            None => None,
+            Some(slot) => {
+                let at_end = || (!service.life.is_open()).then(|| EventPin::at_end(slot)).flatten();
+                let Some(telling) = EventPin::begin(slot).or_else(at_end) else { return };
+                Some(telling)
+            }
+        };
+        let opaque = slot.as_ref().map(|slot| slot.opaque);
+        let event = Event { kind: *kind, gpa: *gpa, len: *len, error: *error, text, opaque };
+        service.config.callbacks.event_of(telling.as_ref(), &event);
     }
 }

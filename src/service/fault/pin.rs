@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use rustix::io::Errno;
+
 use crate::memory::{Slot, Waiter};
 use crate::pages::claims::{Claims, Id};
 use crate::service::inside::telling_here;
@@ -38,6 +40,16 @@ impl<'a> EventPin<'a> {
     /// None: the slot was removed, or is about to be.
     pub fn begin(slot: &'a Slot) -> Option<Self> {
         Self::if_so(slot, |claims| !claims.is_shut())
+    }
+
+    /// At the end of the service, which shuts every slot. None: the slot was removed before, or is about to be. As in
+    /// [`FillPin::begin`], either this thread sees `removing`, or the thread that removes the slot sees this pin.
+    pub fn at_end(slot: &'a Slot) -> Option<Self> {
+        let root = slot.parent.as_deref().unwrap_or(slot);
+        root.pins.fetch_add(1, Ordering::SeqCst);
+        let telling = Self(FillPin(root));
+        let stays = root.removing.load(Ordering::SeqCst) == 0 && root.gone() != Some(Errno::NOENT);
+        stays.then_some(telling)
     }
 
     /// With the claims locked, as in the thread that removes the slot: either that thread sees this pin, or this thread sees

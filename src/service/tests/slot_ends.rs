@@ -8,7 +8,7 @@ use crate::mechanism::Stop;
 use crate::service::background::populate::populate_now;
 use crate::service::calls::discard;
 use crate::service::config::NewMemory;
-use crate::service::fault::settle;
+use crate::service::fault::{complete, settle};
 use crate::service::tests::calls::Calls;
 use crate::service::tests::faulty::rig;
 use crate::service::tests::rig::{byte_at, mapping, memory, page_of, PAGE};
@@ -39,6 +39,22 @@ fn no_call_finds_a_slot_that_the_kernel_refuses() {
     rig.service.resolve(2 * GPA, &page_of(8)).unwrap();
     assert_eq!(byte_at(hva), Some(8));
     rig.end(KUF_END_POISON);
+}
+
+#[test]
+fn no_event_of_a_removed_slot_comes_at_the_end_of_the_service() {
+    let Some(rig) = rig() else { return };
+    let (kept, removed) = (rig.slot(), mapping());
+    rig.service.add(NewMemory { gpa: GPA, ..memory(removed) }).unwrap();
+    let removed = rig.service.memory.map().starting_at(GPA).cloned().unwrap();
+    // Threads that have filled the last pages are about to raise these.
+    let [kept, removed] = [kept, removed].map(|slot| complete::completion(&rig.service, &slot).unwrap());
+    rig.service.remove(GPA, KUF_END_POISON).unwrap();
+    rig.end(KUF_END_POISON);
+    removed.raise(&rig.service);
+    assert_eq!(rig.caller.count(KUF_EVENT_COMPLETE), 0);
+    kept.raise(&rig.service);
+    assert_eq!(rig.caller.count(KUF_EVENT_COMPLETE), 1);
 }
 
 #[test]
