@@ -382,7 +382,7 @@ struct kuf_source {
     uint64_t offset; /* Where the slot's bytes (from slot_offset on) begin in the file or memory; of any alignment. */
     /* KUF_SOURCE_MEMORY: the first byte, readable and unchanged until the slot or handle has ended. Else NULL. */
     const void *addr;
-    uint64_t len; /* KUF_SOURCE_MEMORY: bytes from addr on, at least offset + the slot's len. Else 0. */
+    uint64_t len; /* KUF_SOURCE_MEMORY: bytes from addr on, at least all that the slot may need of them. Else 0. */
     uint64_t slot_offset; /* The source may have the bytes of the slot from here on; a multiple of 4096. */
     uint64_t slot_len; /* How many of them, a multiple of 4096; 0: up to the slot's end. */
     /* One bit for each page from slot_offset on, lowest bit first: whether this source has it. Holes of a file are zero

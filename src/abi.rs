@@ -571,7 +571,7 @@ pub struct kuf_source {
     pub offset: u64,
     /// KUF_SOURCE_MEMORY: the first byte, readable and unchanged until the slot or handle has ended. Else NULL.
     pub addr: *const c_void,
-    /// KUF_SOURCE_MEMORY: bytes from addr on, at least offset + the slot's len. Else 0.
+    /// KUF_SOURCE_MEMORY: bytes from addr on, at least all that the slot may need of them. Else 0.
     pub len: u64,
     /// The source may have the bytes of the slot from here on; a multiple of 4096.
     pub slot_offset: u64,

@@ -49,24 +49,7 @@ impl<'a> Memory<'a> {
     }
 
     pub(crate) fn at(gpa: u64, len: u64, hva: u64) -> Self {
-        let new = NewMemory {
-            gpa,
-            len,
-            hva,
-            granule: 0,
-            file: None,
-            uffd: None,
-            remote: false,
-            fill_all: false,
-            populated: false,
-            huge: false,
-            kvm_attributes: 0,
-            memslot: None,
-            opaque: Opaque(std::ptr::null_mut()),
-            source: None,
-            keep: None,
-        };
-        Self { new, source: None }
+        Self { new: NewMemory::at(gpa, len, hva), source: None }
     }
 
     /// The shared file (memfd, tmpfs, hugetlbfs) that is mapped MAP_SHARED, from byte `offset` on. Pages are then

@@ -25,7 +25,7 @@ struct Layer {
     kind: SourceKind,
     /// The bytes of the slot. None: all; an end of 0 is that of the slot.
     part: Option<(u64, u64)>,
-    bitmap: Option<(PageBitmap, u64, u64)>,
+    bitmap: Option<PageBitmap>,
 }
 
 pub(crate) enum SourceKind {
@@ -92,7 +92,7 @@ impl<'a> Source<'a> {
     /// the first byte first. Holes of a file are zero then, and the file may end where its last page does. Of several layers,
     /// this is about the uppermost. Fails with ENOMEM only.
     pub fn bitmap(mut self, bits: &[u8], page_size: u64) -> Result<Self> {
-        self.layers[0].bitmap = Some((PageBitmap::new(bits, page_size.max(1))?, bits.len() as u64, page_size));
+        self.layers[0].bitmap = Some(PageBitmap::new(bits, page_size)?);
         Ok(self)
     }
 
@@ -133,14 +133,15 @@ impl Layer {
         }
         let len = part.end - part.start;
         let mut needed = len;
-        if let Some((bitmap, has, page_size)) = &self.bitmap {
-            if !page_size.is_power_of_two() || *page_size < SMALLEST_PAGE {
+        if let Some(bitmap) = &self.bitmap {
+            let page_size = bitmap.page_size();
+            if !page_size.is_power_of_two() || page_size < SMALLEST_PAGE {
                 return invalid(words!(
                     "source->bitmap_page_size is {page_size}: a power of two, at least {SMALLEST_PAGE}"
                 ));
             }
-            let bytes = PageBitmap::bytes_for(len, *page_size);
-            if *has < bytes {
+            let (has, bytes) = bitmap.has_and_needs(len);
+            if has < bytes {
                 return invalid(words!("source->bitmap_size is {has}: {len:#x} bytes need a bitmap of {bytes} bytes"));
             }
             needed = bitmap.end(len);
@@ -156,7 +157,7 @@ impl Layer {
             }
             SourceKind::Zero => Kind::Zero,
         };
-        Ok(NewLayer { kind, part, bitmap: self.bitmap.map(|(bitmap, ..)| bitmap) })
+        Ok(NewLayer { kind, part, bitmap: self.bitmap })
     }
 }
 

@@ -98,6 +98,29 @@ pub struct NewMemory {
     pub keep: Option<Keep>,
 }
 
+impl NewMemory {
+    /// Private memory of this process at `hva`, without anything special.
+    pub fn at(gpa: u64, len: u64, hva: u64) -> Self {
+        Self {
+            gpa,
+            len,
+            hva,
+            granule: 0,
+            file: None,
+            uffd: None,
+            remote: false,
+            fill_all: false,
+            populated: false,
+            huge: false,
+            kvm_attributes: 0,
+            memslot: None,
+            opaque: Opaque(std::ptr::null_mut()),
+            source: None,
+            keep: None,
+        }
+    }
+}
+
 /// A populate request.
 pub struct NewPopulate {
     pub stop: bool,

@@ -134,37 +134,31 @@ pub fn open(new: &NewSource, len: u64) -> Result<Arc<dyn Source>> {
 
 /// Puts a layer over those below it.
 fn put(layers: &mut Layers, new: &NewLayer, lowest: bool) -> Result<()> {
-    let part = &new.part;
+    let NewLayer { kind, part, bitmap } = new;
     let len = part.end - part.start;
-    let layer = |source| Some(Layer { source, part: part.clone() });
-    match &new.kind {
+    // The pages of a file that are no hole, where holes show the layer below.
+    let mut data = None;
+    let source: Option<Box<dyn Source>> = match kind {
         Kind::File { fd, offset, direct } => {
-            let holes = if lowest || new.bitmap.is_some() { Holes::Zero } else { Holes::Below };
-            let needed = new.bitmap.as_ref().map_or(len, |bitmap| bitmap.end(len));
+            let needed = bitmap.as_ref().map_or(len, |bitmap| bitmap.end(len));
             if needed == 0 {
                 return Ok(());
             }
+            let holes = if lowest || bitmap.is_some() { Holes::Zero } else { Holes::Below };
             let file = File::open(*fd, *offset, needed, *direct, holes)?;
-            match (&new.bitmap, holes) {
-                (Some(bitmap), _) => layers.put(layer(try_box(file)?), bitmap.set(part)),
-                (None, Holes::Zero) => layers.put(layer(try_box(file)?), std::iter::once(part.clone())),
-                (None, Holes::Below) => {
-                    let data = try_collect(file.data(len).map(|data| whole_pages(&data, part)))?;
-                    layers.put(layer(try_box(file)?), data.into_iter())
-                }
+            if holes == Holes::Below {
+                data = Some(try_collect(file.data(len).map(|data| whole_pages(&data, part)))?);
             }
+            Some(try_box(file)?)
         }
-        Kind::Memory { at, keep } => {
-            let source = try_box(memory::Memory::new(*at, keep.clone()))?;
-            match &new.bitmap {
-                Some(bitmap) => layers.put(layer(source), bitmap.set(part)),
-                None => layers.put(layer(source), std::iter::once(part.clone())),
-            }
-        }
-        Kind::Zero => match &new.bitmap {
-            Some(bitmap) => layers.put(None, bitmap.set(part)),
-            None => layers.put(None, std::iter::once(part.clone())),
-        },
+        Kind::Memory { at, keep } => Some(try_box(memory::Memory::new(*at, keep.clone()))?),
+        Kind::Zero => None,
+    };
+    let layer = source.map(|source| Layer { source, part: part.clone() });
+    match (bitmap, data) {
+        (Some(bitmap), _) => layers.put(layer, bitmap.set(part)),
+        (None, Some(data)) => layers.put(layer, data.into_iter()),
+        (None, None) => layers.put(layer, std::iter::once(part.clone())),
     }?;
     Ok(())
 }

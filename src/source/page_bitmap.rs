@@ -12,16 +12,20 @@ pub struct PageBitmap {
 }
 
 impl PageBitmap {
-    /// `page_size` is not 0.
     pub fn new(bits: &[u8], page_size: u64) -> Result<Self, NoMemory> {
         let mut copy = zeroes(bits.len())?;
         copy.copy_from_slice(bits);
         Ok(Self { bits: copy, page_size })
     }
 
-    /// The bytes of bitmap that `len` bytes of memory need.
-    pub fn bytes_for(len: u64, page_size: u64) -> u64 {
-        len.div_ceil(page_size).div_ceil(8)
+    /// Bytes of a page: not 0 where the other functions are used.
+    pub fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
+    /// The bytes of the bitmap, and how many of them `len` bytes of memory need.
+    pub fn has_and_needs(&self, len: u64) -> (u64, u64) {
+        (self.bits.len() as u64, len.div_ceil(self.page_size).div_ceil(8))
     }
 
     /// Where the last page that is set ends, at most `len`.

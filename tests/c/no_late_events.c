@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * After kuf_remove_memory has returned 0 no event of the slot comes and no callback has its memory_opaque, whoever completes or
- * poisons its last page at that moment: populate, demand, kuf_resolve, or a second kuf_remove_memory.
+ * After kuf_remove_memory has returned 0 no event of the slot comes and no callback has its memory_opaque, whichever thread
+ * completes or poisons its last page at that moment: populate, demand, kuf_resolve, or a second kuf_remove_memory.
  */
 #include "harness.h"
 #include "seeded.h"

@@ -69,7 +69,7 @@ static void every_toucher_gets_the_signal(bool shared)
     touch_in_thread(&other, ram + 20 * page);
     pthread_join(other.thread, NULL);
     is(other.raised, 0, "%s: another page is served", kind);
-    is(try_touch(ram + 3 * page), poison_signal(), "%s: and so does who comes later", kind);
+    is(try_touch(ram + 3 * page), poison_signal(), "%s: a later touch gets the signal too", kind);
     is(try_touch(ram + 4 * page), 0, "%s: the neighbour is served", kind);
     is(stats_of(kuf).bytes_poisoned, page, "%s: one page is poisoned", kind);
     is(progress_of(kuf, BASE).poisoned, page, "%s: and stays so", kind);

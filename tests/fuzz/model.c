@@ -266,6 +266,14 @@ static bool is_filled_in_place(unsigned number)
     return backing == BACKING_SHARED || backing == BACKING_HUGE_SHARED;
 }
 
+/* Besides what the operation makes of it, a poisoned page may stay poisoned: its mark may be put back. */
+static void may_keep_mark(struct page *page, const struct state *from, struct state stays, uint16_t bit, uint8_t flags)
+{
+    stays.flags |= flags;
+    stays.applied |= bit;
+    became(page, from, stays);
+}
+
 /* Applies a pending operation to a state. Some operations may take effect more than once. */
 static void take_effect(struct page *page, unsigned number, const struct state *from, unsigned i)
 {
@@ -312,23 +320,15 @@ static void take_effect(struct page *page, unsigned number, const struct state *
     case EFFECT_GIVE_BACK:
         if (from->kind == KIND_NOWHERE)
             break;
-        if (from->kind == KIND_POISONED) {
-            /* The mark may be put back. */
-            struct state stays = to;
-            stays.flags |= free ? 0 : STATE_UNMARKED;
-            stays.applied |= bit;
-            became(page, from, stays);
-        }
+        if (from->kind == KIND_POISONED)
+            may_keep_mark(page, from, to, bit, free ? 0 : STATE_UNMARKED);
         content(&to, KIND_ZERO, 0);
         break;
     case EFFECT_UNMAP_SHARED:
         if (from->kind == KIND_ABSENT && !free)
             content(&to, KIND_ZERO, 0);
         if (from->kind == KIND_POISONED) {
-            struct state stays = to;
-            stays.flags |= free ? 0 : STATE_UNMARKED;
-            stays.applied |= bit;
-            became(page, from, stays);
+            may_keep_mark(page, from, to, bit, free ? 0 : STATE_UNMARKED);
             content(&to, KIND_ZERO, 0);
         }
         break;
@@ -336,9 +336,7 @@ static void take_effect(struct page *page, unsigned number, const struct state *
         if (from->kind == KIND_ABSENT && !free)
             content(&to, KIND_ZERO, 0);
         else if (from->kind == KIND_POISONED) {
-            struct state stays = to;
-            stays.applied |= bit;
-            became(page, from, stays);
+            may_keep_mark(page, from, to, bit, 0);
             content(&to, KIND_ZERO, 0);
         } else if (readable(from))
             to.flags |= STATE_LAZY;

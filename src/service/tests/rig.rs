@@ -9,7 +9,6 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::abi::*;
-use crate::caller::Opaque;
 use crate::caller::{self, Fill, Filled, Run};
 use crate::mechanism::Mechanism;
 use crate::memory::Slot;
@@ -184,23 +183,7 @@ pub fn config(caller: &Arc<Caller>) -> Config {
 
 /// A slot of [`PAGES`] pages at gpa 0. As with [`config`], a test changes the fields that it is about.
 pub fn memory(hva: u64) -> NewMemory {
-    NewMemory {
-        gpa: 0,
-        len: LEN,
-        hva,
-        granule: 0,
-        file: None,
-        uffd: None,
-        remote: false,
-        fill_all: false,
-        populated: false,
-        huge: false,
-        kvm_attributes: 0,
-        memslot: None,
-        opaque: Opaque(std::ptr::null_mut()),
-        source: None,
-        keep: None,
-    }
+    NewMemory::at(0, LEN, hva)
 }
 
 /// [`LEN`] bytes of anonymous memory, for the life of the process. Returns where it is.
